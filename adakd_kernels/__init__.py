@@ -1,0 +1,42 @@
+"""Fused kernels for token-adaptive knowledge distillation (AdaKD, arXiv 2510.11615) of language models."""
+
+from importlib.metadata import version
+
+from .adaptive import LossAdaptiveFocus, inverse_difficulty_temperature, select_tokens
+from .divergences import (
+    AlphaBeta,
+    Divergence,
+    ForwardKL,
+    Hellinger,
+    Jeffreys,
+    JensenShannon,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    TotalVariation,
+)
+from .functional import AdaKDOutput, adakd_loss, token_difficulty, token_divergence
+from .loss import AdaKDLoss
+
+__version__ = version("adakd-kernels")
+
+__all__ = [
+    "AdaKDLoss",
+    "AdaKDOutput",
+    "AlphaBeta",
+    "Divergence",
+    "ForwardKL",
+    "Hellinger",
+    "Jeffreys",
+    "JensenShannon",
+    "LossAdaptiveFocus",
+    "ReverseKL",
+    "SkewForwardKL",
+    "SkewReverseKL",
+    "TotalVariation",
+    "adakd_loss",
+    "inverse_difficulty_temperature",
+    "select_tokens",
+    "token_difficulty",
+    "token_divergence",
+]

@@ -1,0 +1,188 @@
+"""Which tokens count and at which temperature: equations (3)-(6), (8) and (9) of docs/maths.md on per-token tensors.
+
+Everything here is a tensor on the logits' device. Shapes do not depend on values and nothing waits for the device, so
+the functions work under `torch.compile(fullgraph=True)` and in CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["LossAdaptiveFocus", "inverse_difficulty_temperature", "select_tokens"]
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """fp64, or fp32 on a device that has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def focus_count(focus_ratio: float | Tensor, items: Tensor) -> Tensor:
+    """k = max(1, ⌊r·n⌋) of (3) as a 0-d int64 tensor, from the product in fp64: in fp32, 0.29·100 rounds up to 29."""
+    return (items.to(exact_dtype(items.device)) * focus_ratio).floor().long().clamp_min(1)
+
+
+class ExactModule(nn.Module):
+    """A module with fp64 buffers that moves to a device without fp64 as well, where they become fp32."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        apply: Any = super()._apply
+        try:
+            return apply(fn, recurse)
+        except TypeError:
+            apply(lambda t: t.float() if t.dtype == torch.float64 else t, recurse)
+            return apply(fn, recurse)
+
+
+def select_tokens(difficulty: Tensor, focus_ratio: float | Tensor = 1.0, mask: Tensor | None = None) -> Tensor:
+    """The k = max(1, ⌊r·n⌋) hardest of the n valid tokens; ties go to the lower index (equation (3)).
+
+    Args:
+        difficulty: (...) any real type; NaN counts as hardest, so that it is seen.
+        focus_ratio: the share r in (0, 1], a float or a 0-d tensor.
+        mask: (...) bool, true for valid tokens; None for all.
+
+    Returns:
+        (...) bool. Nothing is selected where no token is valid.
+
+    Example:
+        >>> select_tokens(torch.tensor([0.1, 0.9, 0.5, 0.5]), focus_ratio=0.5)
+        tensor([False,  True,  True, False])
+    """
+    valid = torch.ones_like(difficulty, dtype=torch.bool) if mask is None else mask
+    order = _descending(difficulty, valid).indices
+    rank_counts = torch.arange(order.numel(), device=order.device) < focus_count(focus_ratio, valid.sum())
+    chosen = torch.zeros_like(rank_counts).scatter(0, order, rank_counts)
+    return chosen.view_as(difficulty) & valid
+
+
+def _descending(difficulty: Tensor, keep: Tensor) -> torch.return_types.sort:
+    """Difficulties in descending order, equal ones by index, all that do not count behind them."""
+    return difficulty.masked_fill(~keep, -math.inf).flatten().sort(descending=True, stable=True)
+
+
+def inverse_difficulty_temperature(
+    difficulty: Tensor,
+    selected: Tensor | None = None,
+    temperature_scale: float | Tensor = 0.5,
+    base_temperature: float | Tensor = 1.0,
+) -> Tensor:
+    """Temperature of every token: low where it is hard, high where it is easy (equations (4)-(6)).
+
+    τ = τ_base · exp(−c·(s² − m²)/(s² + m²)), m² the lower median of the difficulty over the selected tokens.
+
+    Args:
+        difficulty: (...) s² ≥ 0, such as `token_difficulty` returns.
+        selected: (...) bool, the tokens whose median is the reference; None for all.
+        temperature_scale: c; 0 gives every token the base temperature.
+        base_temperature: τ_base > 0.
+
+    Returns:
+        (...) in [τ_base·e^−c, τ_base·e^c], of the difficulty's type.
+
+    Example:
+        >>> inverse_difficulty_temperature(torch.tensor([0.0, 0.2, 1e9]), temperature_scale=0.5)
+        tensor([1.6487, 1.0000, 0.6065])
+    """
+    chosen = torch.ones_like(difficulty, dtype=torch.bool) if selected is None else selected
+    values = _descending(difficulty, chosen).values
+    if values.numel() == 0:
+        return torch.ones_like(difficulty) * base_temperature
+    median = values.gather(0, (chosen.sum() // 2).clamp_max(values.numel() - 1).view(1))
+    median = torch.where(median == -math.inf, 0.0, median).squeeze(0)  # nothing selected
+    total = difficulty + median
+    relative = torch.where(total == 0, 0.0, (difficulty - median) / torch.where(total == 0, 1.0, total))
+    return base_temperature * torch.exp(-temperature_scale * relative)
+
+
+class LossAdaptiveFocus(ExactModule):
+    """The share r of tokens that count, driven by the loss: LATF, equations (8) and (9).
+
+    Buffers on the module's device hold the state, so it moves, saves, loads and resumes as any module does.
+
+    Args:
+        total_steps: optimizer steps of the whole run; sets the length of the warm-up.
+        warmup_ratio: part of `total_steps` during which r = 1; at its end (after at least one step) L_ref = L̄.
+        beta: decay of the moving average L̄, in [0, 1).
+        epsilon: relative change of L̄ against L_ref beyond which r changes, in (0, 1).
+        delta: relative change of r, in (0, 1).
+        min_ratio: lower bound of r, in (0, 1].
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Example:
+        >>> focus = LossAdaptiveFocus(total_steps=100, beta=0.0)
+        >>> for loss in (2.0, 2.0, 2.0, 2.0, 2.0, 1.0):
+        ...     focus.step(torch.tensor(loss))
+        >>> round(focus.focus_ratio.item(), 2)
+        0.95
+    """
+
+    focus_ratio: Tensor
+    loss_ema: Tensor
+    loss_reference: Tensor
+    steps: Tensor
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        warmup_ratio: float = 0.05,
+        beta: float = 0.99,
+        epsilon: float = 0.05,
+        delta: float = 0.05,
+        min_ratio: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if total_steps < 1:
+            raise ValueError(f"total_steps must be the number of optimizer steps, at least 1, got {total_steps!r}")
+        ranges = {
+            "warmup_ratio": (warmup_ratio, 0.0 <= warmup_ratio <= 1.0, "in [0, 1]"),
+            "beta": (beta, 0.0 <= beta < 1.0, "in [0, 1)"),
+            "epsilon": (epsilon, 0.0 < epsilon < 1.0, "in (0, 1)"),
+            "delta": (delta, 0.0 < delta < 1.0, "in (0, 1)"),
+            "min_ratio": (min_ratio, 0.0 < min_ratio <= 1.0, "in (0, 1]"),
+        }
+        for name, (value, fits, expected) in ranges.items():
+            if not fits:
+                raise ValueError(f"{name} must lie {expected}, got {value!r}")
+        self.warmup_steps = max(1, math.ceil(warmup_ratio * total_steps))
+        self.beta, self.epsilon, self.delta, self.min_ratio = beta, epsilon, delta, min_ratio
+        self.register_buffer("focus_ratio", torch.ones((), dtype=torch.float64))
+        self.register_buffer("loss_ema", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("loss_reference", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def step(self, loss: Tensor) -> None:
+        """Take the loss L of (7) of one optimizer step, a 0-d tensor; call it once per optimizer step.
+
+        A loss that is not finite (a skipped step of a gradient scaler) leaves the averages and r as they are.
+        """
+        loss = loss.detach().to(self.loss_ema)
+        finite = loss.isfinite()
+        first = self.steps == 0
+        ema = torch.where(first, loss, self.beta * self.loss_ema + (1.0 - self.beta) * loss)
+        ema = torch.where(finite, ema, self.loss_ema)
+        steps = self.steps + finite
+        adapts = finite & (steps > self.warmup_steps)
+        lower = adapts & (ema < self.loss_reference * (1.0 - self.epsilon))
+        higher = adapts & (ema > self.loss_reference * (1.0 + self.epsilon))
+        ratio = torch.where(lower, (self.focus_ratio * (1.0 - self.delta)).clamp_min(self.min_ratio), self.focus_ratio)
+        ratio = torch.where(higher, (self.focus_ratio * (1.0 + self.delta)).clamp_max(1.0), ratio)
+        renewed = (steps == self.warmup_steps) & finite | (ratio != self.focus_ratio)
+        self.loss_reference.copy_(torch.where(renewed, ema, self.loss_reference))
+        self.loss_ema.copy_(ema)
+        self.focus_ratio.copy_(ratio)
+        self.steps.copy_(steps)
+
+    def extra_repr(self) -> str:
+        return (
+            f"warmup_steps={self.warmup_steps}, beta={self.beta}, epsilon={self.epsilon}, delta={self.delta}, "
+            f"min_ratio={self.min_ratio}"
+        )

@@ -1,0 +1,172 @@
+"""The nine divergences a student can be trained with: their names, parameters and checks (docs/maths.md, section 3).
+
+An instance is immutable and carries no tensor. What it computes stands in `reference.py` and in the kernels, which find
+it by `name` and receive its two parameters as `alpha` and `beta` (unused ones are 0).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+__all__ = [
+    "DIVERGENCES",
+    "AlphaBeta",
+    "Divergence",
+    "ForwardKL",
+    "Hellinger",
+    "Jeffreys",
+    "JensenShannon",
+    "ReverseKL",
+    "SkewForwardKL",
+    "SkewReverseKL",
+    "TotalVariation",
+    "get_divergence",
+]
+
+
+def _check_open_unit(owner: str, name: str, value: float, cure: str) -> None:
+    if not 0.0 < value < 1.0:
+        raise ValueError(f"{owner}: {name} must lie strictly between 0 and 1, got {value!r}; {cure}")
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Base of all divergences D(p, q) between a teacher distribution p and a student distribution q.
+
+    Attributes:
+        name: the name users pass and kernels dispatch on.
+        sweeps: passes over a row that a kernel needs; 2 where the summand is not linear in the unnormalised masses.
+    """
+
+    name: ClassVar[str] = ""
+    sweeps: ClassVar[int] = 1
+
+    @property
+    def parameters(self) -> tuple[float, float]:
+        """(alpha, beta) as the kernels take them; a parameter that a divergence lacks is 0."""
+        return float(getattr(self, "alpha", 0.0)), float(getattr(self, "beta", 0.0))
+
+
+@dataclass(frozen=True)
+class ForwardKL(Divergence):
+    """KL(p‖q) = Σ p (log p − log q)."""
+
+    name: ClassVar[str] = "forward_kl"
+
+
+@dataclass(frozen=True)
+class ReverseKL(Divergence):
+    """KL(q‖p) = Σ q (log q − log p)."""
+
+    name: ClassVar[str] = "reverse_kl"
+
+
+@dataclass(frozen=True)
+class Jeffreys(Divergence):
+    """KL(p‖q) + KL(q‖p)."""
+
+    name: ClassVar[str] = "jeffreys"
+
+
+@dataclass(frozen=True)
+class JensenShannon(Divergence):
+    """β KL(p‖m) + (1−β) KL(q‖m) with m = βp + (1−β)q: the generalised form of GKD. 0 < β < 1."""
+
+    name: ClassVar[str] = "jensen_shannon"
+    sweeps: ClassVar[int] = 2
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_open_unit("JensenShannon", "beta", self.beta, "for the limits use 'forward_kl' or 'reverse_kl'")
+
+
+@dataclass(frozen=True)
+class SkewForwardKL(Divergence):
+    """KL(p‖αp + (1−α)q), as in DistiLLM. 0 < α < 1."""
+
+    name: ClassVar[str] = "skew_forward_kl"
+    sweeps: ClassVar[int] = 2
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_open_unit("SkewForwardKL", "alpha", self.alpha, "alpha = 0 is 'forward_kl'")
+
+
+@dataclass(frozen=True)
+class SkewReverseKL(Divergence):
+    """KL(q‖αq + (1−α)p), as in DistiLLM. 0 < α < 1."""
+
+    name: ClassVar[str] = "skew_reverse_kl"
+    sweeps: ClassVar[int] = 2
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_open_unit("SkewReverseKL", "alpha", self.alpha, "alpha = 0 is 'reverse_kl'")
+
+
+@dataclass(frozen=True)
+class TotalVariation(Divergence):
+    """½ Σ|p − q|."""
+
+    name: ClassVar[str] = "total_variation"
+    sweeps: ClassVar[int] = 2
+
+
+@dataclass(frozen=True)
+class AlphaBeta(Divergence):
+    """−1/(αβ) Σ[pᵅqᵝ − α/(α+β) pᵅ⁺ᵝ − β/(α+β) qᵅ⁺ᵝ], as in ABKD. α > 0, β > 0."""
+
+    name: ClassVar[str] = "alpha_beta"
+    sweeps: ClassVar[int] = 2
+    alpha: float = 0.2
+    beta: float = 0.7
+
+    def __post_init__(self) -> None:
+        for name, value in (("alpha", self.alpha), ("beta", self.beta)):
+            if not 0.0 < value < float("inf"):
+                raise ValueError(
+                    f"AlphaBeta: {name} must be positive and finite, got {value!r}; for the limits alpha, beta -> 0 "
+                    "use 'reverse_kl' and 'forward_kl'"
+                )
+
+
+@dataclass(frozen=True)
+class Hellinger(Divergence):
+    """Squared Hellinger distance, 1 − Σ√(pq)."""
+
+    name: ClassVar[str] = "hellinger"
+
+
+DIVERGENCES: dict[str, type[Divergence]] = {
+    cls.name: cls
+    for cls in (
+        ForwardKL,
+        ReverseKL,
+        Jeffreys,
+        JensenShannon,
+        SkewForwardKL,
+        SkewReverseKL,
+        TotalVariation,
+        AlphaBeta,
+        Hellinger,
+    )
+}
+
+
+def get_divergence(divergence: str | Divergence) -> Divergence:
+    """The divergence that a name (with its default parameters) or an instance stands for.
+
+    Raises:
+        ValueError: unknown name.
+        TypeError: neither a name nor an instance.
+    """
+    if isinstance(divergence, Divergence):
+        return divergence
+    if isinstance(divergence, str):
+        if divergence not in DIVERGENCES:
+            raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
+        return DIVERGENCES[divergence]()
+    raise TypeError(
+        f"divergence must be a name or an instance such as JensenShannon(beta=0.1), got {type(divergence).__name__}"
+    )

@@ -1,0 +1,326 @@
+"""The losses as functions: checks of the arguments, flattening, reduction. The work is done by `adakd_kernels.ops`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .adaptive import exact_dtype, focus_count, inverse_difficulty_temperature, select_tokens
+from .divergences import DIVERGENCES, Divergence, get_divergence
+
+__all__ = ["DIFFICULTIES", "AdaKDOutput", "adakd_loss", "token_difficulty", "token_divergence"]
+
+DIFFICULTIES = ("hellinger", "forward_kl", "reverse_kl", "jensen_shannon", "cross_entropy")
+
+
+class AdaKDOutput(NamedTuple):
+    """What `adakd_loss` returns. All but `loss` have the shape of the labels.
+
+    Attributes:
+        loss: 0-d, in the accumulation type (fp32; fp64 for fp64 logits).
+        token_loss: τ²·D of the selected tokens, 0 elsewhere; differentiable in the student's logits.
+        difficulty: difficulty of the valid tokens (squared Hellinger distance by default), 0 elsewhere.
+        temperature: temperature τ of the valid tokens, the base temperature elsewhere.
+        selected: bool, the tokens that the distillation loss counts.
+    """
+
+    loss: Tensor
+    token_loss: Tensor
+    difficulty: Tensor
+    temperature: Tensor
+    selected: Tensor
+
+
+def adakd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    divergence: str | Divergence = "reverse_kl",
+    focus_ratio: float | Tensor = 1.0,
+    temperature_scale: float = 0.5,
+    base_temperature: float = 1.0,
+    difficulty: str = "hellinger",
+    ce_weight: float = 0.0,
+    num_items: float | Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+    inplace: bool = False,
+) -> AdaKDOutput:
+    """AdaKD's loss: the hardest tokens, each at its own temperature (equations (1)-(7); Xie et al., arXiv 2510.11615).
+
+    L = (1/k) Σ τ²·D(p^τ, q^τ) over the k = max(1, ⌊r·n⌋) hardest of the n valid tokens; with `ce_weight` = a the loss
+    is (1−a)·L + a·CE, CE the mean hard-label cross-entropy over all valid tokens. Difficulty, selection and temperature
+    are constants of the gradient.
+
+    Args:
+        student_logits: (B, L, Vˢ) or (N, Vˢ); fp16, bf16, fp32 or fp64; any strides with a contiguous last dimension.
+        teacher_logits: (B, L, Vᵗ) or (N, Vᵗ); its type and vocabulary may differ: the first min(Vˢ, Vᵗ) entries count.
+        labels: (B, L) or (N,) int64: the token that each position predicts. A valid token that lies outside the common
+            vocabulary makes the cross-entropy NaN.
+        divergence: a name of `DIVERGENCES` or an instance such as `JensenShannon(beta=0.1)`.
+        focus_ratio: the share r in (0, 1], a float or a 0-d tensor (not checked then).
+        temperature_scale: c ≥ 0 of τ = τ_base·exp(−c·ŝ); 0 gives all tokens the base temperature.
+        base_temperature: τ_base > 0.
+        difficulty: 'hellinger', 'forward_kl', 'reverse_kl', 'jensen_shannon' or 'cross_entropy'.
+        ce_weight: a in [0, 1].
+        num_items: number of valid tokens in the whole optimizer step, a number or a 0-d tensor. The sums are divided by
+            r·num_items (and num_items for the cross-entropy), so that the losses of k micro-batches add up to the
+            step's.
+        ignore_index: label of tokens that do not count.
+        shift: labels are aligned with the inputs, as transformers has them: position i predicts labels[i + 1].
+        inplace: the backward writes the gradient over the student's logits instead of a new (B, L, Vˢ) tensor. They
+        must
+            not be needed afterwards, and there is no second backward. Ignored under `torch.compile`.
+
+    Returns:
+        AdaKDOutput(loss, token_loss, difficulty, temperature, selected). With no valid token the loss is 0 and its
+        gradient is 0. NaN in a valid row makes the loss NaN.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or range; the message says which and what was meant.
+
+    Example:
+        >>> student = torch.randn(2, 5, 100, requires_grad=True)
+        >>> out = adakd_loss(student, torch.randn(2, 5, 100), torch.randint(100, (2, 5)), focus_ratio=0.5)
+        >>> out.loss.backward()
+        >>> int(out.selected.sum()), tuple(student.grad.shape)
+        (5, (2, 5, 100))
+    """
+    student, teacher, batch = _check_logits(student_logits, teacher_logits)
+    div = get_divergence(divergence)
+    _check_difficulty(difficulty)
+    _check_range("focus_ratio", focus_ratio, 0.0, 1.0, "in (0, 1]", low_open=True)
+    _check_range("temperature_scale", temperature_scale, 0.0, float("inf"), "a finite number >= 0", high_open=True)
+    _check_range("base_temperature", base_temperature, 0.0, float("inf"), "> 0", low_open=True, high_open=True)
+    _check_range("ce_weight", ce_weight, 0.0, 1.0, "in [0, 1]")
+    _check_token_tensor("labels", labels, batch, student, integral=True)
+    if num_items is not None and not isinstance(num_items, Tensor) and num_items < 0:
+        raise ValueError(f"num_items must be the number of valid tokens of the optimizer step, got {num_items!r}")
+
+    if shift:
+        labels = torch.cat((labels[..., 1:], torch.full_like(labels[..., :1], ignore_index)), dim=-1)
+    labels = labels.reshape(student.shape[:2])
+    with torch.no_grad():
+        hard, valid, max_s, sum_s = _difficulty(student, teacher, labels != ignore_index, labels, difficulty)
+        selected = select_tokens(hard, focus_ratio, valid)
+        tau = inverse_difficulty_temperature(hard, selected, temperature_scale, base_temperature)
+        tau = tau.where(valid, base_temperature)
+
+    with_ce = ce_weight != 0.0
+    token_div, token_ce = ops.token_losses(
+        student,
+        teacher,
+        tau,
+        selected,
+        div,
+        labels=labels if with_ce else None,
+        ce_mask=valid if with_ce else None,
+        ce_max=max_s if with_ce else None,
+        ce_sum=sum_s if with_ce else None,
+        inplace=inplace and not torch.compiler.is_compiling(),
+    )
+    token_loss = tau.square() * token_div
+    n = valid.sum()
+    if num_items is None:
+        items, count = n.clamp_min(1), focus_count(focus_ratio, n).to(token_loss.dtype)
+    else:
+        items = torch.as_tensor(num_items, device=n.device)
+        items = torch.where(items == 0, 1, items)
+        count = (items.to(exact_dtype(items.device)) * focus_ratio).to(token_loss.dtype)
+    loss = token_loss.sum() / count
+    if token_ce is not None:
+        loss = (1.0 - ce_weight) * loss + ce_weight * (token_ce.sum() / items.to(token_ce.dtype))
+    return AdaKDOutput(loss, token_loss.view(batch), hard.view(batch), tau.view(batch), selected.view(batch))
+
+
+@torch.no_grad()
+def token_difficulty(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor | None = None,
+    difficulty: str = "hellinger",
+    *,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """How far the student is from the teacher on every token, at temperature 1 (equation (2)).
+
+    The squared Hellinger distance s² = 1 − Σ√(pq) lies in [0, 1]; of the measures it is compared with, Jensen-Shannon
+    lies in [0, ln 2], forward and reverse KL and cross-entropy in [0, ∞) (nats). Carries no gradient.
+
+    Args:
+        student_logits, teacher_logits: as in `adakd_loss`.
+        mask: (B, L) or (N,) bool, true for valid tokens; None for all. Others give 0 and their rows are not read.
+        difficulty: 'hellinger', 'forward_kl', 'reverse_kl', 'jensen_shannon' or 'cross_entropy'.
+        labels: (B, L) or (N,) int64, needed by 'cross_entropy' only.
+
+    Returns:
+        (B, L) or (N,), fp32 (fp64 for fp64 logits).
+
+    Raises:
+        TypeError, ValueError: as `adakd_loss`; ValueError if 'cross_entropy' is asked for without labels.
+
+    Example:
+        >>> logits = torch.randn(3, 100)
+        >>> bool((token_difficulty(logits, logits + 7.0) < 1e-6).all())
+        True
+    """
+    student, teacher, batch = _check_logits(student_logits, teacher_logits)
+    _check_difficulty(difficulty)
+    mask = _check_mask(mask, batch, student)
+    if difficulty == "cross_entropy":
+        if labels is None:
+            raise ValueError(
+                "labels must be given for difficulty='cross_entropy': the token that each position predicts"
+            )
+        _check_token_tensor("labels", labels, batch, student, integral=True)
+        labels = labels.reshape(student.shape[:2])
+    return _difficulty(student, teacher, mask, labels, difficulty)[0].view(batch)
+
+
+def token_divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float | Tensor = 1.0,
+    divergence: str | Divergence = "reverse_kl",
+    mask: Tensor | None = None,
+    *,
+    inplace: bool = False,
+) -> Tensor:
+    """D(p^τ, q^τ) of every token, unreduced and without the τ² of equation (7); differentiable in the student's logits.
+
+    Weight, mask or reduce the result as you like: the gradient (10) is exact for any upstream weight.
+
+    Args:
+        student_logits, teacher_logits, divergence, inplace: as in `adakd_loss`.
+        temperature: τ > 0, a float, a 0-d tensor or a tensor of shape (B, L) or (N,) (its values are not checked).
+        mask: (B, L) or (N,) bool, true for valid tokens; None for all. Others give 0 and gradient 0, and are not read.
+
+    Returns:
+        (B, L) or (N,), fp32 (fp64 for fp64 logits).
+
+    Raises:
+        TypeError, ValueError: as `adakd_loss`; ValueError if the temperature requires grad.
+
+    Example:
+        >>> student = torch.randn(3, 100, requires_grad=True)
+        >>> per_token = token_divergence(student, torch.randn(3, 100), temperature=2.0, divergence="forward_kl")
+        >>> (4.0 * per_token).mean().backward()
+    """
+    student, teacher, batch = _check_logits(student_logits, teacher_logits)
+    div = get_divergence(divergence)
+    mask = _check_mask(mask, batch, student)
+    if isinstance(temperature, Tensor):
+        if temperature.requires_grad:
+            raise ValueError("temperature requires grad, but it is a constant of the loss: pass temperature.detach()")
+        if temperature.dim() > 0:
+            _check_token_tensor("temperature", temperature, batch, student)
+            temperature = temperature.reshape(student.shape[:2])
+    else:
+        _check_range("temperature", temperature, 0.0, float("inf"), "> 0", low_open=True, high_open=True)
+    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    tau = torch.as_tensor(temperature, dtype=dtype, device=student.device).expand(student.shape[:2])
+    inplace = inplace and not torch.compiler.is_compiling()
+    return ops.token_losses(student, teacher, tau, mask, div, inplace=inplace)[0].view(batch)
+
+
+def _difficulty(
+    student: Tensor, teacher: Tensor, mask: Tensor, labels: Tensor | None, difficulty: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(difficulty, valid, max and sum of the student at temperature 1), each (B, L); an empty row is not valid."""
+    if difficulty in ("hellinger", "cross_entropy"):
+        hard, max_s, sum_s, _, sum_t = ops.token_stats(student, teacher, mask)
+    else:
+        ones = torch.ones(mask.shape, dtype=torch.float32, device=mask.device)
+        div = DIVERGENCES[difficulty]()
+        hard, _, max_s, sum_s, _, sum_t = ops.token_divergence(student, teacher, ones, mask, div.name, *div.parameters)
+    valid = mask & (sum_s != 0) & (sum_t != 0)
+    if difficulty == "cross_entropy" and labels is not None:
+        hard = ops.token_cross_entropy(student, teacher, labels, valid, max_s, sum_s)
+    return hard, valid, max_s, sum_s
+
+
+def _check_logits(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
+    """Both as (B, L, V), without a copy, and the shape of a per-token result."""
+    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(logits).__name__}")
+        if not logits.is_floating_point() or logits.element_size() < 2:
+            raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {logits.dtype}")
+        if logits.dim() not in (2, 3):
+            raise ValueError(f"{name} must be (B, L, V) or (N, V), got shape {tuple(logits.shape)}")
+        if logits.shape[-1] == 0:
+            raise ValueError(f"{name} must have at least one vocabulary entry, got shape {tuple(logits.shape)}")
+        if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+            raise ValueError(
+                f"{name} must be contiguous in its last dimension, got strides {tuple(logits.stride())}; "
+                f"call {name}.contiguous(), which copies it"
+            )
+    if teacher_logits.requires_grad:
+        raise ValueError(
+            "teacher_logits requires grad, but the teacher is a constant of the loss: run it under torch.no_grad() or "
+            "pass teacher_logits.detach()"
+        )
+    batch = student_logits.shape[:-1]
+    if teacher_logits.shape[:-1] != batch:
+        raise ValueError(
+            f"teacher_logits must have the student's shape {tuple(batch)} before the vocabulary, "
+            f"got {tuple(teacher_logits.shape[:-1])}"
+        )
+    if teacher_logits.device != student_logits.device:
+        raise ValueError(
+            f"teacher_logits must be on the student's device {student_logits.device}, got {teacher_logits.device}"
+        )
+    if student_logits.dim() == 2:
+        return student_logits.unsqueeze(0), teacher_logits.unsqueeze(0), batch
+    return student_logits, teacher_logits, batch
+
+
+def _check_token_tensor(name: str, value: Tensor, batch: torch.Size, student: Tensor, integral: bool = False) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if integral and (value.is_floating_point() or value.dtype == torch.bool):
+        raise TypeError(f"{name} must be integers, got {value.dtype}")
+    if value.shape != batch:
+        raise ValueError(f"{name} must have the shape {tuple(batch)} of the tokens, got {tuple(value.shape)}")
+    if value.device != student.device:
+        raise ValueError(f"{name} must be on the logits' device {student.device}, got {value.device}")
+
+
+def _check_mask(mask: Tensor | None, batch: torch.Size, student: Tensor) -> Tensor:
+    """The mask as (B, L) bool."""
+    if mask is None:
+        return torch.ones(student.shape[:2], dtype=torch.bool, device=student.device)
+    _check_token_tensor("mask", mask, batch, student)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, true for valid tokens, got {mask.dtype}; pass mask.bool()")
+    return mask.reshape(student.shape[:2])
+
+
+def _check_difficulty(difficulty: str) -> None:
+    if difficulty not in DIFFICULTIES:
+        raise ValueError(f"difficulty must be one of {', '.join(DIFFICULTIES)}, got {difficulty!r}")
+
+
+def _check_range(
+    name: str,
+    value: float | Tensor,
+    low: float,
+    high: float,
+    expected: str,
+    low_open: bool = False,
+    high_open: bool = False,
+) -> None:
+    """A tensor is checked for its shape only: reading its value would wait for the device."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"{name} must be a number or a 0-d tensor, got a tensor of shape {tuple(value.shape)}")
+        return
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    fits = (value > low if low_open else value >= low) and (value < high if high_open else value <= high)
+    if not fits:
+        raise ValueError(f"{name} must be {expected}, got {value!r}")

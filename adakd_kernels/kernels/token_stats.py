@@ -1,0 +1,49 @@
+"""`token_stats`: squared Hellinger distance and log-normalisers of every token at temperature 1 (equations (1), (2)).
+
+Reads 2U (U: one pass over an N x V tensor), writes five numbers a token. A masked token costs its five numbers only.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .hellinger import sweep_hellinger
+from .launch import acc_type, launch_config, on_device, row_strides
+from .rows import LOG2E, row_start, store_normalizer
+
+
+@triton.jit(do_not_specialize=["L", "stride_sb", "stride_sl", "stride_tb", "stride_tl"])
+def token_stats_fwd_kernel(
+    S, T, Mask,                              # (B, L, Vs), (B, L, Vt) logits; (B·L,) bool
+    H, MaxS, SumS, MaxT, SumT,               # (B·L,) results, in ACC
+    L, stride_sb, stride_sl, unit_s, stride_tb, stride_tl, unit_t,
+    V: tl.constexpr, BLOCK_V: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0)
+    if tl.load(Mask + n) == 0:
+        tl.store(H + n, 0.0)
+        store_normalizer(MaxS, SumS, n, 0.0, 1.0)
+        store_normalizer(MaxT, SumT, n, 0.0, 1.0)
+        return
+    S += row_start(n, L, stride_sb, stride_sl, unit_s)
+    T += row_start(n, L, stride_tb, stride_tl, unit_t)
+    m_s, m_t, l_s, l_t, h = sweep_hellinger(S, T, tl.full((), LOG2E, ACC), V, BLOCK_V, ACC)
+    tl.store(H + n, h)
+    store_normalizer(MaxS, SumS, n, m_s, l_s)
+    store_normalizer(MaxT, SumT, n, m_t, l_t)
+
+
+def token_stats_fwd(student: Tensor, teacher: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(B, L, Vs), (B, L, Vt), (B, L) bool -> s², and max and sum of student and teacher, each (B, L)."""
+    dtype, acc = acc_type(student, teacher)
+    h, max_s, sum_s, max_t, sum_t = (torch.empty(mask.shape, dtype=dtype, device=mask.device) for _ in range(5))
+    vocab = min(student.shape[-1], teacher.shape[-1])
+    if mask.numel():
+        with on_device(student):
+            token_stats_fwd_kernel[(mask.numel(),)](
+                student, teacher, mask.contiguous(), h, max_s, sum_s, max_t, sum_t,
+                mask.shape[1], *row_strides(student), *row_strides(teacher),
+                V=vocab, ACC=acc, **launch_config(student, teacher, vocab),
+            )  # fmt: skip
+    return h, max_s, sum_s, max_t, sum_t

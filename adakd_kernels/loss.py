@@ -1,0 +1,123 @@
+"""The loss as a module: `adakd_loss` with its options, and the `LossAdaptiveFocus` that drives the share of tokens."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .adaptive import ExactModule, LossAdaptiveFocus
+from .divergences import Divergence, get_divergence
+from .functional import AdaKDOutput, adakd_loss
+
+__all__ = ["AdaKDLoss"]
+
+
+class AdaKDLoss(ExactModule):
+    """`adakd_loss` whose share r follows the loss (equations (8), (9)) from optimizer step to optimizer step.
+
+    Call it on each micro-batch, and `step()` once after each optimizer step: `step` gives the focus the mean of the
+    losses since the last one (their sum where `num_items` was given), averaged over the ranks of `torch.distributed`.
+
+    Args:
+        divergence: as in `adakd_loss`.
+        total_steps: optimizer steps of the run, for a `LossAdaptiveFocus` with its defaults.
+        focus: instead of `total_steps`: a `LossAdaptiveFocus`, or a float in (0, 1] for a share that stays.
+        temperature_scale, base_temperature, difficulty, ce_weight, ignore_index, shift, inplace: as in `adakd_loss`.
+
+    Raises:
+        ValueError: not exactly one of `total_steps` and `focus`.
+
+    Example:
+        >>> loss_fn = AdaKDLoss(divergence="reverse_kl", total_steps=1000)
+        >>> student = torch.randn(2, 5, 100, requires_grad=True)
+        >>> out = loss_fn(student, torch.randn(2, 5, 100), torch.randint(100, (2, 5)))
+        >>> out.loss.backward()
+        >>> loss_fn.step()
+        >>> int(loss_fn.focus.steps)
+        1
+    """
+
+    _loss_sum: Tensor
+    _loss_count: Tensor
+
+    def __init__(
+        self,
+        divergence: str | Divergence = "reverse_kl",
+        *,
+        total_steps: int | None = None,
+        focus: LossAdaptiveFocus | float | None = None,
+        temperature_scale: float = 0.5,
+        base_temperature: float = 1.0,
+        difficulty: str = "hellinger",
+        ce_weight: float = 0.0,
+        ignore_index: int = -100,
+        shift: bool = False,
+        inplace: bool = False,
+    ) -> None:
+        super().__init__()
+        if (total_steps is None) == (focus is None):
+            raise ValueError(
+                "give total_steps (the share of tokens follows the loss) or focus (a LossAdaptiveFocus, or a float for "
+                f"a fixed share), one of the two; got total_steps={total_steps!r}, focus={focus!r}"
+            )
+        self.divergence = get_divergence(divergence)
+        self.focus = LossAdaptiveFocus(total_steps) if total_steps is not None else focus
+        self.temperature_scale, self.base_temperature = temperature_scale, base_temperature
+        self.difficulty, self.ce_weight = difficulty, ce_weight
+        self.ignore_index, self.shift, self.inplace = ignore_index, shift, inplace
+        self.register_buffer("_loss_sum", torch.zeros((), dtype=torch.float64), persistent=False)
+        self.register_buffer("_loss_count", torch.zeros((), dtype=torch.float64), persistent=False)
+
+    @property
+    def focus_ratio(self) -> Tensor | float:
+        """The share r that the next call uses."""
+        return self.focus.focus_ratio if isinstance(self.focus, LossAdaptiveFocus) else float(self.focus or 1.0)
+
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, num_items: float | Tensor | None = None
+    ) -> AdaKDOutput:
+        """`adakd_loss` of one micro-batch, at the current share. Shapes and errors are `adakd_loss`'s."""
+        if self._loss_sum.device != student_logits.device:
+            self.to(student_logits.device)
+        focus_ratio = self.focus_ratio
+        out = adakd_loss(
+            student_logits,
+            teacher_logits,
+            labels,
+            divergence=self.divergence,
+            focus_ratio=focus_ratio,
+            temperature_scale=self.temperature_scale,
+            base_temperature=self.base_temperature,
+            difficulty=self.difficulty,
+            ce_weight=self.ce_weight,
+            num_items=num_items,
+            ignore_index=self.ignore_index,
+            shift=self.shift,
+            inplace=self.inplace,
+        )
+        if self.training and torch.is_grad_enabled():
+            total = out.token_loss.detach().to(self._loss_sum.dtype).sum()
+            if num_items is None:
+                self._loss_sum += total / out.selected.sum().clamp_min(1)
+                self._loss_count += 1.0
+            else:
+                items = torch.as_tensor(num_items, device=total.device)
+                self._loss_sum += total / (focus_ratio * torch.where(items == 0, 1, items))
+                self._loss_count.fill_(1.0)
+        return out
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Equations (8) and (9) on the loss since the last call; call it once per optimizer step, on all ranks.
+
+        Without a training call since the last one, nothing changes.
+        """
+        loss = self._loss_sum / self._loss_count  # 0/0 is NaN, which the focus leaves out
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(loss)
+            loss /= dist.get_world_size()
+        if isinstance(self.focus, LossAdaptiveFocus):
+            self.focus.step(loss)
+        self._loss_sum.zero_()
+        self._loss_count.zero_()

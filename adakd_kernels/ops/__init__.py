@@ -1,0 +1,22 @@
+"""The `adakd::` operators: schema, shapes, and which kernel runs on which device."""
+
+from .backends import Backend, backend
+from .token_divergence import (
+    token_cross_entropy,
+    token_divergence,
+    token_divergence_backward,
+    token_divergence_backward_,
+    token_losses,
+)
+from .token_stats import token_stats
+
+__all__ = [
+    "Backend",
+    "backend",
+    "token_cross_entropy",
+    "token_divergence",
+    "token_divergence_backward",
+    "token_divergence_backward_",
+    "token_losses",
+    "token_stats",
+]

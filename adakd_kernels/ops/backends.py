@@ -1,0 +1,60 @@
+"""Which implementation an op takes on a device, and why.
+
+The reference (plain torch) is the default body of every op, so every device works. Triton replaces it on CUDA and ROCm,
+and on the CPU where the process was started with TRITON_INTERPRET=1, so that the real kernels run without a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Backend(NamedTuple):
+    """An implementation and the reason it is taken."""
+
+    name: str
+    reason: str
+
+
+def _interpreting() -> bool:
+    """Triton reads the variable when its kernels are defined, so it has to be set before the process starts."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def backend(device_type: str) -> Backend:
+    """The implementation of the `adakd::` ops for tensors on a device of this type ('cpu', 'cuda', 'mps', ...)."""
+    if device_type in _triton_devices():
+        if device_type == "cpu":
+            return Backend(
+                "triton-interpreter", "TRITON_INTERPRET=1 is set: the GPU kernels run in Triton's interpreter"
+            )
+        return Backend("triton", f"Triton is installed and compiles for {device_type}")
+    if device_type == "cuda":
+        reason = "TRITON_INTERPRET is set" if _interpreting() else "Triton is not installed: pip install triton"
+    else:
+        reason = f"there is no kernel for {device_type}"
+    return Backend("reference", reason)
+
+
+def _triton_devices() -> tuple[str, ...]:
+    if not _triton_installed():
+        return ()
+    return ("cpu",) if _interpreting() else ("cuda",)
+
+
+def register_triton(op: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: the function, which imports Triton when first called, is the op's kernel where Triton is taken."""
+
+    def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        for device_type in _triton_devices():
+            op.register_kernel(device_type, kernel)
+        return kernel
+
+    return register

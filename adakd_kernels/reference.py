@@ -1,0 +1,290 @@
+"""The mathematics of AdaKD in plain torch: equations (1)-(10) of docs/maths.md, on any device, in fp32 or fp64.
+
+This is the only definition of truth: kernels and compiled code are tested against it, it is the body of every op on a
+device that has no kernel, and `adakd_loss` below is the eager baseline of the benchmarks. It allocates several N x V
+temporaries; the kernels exist because of that.
+
+Shapes: logits are (..., V), per-token tensors are (...). Logits of other types are computed in fp32, fp64 stays fp64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .divergences import Divergence, get_divergence
+
+Summand = Callable[[Tensor, Tensor, Tensor, Tensor, float, float], Tensor]
+
+
+def accumulation_dtype(*logits: Tensor) -> torch.dtype:
+    """fp64 where any of the logits is fp64, else fp32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in logits) else torch.float32
+
+
+class Normalizer(NamedTuple):
+    """Σᵥ exp(zᵥ/τ) of each row, kept as the row's maximum and the sum relative to it; an empty row is (−inf, 0)."""
+
+    max: Tensor
+    sum: Tensor
+
+
+def normalizer(logits: Tensor, temperature: Tensor | float = 1.0) -> Normalizer:
+    """Row maximum m and Σᵥ exp((zᵥ − m)/τ) over the finite entries; the maximum is a constant for autograd."""
+    z_max = logits.detach().amax(-1)
+    tau = torch.as_tensor(temperature, dtype=logits.dtype, device=logits.device)
+    anchor = z_max.masked_fill(z_max == -math.inf, 0.0)
+    return Normalizer(z_max, ((logits - anchor.unsqueeze(-1)) / tau.unsqueeze(-1)).exp().sum(-1))
+
+
+def common_vocabulary(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """The first min(Vˢ, Vᵗ) entries of both, in the accumulation type."""
+    vocab = min(student.shape[-1], teacher.shape[-1])
+    acc = accumulation_dtype(student, teacher)
+    return student[..., :vocab].to(acc), teacher[..., :vocab].to(acc)
+
+
+def _log_softmax(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Normalizer]:
+    """(1) in logs and the normaliser; an empty row stays −inf where torch would give NaN."""
+    empty = (logits == -math.inf).all(-1)
+    z_max, z_sum = normalizer(logits.masked_fill(empty.unsqueeze(-1), 0.0), temperature)
+    log_p = (logits - z_max.unsqueeze(-1)) / temperature.unsqueeze(-1) - z_sum.log().unsqueeze(-1)
+    return log_p, Normalizer(z_max.masked_fill(empty, -math.inf), z_sum.masked_fill(empty, 0.0))
+
+
+def _log_over_mixture(log_a: Tensor, log_b: Tensor, weight_a: float) -> Tensor:
+    """log(a/m) with m = weight_a·a + (1 − weight_a)·b, exactly 0 at a = b."""
+    return -torch.logaddexp(torch.full_like(log_a, math.log(weight_a)), log_b - log_a + math.log1p(-weight_a))
+
+
+def _alpha_beta(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(pᵅ⁺ᵝ, qᵅ⁺ᵝ, pᵅqᵝ), each the larger mass to the power α+β times a factor that is exactly 1 at p = q."""
+    top = torch.maximum(log_p, log_q).detach()
+    both = alpha + beta
+    scale = (both * top).exp()
+    over_p, over_q = log_p - top, log_q - top
+    return scale * (both * over_p).exp(), scale * (both * over_q).exp(), scale * (alpha * over_p + beta * over_q).exp()
+
+
+def _alpha_beta_summand(p: Tensor, q: Tensor, lp: Tensor, lq: Tensor, a: float, b: float) -> Tensor:
+    p_ab, q_ab, mixed = _alpha_beta(lp, lq, a, b)
+    return (a * (p_ab - mixed) + b * (q_ab - mixed)) / (a * b * (a + b))
+
+
+def _alpha_beta_gradient(p: Tensor, q: Tensor, lp: Tensor, lq: Tensor, a: float, b: float) -> Tensor:
+    _, q_ab, mixed = _alpha_beta(lp, lq, a, b)
+    return (q_ab - mixed) / a
+
+
+# The summand f(p, q) and g = q ∂f/∂q of every divergence, from p, q and their logarithms (the table of docs/maths.md).
+# Arguments: p, q, log p, log q, alpha, beta. Only entries at which both logarithms are finite reach these functions.
+SUMMANDS: dict[str, Summand] = {
+    "forward_kl": lambda p, q, lp, lq, a, b: p * (lp - lq),
+    "reverse_kl": lambda p, q, lp, lq, a, b: q * (lq - lp),
+    "jeffreys": lambda p, q, lp, lq, a, b: (p - q) * (lp - lq),
+    "jensen_shannon": lambda p, q, lp, lq, a, b: (
+        b * p * _log_over_mixture(lp, lq, b) + (1 - b) * q * _log_over_mixture(lq, lp, 1 - b)
+    ),
+    "skew_forward_kl": lambda p, q, lp, lq, a, b: p * _log_over_mixture(lp, lq, a),
+    "skew_reverse_kl": lambda p, q, lp, lq, a, b: q * _log_over_mixture(lq, lp, a),
+    "total_variation": lambda p, q, lp, lq, a, b: 0.5 * (p - q).abs(),
+    "alpha_beta": _alpha_beta_summand,
+    "hellinger": lambda p, q, lp, lq, a, b: 0.5 * ((0.5 * lp).exp() - (0.5 * lq).exp()).square(),
+}
+
+GRADIENTS: dict[str, Summand] = {
+    "forward_kl": lambda p, q, lp, lq, a, b: -p,
+    "reverse_kl": lambda p, q, lp, lq, a, b: q * (lq - lp),
+    "jeffreys": lambda p, q, lp, lq, a, b: q * (lq - lp) - p,
+    "jensen_shannon": lambda p, q, lp, lq, a, b: (1 - b) * q * _log_over_mixture(lq, lp, 1 - b),
+    "skew_forward_kl": lambda p, q, lp, lq, a, b: -(1 - a) * p * _log_over_mixture(lq, lp, 1 - a).exp(),
+    "skew_reverse_kl": lambda p, q, lp, lq, a, b: (
+        q * (_log_over_mixture(lq, lp, a) - a * _log_over_mixture(lq, lp, a).exp())
+    ),
+    "total_variation": lambda p, q, lp, lq, a, b: 0.5 * q * ((q - p).sign() + 0.0 * p),  # the sign of NaN is 0 in torch
+    "alpha_beta": _alpha_beta_gradient,
+    "hellinger": lambda p, q, lp, lq, a, b: -0.5 * (0.5 * (lp + lq)).exp(),
+}
+
+
+# Divergences whose g above leaves out a term c·q with c = 1. It cancels in (10) while every entry counts; where entries
+# are left out, their mass Σ q comes off Σ g instead (docs/maths.md, section 4).
+_G_WITHOUT_Q = ("reverse_kl", "jeffreys", "skew_reverse_kl")
+
+
+def _counted(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Entries that are −inf on neither side; NaN counts, so that it is seen."""
+    return (log_p != -math.inf) & (log_q != -math.inf)
+
+
+def _entries(summand: Summand, log_p: Tensor, log_q: Tensor, div: Divergence) -> Tensor:
+    """The summand at the entries that count, 0 elsewhere."""
+    out = ~_counted(log_p, log_q)
+    log_p, log_q = log_p.masked_fill(out, 0.0), log_q.masked_fill(out, 0.0)
+    return summand(log_p.exp(), log_q.exp(), log_p, log_q, *div.parameters).masked_fill(out, 0.0)
+
+
+def _total(log_p: Tensor, log_q: Tensor, div: Divergence) -> Tensor:
+    """D of every row; 0 where a row is empty."""
+    total = _entries(SUMMANDS[div.name], log_p, log_q, div).sum(-1)
+    if div.name == "hellinger":  # 1 − Σ√(pq) is over the whole vocabulary: half the mass of an entry left out
+        total = total + 0.5 * (log_p.exp() + log_q.exp()).masked_fill(_counted(log_p, log_q), 0.0).sum(-1)
+    return total.masked_fill((log_q == -math.inf).all(-1) | (log_p == -math.inf).all(-1), 0.0)
+
+
+def _gradient(log_p: Tensor, log_q: Tensor, div: Divergence) -> tuple[Tensor, Tensor]:
+    """g of every entry that counts, 0 elsewhere, and Σ g of every row."""
+    g = _entries(GRADIENTS[div.name], log_p, log_q, div)
+    sum_g = g.sum(-1)
+    if div.name in _G_WITHOUT_Q:
+        sum_g = sum_g - log_q.exp().masked_fill(_counted(log_p, log_q), 0.0).sum(-1)
+    return g, sum_g
+
+
+def _prepare(student: Tensor, teacher: Tensor, temperature: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+    """Both logits over the common vocabulary and one temperature a row, in the accumulation type."""
+    z_s, z_t = common_vocabulary(student, teacher)
+    return z_s, z_t, torch.as_tensor(temperature, dtype=z_s.dtype, device=z_s.device).expand(z_s.shape[:-1])
+
+
+def token_divergence(
+    student: Tensor, teacher: Tensor, temperature: Tensor | float = 1.0, divergence: str | Divergence = "reverse_kl"
+) -> Tensor:
+    """D(p^τ, q^τ) of every row, by the table of docs/maths.md; autograd differentiates it in the student's logits.
+
+    A student entry that is −inf on either side is a constant of D, so its gradient is 0. An empty row gives 0.
+    """
+    z_s, z_t, tau = _prepare(student, teacher.detach(), temperature)
+    z_s = torch.where((z_s == -math.inf) | (z_t == -math.inf), z_s.detach(), z_s)
+    return _total(_log_softmax(z_t, tau)[0], _log_softmax(z_s, tau)[0], get_divergence(divergence))
+
+
+def token_sums(
+    student: Tensor, teacher: Tensor, temperature: Tensor | float, divergence: str | Divergence
+) -> tuple[Tensor, Tensor, Normalizer, Normalizer]:
+    """What is kept of every row: D, Σ g of equation (10), and the normalisers of student and teacher at τ."""
+    z_s, z_t, tau = _prepare(student, teacher, temperature)
+    div = get_divergence(divergence)
+    (log_q, of_student), (log_p, of_teacher) = _log_softmax(z_s, tau), _log_softmax(z_t, tau)
+    return _total(log_p, log_q, div), _gradient(log_p, log_q, div)[1], of_student, of_teacher
+
+
+def token_divergence_grad(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: Tensor | float = 1.0,
+    divergence: str | Divergence = "reverse_kl",
+    weight: Tensor | float = 1.0,
+) -> Tensor:
+    """Equation (10) without autograd: weight · ∂D/∂zˢ in the student's shape and type."""
+    z_s, z_t, tau = _prepare(student, teacher, temperature)
+    log_q, log_p = _log_softmax(z_s, tau)[0], _log_softmax(z_t, tau)[0]
+    g, sum_g = _gradient(log_p, log_q, get_divergence(divergence))
+    scale = torch.as_tensor(weight, dtype=z_s.dtype, device=z_s.device).expand(z_s.shape[:-1]) / tau
+    entries = scale.unsqueeze(-1) * (g - log_q.exp() * sum_g.unsqueeze(-1))
+    grad = torch.zeros(student.shape, dtype=student.dtype, device=student.device)
+    grad[..., : entries.shape[-1]] = entries.masked_fill(~_counted(log_p, log_q), 0.0).to(student.dtype)
+    return grad
+
+
+def cross_entropy_grad(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """∂(−log q at the label)/∂zˢ = q − [v = label], in the student's shape and the accumulation type."""
+    z_s, _ = common_vocabulary(student, teacher)
+    grad = torch.zeros(student.shape, dtype=z_s.dtype, device=z_s.device)
+    index = torch.arange(z_s.shape[-1], device=z_s.device)
+    grad[..., : z_s.shape[-1]] = z_s.softmax(-1) - (index == labels.unsqueeze(-1)).to(z_s.dtype)
+    return grad
+
+
+def squared_hellinger(student: Tensor, teacher: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
+    """(2): s² = ½ Σ(√p − √q)², summed as differences so that nothing cancels. An empty row gives 0."""
+    return token_divergence(student.detach(), teacher, temperature, "hellinger")
+
+
+def difficulty(student: Tensor, teacher: Tensor, labels: Tensor, measure: str = "hellinger") -> Tensor:
+    """Difficulty of every token at temperature 1: (2), or one of the measures it is compared with."""
+    if measure == "hellinger":
+        return squared_hellinger(student, teacher)
+    if measure == "cross_entropy":
+        return cross_entropy(student, teacher, labels)
+    return token_divergence(student, teacher, 1.0, measure)
+
+
+def cross_entropy(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """−log qᵥ at the label, over the common vocabulary; 0 where the label lies outside it (an ignored token)."""
+    z_s, _ = common_vocabulary(student, teacher)
+    valid = (labels >= 0) & (labels < z_s.shape[-1])
+    index = labels.where(valid, 0).unsqueeze(-1)
+    return -_log_softmax(z_s, torch.ones_like(z_s[..., 0]))[0].gather(-1, index).squeeze(-1).where(valid, 0.0)
+
+
+def adakd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    divergence: str | Divergence = "reverse_kl",
+    focus_ratio: float = 1.0,
+    temperature_scale: float = 0.5,
+    base_temperature: float = 1.0,
+    measure: str = "hellinger",
+    ce_weight: float = 0.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """(1)-(7) the way one writes them first: index the valid tokens, take the k hardest, differentiate by autograd.
+
+    (N, V), (N, V') and (N,) tensors. Waits for the device (boolean indexing), which the package's own loss does not.
+    """
+    z_s, z_t = common_vocabulary(student, teacher)
+    valid = (labels != ignore_index) & ~(z_s == -math.inf).all(-1) & ~(z_t == -math.inf).all(-1)
+    if not valid.any():
+        return student.float().sum() * 0.0
+    z_s, z_t, labels = z_s[valid], z_t[valid], labels[valid]
+    hard = difficulty(z_s.detach(), z_t, labels, measure)
+    k = max(1, math.floor(focus_ratio * len(hard)))  # (3)
+    chosen = hard.sort(descending=True, stable=True).indices[:k]
+    s2 = hard[chosen]
+    m2 = s2.sort().values[(k - 1) // 2]  # (4)
+    relative = torch.where(s2 + m2 > 0, (s2 - m2) / (s2 + m2), 0.0)  # (5)
+    tau = base_temperature * torch.exp(-temperature_scale * relative)  # (6)
+    loss = (tau**2 * token_divergence(z_s[chosen], z_t[chosen], tau, divergence)).sum() / k  # (7)
+    if ce_weight:
+        loss = (1 - ce_weight) * loss + ce_weight * cross_entropy(z_s, z_t, labels).mean()
+    return loss
+
+
+class FocusState(NamedTuple):
+    """What LATF carries from one optimizer step to the next: plain numbers."""
+
+    ratio: float = 1.0
+    ema: float = 0.0
+    reference: float = 0.0
+    steps: int = 0
+
+
+def focus_step(
+    state: FocusState,
+    loss: float,
+    warmup_steps: int,
+    beta: float = 0.99,
+    epsilon: float = 0.05,
+    delta: float = 0.05,
+    min_ratio: float = 0.1,
+) -> FocusState:
+    """(8) and (9) for one optimizer step."""
+    steps = state.steps + 1
+    ema = loss if state.steps == 0 else beta * state.ema + (1 - beta) * loss
+    ratio, reference = state.ratio, state.reference
+    if steps == warmup_steps:
+        reference = ema
+    elif steps > warmup_steps:
+        if ema < reference * (1 - epsilon):
+            ratio = max(min_ratio, ratio * (1 - delta))
+        elif ema > reference * (1 + epsilon):
+            ratio = min(1.0, ratio * (1 + delta))
+        if ratio != state.ratio:
+            reference = ema
+    return FocusState(ratio, ema, reference, steps)

@@ -1,0 +1,65 @@
+"""Makes Triton's interpreter strict where it is laxer than a GPU.
+
+As shipped, it truncates fp32 to bf16 where hardware rounds to nearest even, and computes on the raw bits of bf16
+operands where a kernel forgot to cast them. Here the cast is exact and arithmetic on bf16 is an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+_Builder = interpreter.InterpreterBuilder
+_Handle = interpreter.TensorHandle
+_ARITHMETIC = ("create_f", "create_exp", "create_log", "create_sqrt", "create_rsqrt", "create_max", "create_min")
+_CASTS = ("create_fp_ext", "create_fp_trunc", "create_fp_to_fp", "create_fp_to_si", "create_fp_to_ui")
+
+
+def round_to_bf16(x: np.ndarray) -> np.ndarray:
+    """The bits of the bf16 numbers nearest to fp32 numbers, ties to even."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(x), np.uint16(0x7FC0), rounded.astype(np.uint16))
+
+
+def install() -> None:
+    """Patch the interpreter of this process, once."""
+    if getattr(_Builder, "strict_bf16", False):
+        return
+    shipped_cast = _Builder.cast_impl
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == tl.bfloat16 and target == tl.float32:
+            return _Handle((src.data.astype(np.uint32) << np.uint32(16)).view(np.float32), target)
+        if source == tl.float32 and target == tl.bfloat16:
+            return _Handle(round_to_bf16(src.data), target)
+        return shipped_cast(self, src, dst_type)
+
+    def refusing(name: str, method: Any) -> Any:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(arg, _Handle) and arg.dtype.scalar == tl.bfloat16 for arg in args):
+                raise TypeError(f"{name} on bf16: the kernel must cast to the accumulation type first")
+            return method(self, *args, **kwargs)
+
+        return call
+
+    _Builder.cast_impl = cast_impl
+    for name in ("create_fp_ext", "create_fp_trunc"):
+        setattr(_Builder, name, lambda self, src, dst_type: self.cast_impl(src, dst_type))
+    for name in dir(_Builder):
+        if name.startswith(_ARITHMETIC) and name not in _CASTS:
+            setattr(_Builder, name, refusing(name, getattr(_Builder, name)))
+    for reductions in (interpreter.ReduceOps, interpreter.ScanOps):
+        shipped_apply = reductions.apply_impl
+
+        def apply_impl(self: Any, inputs: Any, shipped_apply: Any = shipped_apply) -> Any:
+            if any(x.dtype.scalar == tl.bfloat16 for x in inputs):
+                raise TypeError("a reduction of bf16: the kernel must cast to the accumulation type first")
+            return shipped_apply(self, inputs)
+
+        reductions.apply_impl = apply_impl
+    _Builder.strict_bf16 = True
