@@ -1,0 +1,79 @@
+"""The command line: `adakd train`, `adakd demo`, `adakd doctor`.
+
+Exit code 0 if all went well, 1 if a check failed, 2 with one line on stderr for what the user can put right.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+
+from .commands import CommandError
+
+__all__ = ["main"]
+
+USAGE = """\
+usage: adakd COMMAND [OPTIONS]
+
+commands:
+  train    distil a teacher into a student: adakd train --config run.yaml
+  demo     distil a small language model on this machine and report what it learnt
+  doctor   which implementation each operator takes here, and whether it computes what it should
+
+options:
+  --help, --version
+
+'adakd COMMAND --help' lists the options of a command.
+"""
+
+
+def _train(argv: list[str]) -> int:
+    from .commands.train import run
+
+    return run(argv)
+
+
+def _demo(argv: list[str]) -> int:
+    from .demo import main as demo_main
+
+    return int(demo_main(argv))
+
+
+def _doctor(argv: list[str]) -> int:
+    from .commands.doctor import run
+
+    return run(argv)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": _train, "demo": _demo, "doctor": _doctor}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; `argv` is the command line without the program, by default this process's.
+
+    Returns:
+        The exit code.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    name = args[0] if args else ""
+    if name in ("", "-h", "--help"):
+        print(USAGE, end="", file=sys.stdout if args else sys.stderr)
+        return 0 if args else 2
+    if name == "--version":
+        print(f"adakd-kernels {version('adakd-kernels')}")
+        return 0
+    try:
+        if name not in COMMANDS:
+            raise CommandError(f"unknown command {name!r}; expected one of {', '.join(COMMANDS)}")
+        return COMMANDS[name](args[1:])
+    except CommandError as error:
+        print(f"adakd{f' {name}' if name in COMMANDS else ''}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"adakd {name}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

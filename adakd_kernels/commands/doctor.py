@@ -1,0 +1,162 @@
+"""`adakd doctor`: versions, the implementation each operator takes on each device here and why, and a check of each."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import Tensor
+
+from .. import ops, reference
+from ..divergences import DIVERGENCES
+from ..functional import adakd_loss
+from . import CommandError
+
+PACKAGES = ("adakd-kernels", "torch", "triton", "transformers", "accelerate")
+
+Check = Callable[[torch.device], Iterator[tuple[Tensor, Tensor, Tensor]]]
+"""Yields (computed, plain torch in fp32, truth in fp64)."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise CommandError(message)
+
+
+def run(argv: list[str]) -> int:
+    """Print the report; 1 if an operator fails its check, else 0."""
+    parser = _Parser(
+        prog="adakd doctor", description="Which implementation each operator takes here, and if it is right."
+    )
+    parser.parse_args(argv)
+    print(f"{'python':<14} {platform.python_version()} on {platform.platform(terse=True)}")
+    for package in PACKAGES:
+        print(f"{package:<14} {_version(package)}")
+    failed = 0
+    for device in _devices():
+        taken = ops.backend(device.type)
+        name = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
+        print(f"\n{device.type}{name}: {taken.name}, because {taken.reason}")
+        for op, check in CHECKS.items():
+            verdict = _verdict(check, device)
+            failed += not verdict.startswith("ok")
+            print(f"  {op:<28} {taken.name:<20} {verdict}")
+    print(f"\n{failed} of the checks failed" if failed else "\nall checks passed")
+    return 1 if failed else 0
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[torch.device]:
+    devices = [torch.device("cpu")]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return [*devices, accelerator] if accelerator is not None else devices
+
+
+def _verdict(check: Check, device: torch.device) -> str:
+    """'ok', or 'failed' with the reason. An error may be twice that of plain torch in the same type, and a few ulp."""
+    worst = 0.0
+    try:
+        for computed, eager, truth in check(device):
+            scale = truth.abs().max().item()
+            error = (computed.double().cpu() - truth).abs().max().item()
+            allowed = 2.0 * (eager.double().cpu() - truth).abs().max().item() + 64.0 * 2.0**-23 * scale
+            if not error <= allowed:
+                return f"failed: error {error:.1e}, allowed {allowed:.1e}, largest value {scale:.1e}"
+            worst = max(worst, error / scale)
+    except Exception as error:  # a kernel that does not compile or launch is what this command is there to report
+        return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"ok, error {worst:.0e}"
+
+
+def _logits(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(1, 7, 1003) student and (1, 7, 1000) teacher logits, the same numbers on every device."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (3.0 * torch.randn(1, 7, v, generator=generator) for v in (1003, 1000))
+    return student.to(device, dtype), teacher.to(device, dtype)
+
+
+def _inputs(device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Logits, temperatures and weights in fp32 on the device, then in fp64 on the CPU."""
+    for target, dtype in ((device, torch.float32), (torch.device("cpu"), torch.float64)):
+        tau = torch.linspace(0.6, 1.6, 7, device=target, dtype=dtype).view(1, 7)
+        yield *_logits(target, dtype), tau, tau.flip(1)
+
+
+def _check_token_stats(device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    (s, t, *_), (s64, t64, *_) = _inputs(device)
+    hellinger, max_s, sum_s, max_t, sum_t = ops.token_stats(
+        s, t, torch.ones(s.shape[:2], dtype=torch.bool, device=device)
+    )
+    s, s64 = s[..., :1000], s64[..., :1000]
+    yield hellinger, reference.squared_hellinger(s, t), reference.squared_hellinger(s64, t64)
+    yield max_s + sum_s.log(), s.logsumexp(-1), s64.logsumexp(-1)
+    yield max_t + sum_t.log(), t.logsumexp(-1), t64.logsumexp(-1)
+
+
+def _check_token_divergence(device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    (s, t, tau, _), (s64, t64, tau64, _) = _inputs(device)
+    mask = torch.ones(tau.shape, dtype=torch.bool, device=device)
+    for name, cls in DIVERGENCES.items():
+        computed = ops.token_divergence(s, t, tau, mask, name, *cls().parameters)[0]
+        yield computed, reference.token_divergence(s, t, tau, name), reference.token_divergence(s64, t64, tau64, name)
+
+
+def _check_backward(device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    yield from _gradients(device, inplace=False)
+
+
+def _check_backward_inplace(device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    yield from _gradients(device, inplace=True)
+
+
+def _gradients(device: torch.device, inplace: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    (s, t, tau, weight), (s64, t64, tau64, weight64) = _inputs(device)
+    mask = torch.ones(tau.shape, dtype=torch.bool, device=device)
+    for name, cls in DIVERGENCES.items():
+        args = (name, *cls().parameters)
+        saved = ops.token_divergence(s, t, tau, mask, *args)[1:]
+        inputs = (t, tau, weight, *saved, None, None, None, None, *args)
+        if inplace:
+            computed = s.clone()
+            ops.token_divergence_backward_(computed, *inputs)
+        else:
+            computed = ops.token_divergence_backward(s, *inputs)
+        eager = reference.token_divergence_grad(s, t, tau, name, weight)
+        truth = reference.token_divergence_grad(s64, t64, tau64, name, weight64)
+        yield computed, eager, truth
+
+
+def _check_adakd_loss(device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    (s, t, *_), (s64, t64, *_) = _inputs(device)
+    labels = torch.tensor([[3, -100, 5, 7, 11, 999, 0]], device=device)
+    ours = s.clone().requires_grad_()
+    loss = adakd_loss(ours, t, labels, focus_ratio=0.5, ce_weight=0.3).loss
+    loss.backward()  # type: ignore[no-untyped-call]
+    found = []
+    for student, teacher, target in ((s[0], t[0], labels[0]), (s64[0], t64[0], labels[0].cpu())):
+        student = student.clone().requires_grad_()
+        value = reference.adakd_loss(student, teacher, target, focus_ratio=0.5, ce_weight=0.3)
+        value.backward()  # type: ignore[no-untyped-call]
+        found.append((value.detach(), student.grad))
+    (eager, eager_grad), (truth, truth_grad) = found
+    assert ours.grad is not None and eager_grad is not None and truth_grad is not None
+    yield loss.detach(), eager, truth
+    yield ours.grad[0], eager_grad, truth_grad
+
+
+CHECKS: dict[str, Check] = {
+    "token_stats": _check_token_stats,
+    "token_divergence": _check_token_divergence,
+    "token_divergence_backward": _check_backward,
+    "token_divergence_backward_": _check_backward_inplace,
+    "adakd_loss": _check_adakd_loss,
+}

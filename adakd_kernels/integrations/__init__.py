@@ -1,0 +1,1 @@
+"""Drivers for other frameworks. Importing this package imports none of them."""

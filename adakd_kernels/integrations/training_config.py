@@ -1,0 +1,139 @@
+"""The options of a distillation run, on top of transformers' `TrainingArguments`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from ..adaptive import LossAdaptiveFocus
+from ..divergences import DIVERGENCES, Divergence
+from ..functional import DIFFICULTIES, adakd_loss
+from ..loss import AdaKDLoss
+
+__all__ = ["AdaKDConfig"]
+
+
+@dataclass
+class AdaKDConfig(TrainingArguments):
+    """`TrainingArguments` and the options of AdaKD (Xie et al., arXiv 2510.11615); the equations are in docs/maths.md.
+
+    Two defaults differ from `TrainingArguments`: `logging_nan_inf_filter` is off, because it would wait for the device
+    on every micro-batch and hide a loss that is NaN, and `logging_steps` is 10.
+
+    Raises:
+        ValueError, TypeError: an option that is unknown or outside its range; the message starts with its name.
+    """
+
+    divergence: str = field(
+        default="reverse_kl", metadata={"help": f"Divergence between teacher and student: {', '.join(DIVERGENCES)}."}
+    )
+    divergence_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'Parameters of the divergence, such as {"beta": 0.1} for jensen_shannon.'}
+    )
+    temperature_scale: float = field(
+        default=0.5, metadata={"help": "c of equation (6); 0 gives every token the base temperature."}
+    )
+    base_temperature: float = field(default=1.0, metadata={"help": "Base temperature of equation (6)."})
+    difficulty: str = field(
+        default="hellinger", metadata={"help": f"Measure of a token's difficulty: {', '.join(DIFFICULTIES)}."}
+    )
+    ce_weight: float = field(
+        default=0.0, metadata={"help": "Weight a in (1-a)*distillation + a*cross-entropy with the labels."}
+    )
+    focus_ratio: float | None = field(
+        default=None, metadata={"help": "Fixed share of tokens that count; left out, it follows the loss (LATF)."}
+    )
+    focus_warmup_ratio: float = field(
+        default=0.05, metadata={"help": "Part of the optimizer steps during which all tokens count."}
+    )
+    focus_beta: float = field(default=0.99, metadata={"help": "Decay of the moving average of the loss."})
+    focus_epsilon: float = field(
+        default=0.05, metadata={"help": "Relative change of the average loss beyond which the share changes."}
+    )
+    focus_delta: float = field(default=0.05, metadata={"help": "Relative change of the share."})
+    focus_min_ratio: float = field(default=0.1, metadata={"help": "Lower bound of the share."})
+
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "Checkpoint that 'adakd train' resumes from: a folder, or 'last' in output_dir."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Replace a loss that is not finite in the logs; waits for the device."}
+    )
+    logging_steps: float = field(
+        default=10, metadata={"help": "Optimizer steps between two log lines; below 1, a part of all steps."}
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.divergence_kwargs, str):
+            try:
+                self.divergence_kwargs = json.loads(self.divergence_kwargs)
+            except ValueError as error:
+                raise ValueError(f"divergence_kwargs must be JSON, got {self.divergence_kwargs!r}: {error}") from None
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor must be 0, got {self.label_smoothing_factor!r}: the distillation loss does "
+                "not use it; ce_weight adds the plain cross-entropy"
+            )
+        # The functions check their own arguments: one token with two entries raises for every option that is wrong.
+        token = torch.zeros(1, 1, 2)
+        focus_ratio = 1.0 if self.focus_ratio is None else self.focus_ratio
+        adakd_loss(
+            token,
+            token,
+            torch.zeros(1, 1, dtype=torch.long),
+            divergence=self.make_divergence(),
+            focus_ratio=focus_ratio,
+            **self._loss_options(),
+        )
+        self.make_focus(total_steps=1)
+
+    def make_divergence(self) -> Divergence:
+        """The divergence that `divergence` and `divergence_kwargs` name.
+
+        Raises:
+            ValueError: unknown name or parameter, or a parameter outside its range.
+        """
+        if self.divergence not in DIVERGENCES:
+            raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {self.divergence!r}")
+        kwargs = self.divergence_kwargs or {}
+        if not isinstance(kwargs, dict):
+            raise ValueError(f'divergence_kwargs must be a mapping such as {{"beta": 0.1}}, got {kwargs!r}')
+        try:
+            return DIVERGENCES[self.divergence](**kwargs)
+        except TypeError as error:
+            raise ValueError(f"divergence_kwargs {kwargs!r} do not fit {self.divergence!r}: {error}") from None
+
+    def make_focus(self, total_steps: int) -> LossAdaptiveFocus | float:
+        """The share of tokens that count in a run of `total_steps` optimizer steps, adaptive or fixed by `focus_ratio`.
+
+        Raises:
+            ValueError: an option outside its range.
+        """
+        if self.focus_ratio is not None:
+            return self.focus_ratio
+        try:
+            return LossAdaptiveFocus(
+                total_steps,
+                warmup_ratio=self.focus_warmup_ratio,
+                beta=self.focus_beta,
+                epsilon=self.focus_epsilon,
+                delta=self.focus_delta,
+                min_ratio=self.focus_min_ratio,
+            )
+        except ValueError as error:
+            raise ValueError(f"focus_{error}") from None
+
+    def make_loss(self, focus: LossAdaptiveFocus | float) -> AdaKDLoss:
+        """The loss of these options with the given share."""
+        return AdaKDLoss(self.make_divergence(), focus=focus, **self._loss_options())
+
+    def _loss_options(self) -> dict[str, Any]:
+        """The options that `adakd_loss` and `AdaKDLoss` share, without the divergence."""
+        names = ("temperature_scale", "base_temperature", "difficulty", "ce_weight")
+        return {name: getattr(self, name) for name in names}

@@ -1,0 +1,111 @@
+"""Random models, a tokenizer and records small enough for a test, made without a download."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+INSTRUCTIONS = [
+    {
+        "instruction": f"Name a word that rhymes with {word}.",
+        "input": extra,
+        "output": f"A word is {answer}, of course.",
+    }
+    for word, extra, answer in (
+        ("cat", "", "hat"),
+        ("light", "Take a short one.", "night"),
+        ("tree", "", "bee"),
+        ("stone", "It should be a thing.", "bone"),
+        ("rain", "", "a train that is late again"),
+        ("door", "", "floor"),
+        ("bell", "It lives by the sea.", "shell"),
+        ("moon", "", "spoon"),
+    )
+]
+
+
+def tiny_model(
+    architecture: str, *, layers: int = 1, vocab_size: int = 64, hidden: int = 16, seed: int = 0, dropout: float = 0.0
+) -> PreTrainedModel:
+    """A random causal language model ('gpt2', 'llama' or 'qwen2') in fp32; its weights follow from the arguments."""
+    torch.manual_seed(seed)
+    ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+    if architecture == "gpt2":
+        config = GPT2Config(
+            vocab_size=vocab_size, n_positions=256, n_embd=hidden, n_layer=layers, n_head=2, resid_pdrop=dropout,
+            embd_pdrop=dropout, attn_pdrop=dropout, initializer_range=0.5, **ids,
+        )  # fmt: skip
+        return GPT2LMHeadModel(config)
+    sizes: dict[str, Any] = {
+        "vocab_size": vocab_size, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256, "initializer_range": 0.5,
+    }  # fmt: skip
+    if architecture == "llama":
+        return LlamaForCausalLM(LlamaConfig(**sizes, **ids))
+    return Qwen2ForCausalLM(Qwen2Config(**sizes, **ids))
+
+
+def tiny_tokenizer(*, chat_template: bool = False, vocab_size: int = 300) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of up to `vocab_size` tokens, <eos> and <pad> the first two of them."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<eos>", "<pad>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((text for record in INSTRUCTIONS for text in record.values()), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+    if chat_template:
+        fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def token_records(count: int, *, vocab_size: int = 60, seed: int = 0) -> list[dict[str, list[int]]]:
+    """Records of 6 to 14 random tokens, of which the first 1 to 4 are the prompt."""
+    rng = random.Random(seed)
+    records = []
+    for _ in range(count):
+        prompt, length = rng.randint(1, 4), rng.randint(6, 14)
+        ids = [rng.randrange(vocab_size) for _ in range(length)]
+        records.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return records
+
+
+def write_jsonl(path: Path, records: list[Any] | None = None) -> Path:
+    """A JSONL file of `records`, by default of `INSTRUCTIONS`."""
+    lines = [json.dumps(record) for record in (INSTRUCTIONS if records is None else records)]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def save_pair(folder: Path, architecture: str = "gpt2", *, chat_template: bool = False) -> tuple[Path, Path]:
+    """A student of one layer and a teacher of two, saved with one tokenizer; their folders."""
+    tokenizer = tiny_tokenizer(chat_template=chat_template)
+    for name, layers in (("student", 1), ("teacher", 2)):
+        model = tiny_model(architecture, layers=layers, vocab_size=len(tokenizer), seed=layers)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder / "student", folder / "teacher"

@@ -1,0 +1,99 @@
+"""What the trainer tests run, in their own process and in others: `python -m tests.trainer_process MODE FOLDER`."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from adakd_kernels.integrations.transformers import AdaKDConfig, AdaKDTrainer
+
+from .tiny_models import tiny_model, token_records
+
+RESUMED = {
+    "max_steps": 10, "save_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+    "learning_rate": 3e-3, "focus_beta": 0.3, "focus_epsilon": 0.01, "focus_delta": 0.1,
+}  # fmt: skip
+"""Ten steps over two epochs and a half, in which the share keeps moving."""
+
+RANKED = {
+    "max_steps": 3, "optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "temperature_scale": 0.0,
+    "focus_warmup_ratio": 1.0, "focus_beta": 0.5,
+}  # fmt: skip
+"""Plain gradient steps with all tokens at one temperature, where a batch may be split in any way."""
+
+
+def config(folder: Path, **options: Any) -> AdaKDConfig:
+    quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False}
+    return AdaKDConfig(**{"output_dir": str(folder), "logging_steps": 1, "save_strategy": "steps", **quiet, **options})
+
+
+def resumed_trainer(folder: Path, cls: type[AdaKDTrainer] = AdaKDTrainer) -> AdaKDTrainer:
+    """A run with dropout, so that the random state matters too."""
+    return cls(
+        model=tiny_model("gpt2", dropout=0.2, seed=1),
+        teacher=tiny_model("gpt2", layers=2, seed=2),
+        args=config(folder, **RESUMED),
+        train_dataset=token_records(16),
+    )
+
+
+def ranked_trainer(folder: Path, batch_size: int, accumulation: int) -> AdaKDTrainer:
+    """In fp64, so that only a wrong weight of a token makes a difference."""
+    return AdaKDTrainer(
+        model=tiny_model("llama", seed=1).double(),
+        teacher=tiny_model("llama", layers=2, seed=2).double(),
+        args=config(
+            folder,
+            **RANKED,
+            save_strategy="no",
+            per_device_train_batch_size=batch_size,
+            per_device_eval_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+        ),
+        train_dataset=token_records(24),
+        eval_dataset=token_records(16, seed=7),
+    )
+
+
+def train_logs(trainer: AdaKDTrainer) -> list[dict[str, float]]:
+    """Train, and return the log lines of the training."""
+    trainer.train()
+    return [log for log in trainer.state.log_history if "loss" in log]
+
+
+class KilledWhileSaving(AdaKDTrainer):
+    """Ends with SIGKILL in the middle of its third checkpoint."""
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        if self.state.global_step == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super()._save_rng_state(output_dir)
+
+
+def main(mode: str, folder: Path) -> None:
+    if mode == "killed":
+        resumed_trainer(folder, KilledWhileSaving).train()
+    else:
+        run_rank(folder)
+        gc.collect()  # as in `adakd train`: the process group goes after the trainer
+        PartialState().destroy_process_group()
+
+
+def run_rank(folder: Path) -> None:
+    """One of two ranks: train, evaluate, save weights and logs."""
+    trainer = ranked_trainer(folder, batch_size=4, accumulation=1)
+    trainer.train()
+    trainer.evaluate()
+    result = {"weights": trainer.model.state_dict(), "logs": trainer.state.log_history}
+    torch.save(result, folder / f"rank{os.environ['RANK']}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
