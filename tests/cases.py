@@ -47,14 +47,30 @@ def name_of(value: object) -> str:
 def logits(
     *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 3.0, grad: bool = False
 ) -> Tensor:
-    """Random logits, the same numbers in every type."""
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype).requires_grad_(grad)
+    """Random logits, the same numbers in every type and on every device."""
+    numbers = torch.randn(*shape, generator=_generator(seed), dtype=torch.float64, device="cpu") * scale
+    return numbers.to(torch.get_default_device(), dtype).requires_grad_(grad)
+
+
+def uniform(*shape: int, seed: int = 0) -> Tensor:
+    """Random fp64 numbers in [0, 1)."""
+    numbers = torch.rand(*shape, generator=_generator(seed), dtype=torch.float64, device="cpu")
+    return numbers.to(torch.get_default_device())
+
+
+def tokens(vocab: int, *shape: int, seed: int = 0) -> Tensor:
+    """Random token ids below `vocab`."""
+    ids = torch.randint(vocab, shape, generator=_generator(seed), device="cpu")
+    return ids.to(torch.get_default_device())
 
 
 def temperatures(*shape: int, seed: int = 0) -> Tensor:
     """Random temperatures in [0.5, 2)."""
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 1.5 + 0.5
+    return uniform(*shape, seed=seed) * 1.5 + 0.5
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(seed)
 
 
 def gradient(function: Callable[[Tensor], Tensor], student: Tensor, weight: Tensor | float = 1.0) -> Tensor:

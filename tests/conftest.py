@@ -1,4 +1,4 @@
-"""Set-up shared by all tiers: which backend the CPU runs, and poison in memory that nobody has written yet."""
+"""Set-up shared by all tiers: the device of the tests, and poison in memory that nobody has written yet."""
 
 from __future__ import annotations
 
@@ -15,13 +15,24 @@ if INTERPRETING:
     interpreter.install()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test of the interpreter alone cannot run in another process; one that is also `fast` runs on the reference."""
-    reason = "runs the kernels in Triton's interpreter: start the process with TRITON_INTERPRET=1"
+def pytest_configure(config: pytest.Config) -> None:
+    """`-m gpu` puts every tensor that a test makes on the GPU; the tests are those that other tiers run on the CPU."""
+    if _gpu_tier(config) and torch.cuda.is_available():
+        torch.set_default_device("cuda")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU or the interpreter and does not have it."""
     for item in items:
         markers = {marker.name for marker in item.iter_markers()}
-        if "interpret" in markers and "fast" not in markers and not INTERPRETING:
-            item.add_marker(pytest.mark.skip(reason=reason))
+        if "gpu" in markers and _gpu_tier(config) and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA or ROCm device on this machine"))
+        if "interpret" in markers and not markers & {"fast", "gpu"} and not INTERPRETING:
+            item.add_marker(pytest.mark.skip(reason="runs in Triton's interpreter: start with TRITON_INTERPRET=1"))
+
+
+def _gpu_tier(config: pytest.Config) -> bool:
+    return "gpu" in config.getoption("markexpr").split()
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +46,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequ
 
     def empty(*args: object, **kwargs: object) -> torch.Tensor:
         out = allocate(*args, **kwargs)
-        if out.is_floating_point() and out.device.type == "cpu" and type(out) is torch.Tensor:
+        if out.is_floating_point() and out.device.type in ("cpu", "cuda") and type(out) is torch.Tensor:
             out.fill_(float("nan"))
         return out
 

@@ -1,4 +1,4 @@
-"""The numerics contract, line by line, on what the CPU runs: the reference (fast) or the Triton kernels (interpret)."""
+"""The numerics contract, line by line: on the reference (fast), in the interpreter (interpret), on a GPU (gpu)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from .cases import (
     logits,
     name_of,
     temperatures,
+    tokens,
+    uniform,
 )
 
-pytestmark = [pytest.mark.fast, pytest.mark.interpret]
+pytestmark = [pytest.mark.fast, pytest.mark.interpret, pytest.mark.gpu]
 INF = float("inf")
 # The long rows take their time in the interpreter; fp16 and fp64 differ from the others in nothing but the cast.
 TYPES_AND_VOCABULARIES = [
@@ -290,7 +292,7 @@ VIEWS = {
 @pytest.mark.parametrize("inplace", [False, True], ids=["new", "inplace"])
 def test_strided_views(view, inplace):
     student, teacher = logits(3, 5, 1003, seed=26), logits(3, 5, 1003, seed=27)
-    labels = torch.randint(1003, (3, 5), generator=torch.Generator().manual_seed(0))
+    labels = tokens(1003, 3, 5)
     labels[1, 2] = -100
 
     def loss(s, t, targets):
@@ -350,7 +352,7 @@ def test_reruns_agree_bit_for_bit(divergence):
 @pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=name_of)
 def test_gradient_rows_sum_to_zero_and_a_permutation_permutes(divergence):
     student, teacher = logits(3, 1003, dtype=torch.float64, seed=34), logits(3, 1003, dtype=torch.float64, seed=35)
-    order = torch.randperm(1003, generator=torch.Generator().manual_seed(1))
+    order = uniform(1003, seed=1).argsort()
     grad = gradient(lambda s: token_divergence(s, teacher, 0.9, divergence), student)
     assert (grad.sum(-1).abs() <= 1e-12 * grad.abs().sum(-1)).all()
     value = token_divergence(student, teacher, 0.9, divergence)

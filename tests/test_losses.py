@@ -19,16 +19,16 @@ from adakd_kernels import (
 )
 from adakd_kernels.functional import DIFFICULTIES
 
-from .cases import DIVERGENCES, gradient, logits, name_of
+from .cases import DIVERGENCES, gradient, logits, name_of, tokens, uniform
 
-pytestmark = [pytest.mark.fast, pytest.mark.interpret]
+pytestmark = [pytest.mark.fast, pytest.mark.interpret, pytest.mark.gpu]
 
 
 def batch(b=2, l=6, vocab=301, teacher_vocab=None, dtype=torch.float64, seed=0):
     """(student, teacher, labels) with some labels ignored."""
     student = logits(b, l, vocab, dtype=dtype, seed=seed)
     teacher = logits(b, l, teacher_vocab or vocab, dtype=dtype, seed=seed + 1)
-    labels = torch.randint(min(vocab, teacher_vocab or vocab), (b, l), generator=torch.Generator().manual_seed(seed))
+    labels = tokens(min(vocab, teacher_vocab or vocab), b, l, seed=seed)
     labels[0, 1], labels[1, -1] = -100, -100
     return student, teacher, labels
 
@@ -86,7 +86,7 @@ def test_the_outputs_are_those_of_the_equations():
 
 def test_token_loss_is_differentiable_for_any_weight():
     student, teacher, labels = batch()
-    weight = torch.rand(labels.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64) - 0.3
+    weight = uniform(*labels.shape, seed=9) - 0.3
     out = adakd_loss(student, teacher, labels, focus_ratio=0.6)
     tau = out.temperature
 
@@ -251,7 +251,7 @@ def test_mixed_types():
 def test_token_difficulty(measure):
     student, teacher, labels = batch()
     labels = labels.clamp_min(0)
-    mask = torch.rand(labels.shape, generator=torch.Generator().manual_seed(2)) > 0.4
+    mask = uniform(*labels.shape, seed=2) > 0.4
     expected = reference.difficulty(student, teacher, labels, measure)
     value = token_difficulty(student, teacher, difficulty=measure, labels=labels)
     assert torch.allclose(value, expected, rtol=1e-10) and not value.requires_grad

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adakd_kernels import AdaKDLoss, adakd_loss, ops, token_difficulty, token_divergence
 
-from .cases import ONE_OF_EACH, logits, name_of, temperatures
+from .cases import ONE_OF_EACH, logits, name_of, temperatures, tokens
 
 
 @pytest.mark.fast
@@ -51,7 +51,7 @@ def test_compile_gives_the_eager_result_without_recompiling(ce_weight, unpoisone
         )
         for b, l, share, seed in ((2, 5, 0.5, 1), (3, 4, 0.9, 2), (5, 7, 0.29, 3)):
             student, teacher = logits(b, l, 65, seed=seed), logits(b, l, 65, seed=seed + 10)
-            labels = torch.randint(65, (b, l), generator=torch.Generator().manual_seed(seed))
+            labels = tokens(65, b, l, seed=seed)
             labels[0, 0] = -100
             ratio = torch.tensor(share, dtype=torch.float64)
             results = []
@@ -77,7 +77,7 @@ def test_compile_of_a_model_with_inplace_and_the_module(unpoisoned):
     torch._dynamo.reset()
     head = torch.nn.Linear(8, 50, bias=False)
     hidden, teacher = logits(2, 4, 8, scale=1.0), logits(2, 4, 50, seed=1)
-    labels = torch.randint(50, (2, 4), generator=torch.Generator().manual_seed(0))
+    labels = tokens(50, 2, 4)
     loss_fn = AdaKDLoss(total_steps=10, inplace=True)
 
     def step(h, t, y):
