@@ -1,0 +1,213 @@
+"""Compile the package's own launches for a GPU that is not there, and read what the compiler made of them.
+
+`compiling_for(target)` replaces the one step of a launch that needs the GPU: the launcher hands Triton its real
+arguments, Triton specialises and compiles as it would for the launch, and nothing runs. So a test cannot drift from the
+launcher. The arguments are meta tensors: shapes, strides, types and sizes as in training, and no memory.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from adakd_kernels.divergences import get_divergence
+from adakd_kernels.kernels.token_divergence import token_divergence_bwd, token_divergence_fwd
+from adakd_kernels.kernels.token_stats import token_stats_fwd
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+class _StubDriver:
+    """What Triton asks a driver for before it compiles. As the device, it keeps Triton's caches of two stubs apart."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> _StubDriver:
+        return self
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+
+@contextmanager
+def compiling_for(target: GPUTarget) -> Iterator[list[CompiledKernel]]:
+    """Inside, a launch appends its compiled kernel to the list, the same object as before if it needs no compilation.
+
+    Nothing compiled earlier is used, neither from memory nor from the disk.
+    """
+    stub = _StubDriver(target)
+    launched: list[CompiledKernel] = []
+    functions: set[JITFunction[Any]] = set()
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        functions.add(self)
+        launched.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache),
+        mock.patch.object(driver, "_active", stub),
+        mock.patch.object(JITFunction, "run", compile_only),
+    ):
+        try:
+            yield launched
+        finally:
+            for function in functions:
+                function.device_caches.pop(stub, None)
+
+
+def logits(vocab: int, dtype: torch.dtype, batch: int = 2, length: int = 512, pad: int = 0) -> Tensor:
+    """(batch, length, vocab) without memory; with `pad`, a view whose rows are that many entries further apart."""
+    return torch.empty(batch, length, vocab + pad, dtype=dtype, device="meta")[..., :vocab]
+
+
+def launch(kernel: str, divergence: str, student: Tensor, teacher: Tensor, inplace: bool = False) -> None:
+    """Call the launcher of "stats", "forward", "backward" or "backward_ce" (with cross-entropy) as the ops call it."""
+    tokens = student.shape[:2]
+    acc = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    number = torch.empty(tokens, dtype=acc, device="meta")
+    mask = torch.empty(tokens, dtype=torch.bool, device="meta")
+    alpha, beta = get_divergence(divergence).parameters
+    if kernel == "stats":
+        token_stats_fwd(student, teacher, mask)
+    elif kernel == "forward":
+        token_divergence_fwd(student, teacher, number, mask, divergence, alpha, beta)
+    else:
+        out = student if inplace else torch.empty(student.shape, dtype=student.dtype, device="meta")
+        labels = torch.empty(tokens, dtype=torch.int64, device="meta")
+        cross_entropy = (labels, number, number, number) if kernel == "backward_ce" else (None,) * 4
+        token_divergence_bwd(
+            student, teacher, out, number, number, number, *(number,) * 4, *cross_entropy, divergence, alpha, beta
+        )
+
+
+@dataclass(frozen=True)
+class Code:
+    """What a compiled kernel consists of."""
+
+    registers: int  # of a thread
+    local_bytes: int  # memory of a thread beside its registers: a stack, or what was spilled
+    spills: int  # instructions that move a register to that memory or back
+    spills_in_loops: int  # those of them that are paid for each block of a row and not once a row
+    atomics: int
+    fp64: int  # instructions with a 64-bit float
+    loads: Counter[int]  # instructions by width in bits, global memory only
+    stores: Counter[int]
+
+
+def read_code(kernel: CompiledKernel) -> Code:
+    """Read the machine code, and for NVIDIA the PTX, where a promotion to fp64 is easiest to see."""
+    return _read_cubin(kernel) if "cubin" in kernel.asm else _read_amdgcn(kernel)
+
+
+def _run_tool(path: str, *flags: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([path, *flags, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _number(pattern: str, text: str) -> int:
+    """The one number that the pattern finds; none, or two, and the text has another form than expected."""
+    (found,) = re.findall(pattern, text)
+    return int(found)
+
+
+class _Instruction(NamedTuple):
+    name: str  # LDG
+    modifiers: list[str]  # E, 128
+    operands: str  # R4, [R2.64]
+    in_loop: bool
+
+
+# Either a label, or an instruction such as  /*0a30*/  @!P0 LDG.E.128 R4, [R2.64] ;
+_SASS_LINE = re.compile(r"(\.L_x_\d+):|\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)((?:\.\w+)*)([^;]*);")
+
+
+def _instructions(sass: str) -> list[_Instruction]:
+    """The instructions in order. A loop is what lies between a label and a branch back to it."""
+    code: list[tuple[str, list[str], str]] = []
+    labels: dict[str, int] = {}
+    loops: list[range] = []
+    for label, name, modifiers, operands in _SASS_LINE.findall(sass):
+        if label:
+            labels[label] = len(code)
+            continue
+        code.append((name, modifiers.split(".")[1:], operands))
+        target = re.search(r"\.L_x_\d+", operands)
+        if name == "BRA" and target and target[0] in labels:
+            loops.append(range(labels[target[0]], len(code)))
+    assert any(name == "EXIT" for name, *_ in code), "no instruction was recognised in the output of nvdisasm"
+    return [_Instruction(*line, any(i in loop for loop in loops)) for i, line in enumerate(code)]
+
+
+def _read_cubin(kernel: CompiledKernel) -> Code:
+    usage = _run_tool(knobs.nvidia.cuobjdump.path, "-res-usage", cubin=kernel.asm["cubin"])
+    # The code section only, and without the analysis of data flow, which takes most of the time.
+    code = _instructions(_run_tool(knobs.nvidia.nvdisasm.path, "-c", "-ndf", cubin=kernel.asm["cubin"]))
+    bits = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
+
+    def widths(name: str) -> Counter[int]:
+        accesses = [i.modifiers for i in code if i.name == name]
+        return Counter(next((bits[m] for m in modifiers if m in bits), 32) for modifiers in accesses)
+
+    return Code(
+        registers=_number(r"\bREG:(\d+)", usage),
+        local_bytes=_number(r"\bSTACK:(\d+)", usage) + _number(r"\bLOCAL:(\d+)", usage),
+        spills=sum(i.name in ("LDL", "STL") for i in code),
+        spills_in_loops=sum(i.name in ("LDL", "STL") and i.in_loop for i in code),
+        atomics=sum(i.name in ("ATOM", "ATOMG", "ATOMS", "RED", "REDG", "REDS") for i in code),
+        fp64=len(re.findall(r"^\s*(?:@!?%\w+\s+)?[a-z][\w.]*\.f64\b", kernel.asm["ptx"], re.MULTILINE)),
+        loads=widths("LDG"),
+        stores=widths("STG"),
+    )
+
+
+def _read_amdgcn(kernel: CompiledKernel) -> Code:
+    text = kernel.asm["amdgcn"]
+    ops = re.findall(r"^\s+([a-z]+_\w+)\b", text, re.MULTILINE)
+    assert "s_endpgm" in ops, "no instruction was recognised in the assembly"
+    bits = {"ubyte": 8, "sbyte": 8, "byte": 8, "ushort": 16, "sshort": 16, "short": 16,
+            "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}  # fmt: skip
+
+    def widths(what: str) -> Counter[int]:
+        found = (re.match(rf"(?:global|buffer|flat)_{what}_(dword(?:x\d)?|[a-z]+)", op) for op in ops)
+        return Counter(bits[width[1]] for width in found if width)
+
+    spills = _number(r"\.vgpr_spill_count:\s+(\d+)", text) + sum(op.startswith("scratch_") for op in ops)
+    return Code(
+        registers=_number(r"\.vgpr_count:\s+(\d+)", text),
+        local_bytes=_number(r"\.private_segment_fixed_size:\s+(\d+)", text),
+        spills=spills,
+        spills_in_loops=spills,  # where they stand is not looked up
+        atomics=sum("_atomic_" in op for op in ops),
+        fp64=sum("_f64" in op for op in ops),
+        loads=widths("load"),
+        stores=widths("store"),
+    )
