@@ -1,8 +1,7 @@
 """The package's launches, compiled for each supported GPU without one: no spill, no atomics, no promotion, wide loads.
 
-Every kernel, divergence and type is compiled at the vocabulary of Qwen, and a subset of the kernels at others: bf16 and
-fp32 for every target; fp64, and a student and a teacher of different types, for one of each vendor, to save time; fp16,
-which differs from bf16 in the cast alone, once.
+Every kernel, divergence and type is compiled for every target at the vocabulary of Qwen, and a subset of the kernels at
+others; fp16, which differs from bf16 in the cast alone, once.
 """
 
 from __future__ import annotations
@@ -33,10 +32,6 @@ pytestmark = pytest.mark.compile
 QWEN, QWEN_PADDED, GPT2 = 151_936, 152_064, 50_257
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
-# ptxas takes a few bytes out of the registers for the time of a loop in some kernels, to reach the next step of
-# occupancy: a store and a load each in a whole row. Inside a loop no spill is allowed.
-SPILLED_ACROSS_LOOPS = 32
-
 # The difficulty is one kernel whatever the divergence; its name here is that of the sum it folds.
 STATS = [("stats", "hellinger")]
 KERNELS = STATS + [(kernel, div) for kernel in ("forward", "backward", "backward_ce") for div in DIVERGENCES]
@@ -61,7 +56,7 @@ def compiled(target: str, kernel: str, divergence: str, student: Tensor, teacher
 def faults(code: Code, student: Tensor, teacher: Tensor) -> list[str]:
     """What is wrong with a kernel, whatever it computes."""
     found = []
-    if code.spills_in_loops or code.local_bytes > SPILLED_ACROSS_LOOPS:
+    if code.local_bytes or code.spills:
         found.append(
             f"{code.local_bytes} bytes spilled in {code.spills} instructions, {code.spills_in_loops} of them in loops, "
             f"at {code.registers} registers"
@@ -92,19 +87,14 @@ def narrow_access(code: Code, kernel: str, target: str) -> list[str]:
 
 @each_kernel
 @pytest.mark.parametrize(
-    ("student_dtype", "teacher_dtype", "targets"),
-    [
-        (BF16, BF16, TARGETS),
-        (FP32, FP32, TARGETS),
-        (BF16, FP32, ("sm_90", "gfx942")),
-        (FP64, FP64, ("sm_90", "gfx942")),
-    ],
+    ("student_dtype", "teacher_dtype"),
+    [(BF16, BF16), (FP32, FP32), (BF16, FP32), (FP64, FP64)],
     ids=["bf16", "fp32", "bf16_and_fp32", "fp64"],
 )
-def test_kernel_compiles_clean(kernel, divergence, student_dtype, teacher_dtype, targets):
+def test_kernel_compiles_clean(kernel, divergence, student_dtype, teacher_dtype):
     student, teacher = logits(QWEN, student_dtype), logits(QWEN, teacher_dtype)
     found = {}
-    for target in targets:
+    for target in TARGETS:
         code = compiled(target, kernel, divergence, student, teacher)
         found[target] = faults(code, student, teacher) + narrow_access(code, kernel, target)
     assert not any(found.values()), found

@@ -49,15 +49,15 @@ def sweep_kl(S, T, scale, V: tl.constexpr, DIVERGENCE: tl.constexpr, BLOCK_V: tl
     keep_t = zero
     gap_s = zero
     gap_t = zero
-    for start in range(0, FULL, BLOCK_V):
-        s = load_tile(S, start, V, BLOCK_V, False, ACC)
-        t = load_tile(T, start, V, BLOCK_V, False, ACC)
-        m_s, m_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t = fold_kl(
-            s, t, scale, m_s, m_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t
-        )
     if FULL < V:
         s = load_tile(S, FULL, V, BLOCK_V, True, ACC)
         t = load_tile(T, FULL, V, BLOCK_V, True, ACC)
+        m_s, m_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t = fold_kl(
+            s, t, scale, m_s, m_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t
+        )
+    for start in range(0, FULL, BLOCK_V):
+        s = load_tile(S, start, V, BLOCK_V, False, ACC)
+        t = load_tile(T, start, V, BLOCK_V, False, ACC)
         m_s, m_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t = fold_kl(
             s, t, scale, m_s, m_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t
         )
@@ -139,47 +139,56 @@ def divergence_terms(x, y, c_s, c_t, DIVERGENCE: tl.constexpr, ALPHA: tl.constex
 
 
 @triton.jit
-def sum_terms(s, t, scale, m_s, m_t, c_s, c_t, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr):
-    """(Σf, Σg) of a tile over the entries that count; skew reverse KL leaves q out of g, see `reference.py`."""
+def kept_terms(s, t, scale, m_s, m_t, c_s, c_t, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr):
+    """(f, g) of every entry that counts, else 0; skew reverse KL leaves q out of g, see `reference.py`."""
     x = log2_mass(s, m_s, scale)
     y = log2_mass(t, m_t, scale)
     f, g, q = divergence_terms(x, y, c_s, c_t, DIVERGENCE, ALPHA, BETA)
     kept = (s != -float("inf")) & (t != -float("inf"))
     lost = -q if DIVERGENCE == "skew_reverse_kl" else 0.0
-    return tl.sum(tl.where(kept, f, 0.0), 0), tl.sum(tl.where(kept, g, lost), 0)
+    return tl.where(kept, f, 0.0), tl.where(kept, g, lost)
+
+
+@triton.jit
+def sweep_normalizers(S, T, scale, V: tl.constexpr, BLOCK_V: tl.constexpr, ACC: tl.constexpr):
+    """(m_s, m_t, l_s, l_t) of a row: the first of two sweeps."""
+    FULL: tl.constexpr = V // BLOCK_V * BLOCK_V
+    l_s = tl.full((), 0.0, ACC)
+    l_t = l_s
+    m_s = tl.full((), NEG, ACC)
+    m_t = m_s
+    if FULL < V:
+        m_s, l_s = fold_normalizer(load_tile(S, FULL, V, BLOCK_V, True, ACC), scale, m_s, l_s)
+        m_t, l_t = fold_normalizer(load_tile(T, FULL, V, BLOCK_V, True, ACC), scale, m_t, l_t)
+    for start in range(0, FULL, BLOCK_V):
+        m_s, l_s = fold_normalizer(load_tile(S, start, V, BLOCK_V, False, ACC), scale, m_s, l_s)
+        m_t, l_t = fold_normalizer(load_tile(T, start, V, BLOCK_V, False, ACC), scale, m_t, l_t)
+    return m_s, m_t, l_s, l_t
 
 
 @triton.jit
 def sweep_terms(
-    S, T, scale, V: tl.constexpr, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
+    S, T, scale, m_s, m_t, l_s, l_t, V: tl.constexpr, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
     BLOCK_V: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """(m_s, m_t, l_s, l_t, D, Σg) of a row in two sweeps: the normalisers, then the terms of every entry."""
-    FULL: tl.constexpr = V // BLOCK_V * BLOCK_V
-    d = tl.full((), 0.0, ACC)
-    sum_g = d
-    l_s = d
-    l_t = d
-    m_s = tl.full((), NEG, ACC)
-    m_t = m_s
-    for start in range(0, FULL, BLOCK_V):
-        m_s, l_s = fold_normalizer(load_tile(S, start, V, BLOCK_V, False, ACC), scale, m_s, l_s)
-        m_t, l_t = fold_normalizer(load_tile(T, start, V, BLOCK_V, False, ACC), scale, m_t, l_t)
-    if FULL < V:
-        m_s, l_s = fold_normalizer(load_tile(S, FULL, V, BLOCK_V, True, ACC), scale, m_s, l_s)
-        m_t, l_t = fold_normalizer(load_tile(T, FULL, V, BLOCK_V, True, ACC), scale, m_t, l_t)
+    """(D, Σg) of a row from its normalisers: the second sweep.
+
+    It takes half a block at a time and keeps one sum a lane, so that its loop has no reduction.
+    """
+    HALF: tl.constexpr = BLOCK_V // 2
+    HALVES: tl.constexpr = V // HALF * HALF
     c_s = tl.log2(tl.where(l_s == 0.0, 1.0, l_s))
     c_t = tl.log2(tl.where(l_t == 0.0, 1.0, l_t))
-    for start in range(0, FULL, BLOCK_V):
-        s = load_tile(S, start, V, BLOCK_V, False, ACC)
-        t = load_tile(T, start, V, BLOCK_V, False, ACC)
-        f_tile, g_tile = sum_terms(s, t, scale, m_s, m_t, c_s, c_t, DIVERGENCE, ALPHA, BETA)
-        d += f_tile
-        sum_g += g_tile
-    if FULL < V:
-        s = load_tile(S, FULL, V, BLOCK_V, True, ACC)
-        t = load_tile(T, FULL, V, BLOCK_V, True, ACC)
-        f_tile, g_tile = sum_terms(s, t, scale, m_s, m_t, c_s, c_t, DIVERGENCE, ALPHA, BETA)
-        d += f_tile
-        sum_g += g_tile
-    return m_s, m_t, l_s, l_t, d, sum_g
+    f_lanes = tl.zeros((HALF,), ACC)
+    g_lanes = f_lanes
+    if HALVES < V:
+        s = load_tile(S, HALVES, V, HALF, True, ACC)
+        t = load_tile(T, HALVES, V, HALF, True, ACC)
+        f_lanes, g_lanes = kept_terms(s, t, scale, m_s, m_t, c_s, c_t, DIVERGENCE, ALPHA, BETA)
+    for start in range(0, HALVES, HALF):
+        s = load_tile(S, start, V, HALF, False, ACC)
+        t = load_tile(T, start, V, HALF, False, ACC)
+        f, g = kept_terms(s, t, scale, m_s, m_t, c_s, c_t, DIVERGENCE, ALPHA, BETA)
+        f_lanes += f
+        g_lanes += g
+    return tl.sum(f_lanes, 0), tl.sum(g_lanes, 0)

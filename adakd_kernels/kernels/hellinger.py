@@ -41,13 +41,13 @@ def sweep_hellinger(S, T, scale, V: tl.constexpr, BLOCK_V: tl.constexpr, ACC: tl
     l_s = zero
     l_t = zero
     h = zero
-    for start in range(0, FULL, BLOCK_V):
-        s = load_tile(S, start, V, BLOCK_V, False, ACC)
-        t = load_tile(T, start, V, BLOCK_V, False, ACC)
-        m_s, m_t, l_s, l_t, h = fold_hellinger(s, t, half, m_s, m_t, l_s, l_t, h)
     if FULL < V:
         s = load_tile(S, FULL, V, BLOCK_V, True, ACC)
         t = load_tile(T, FULL, V, BLOCK_V, True, ACC)
+        m_s, m_t, l_s, l_t, h = fold_hellinger(s, t, half, m_s, m_t, l_s, l_t, h)
+    for start in range(0, FULL, BLOCK_V):
+        s = load_tile(S, start, V, BLOCK_V, False, ACC)
+        t = load_tile(T, start, V, BLOCK_V, False, ACC)
         m_s, m_t, l_s, l_t, h = fold_hellinger(s, t, half, m_s, m_t, l_s, l_t, h)
     h = tl.where(h > 1.0, 1.0, h)
     return m_s, m_t, l_s, l_t, tl.where((l_s == 0.0) | (l_t == 0.0), 0.0, h)

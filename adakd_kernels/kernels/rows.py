@@ -21,7 +21,10 @@ def row_start(n, L, stride_b, stride_l, unit):
 
 @triton.jit
 def load_tile(Row, start, V: tl.constexpr, BLOCK_V: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr):
-    """BLOCK_V entries of a row; −inf beyond V. Whole blocks carry no mask, so an odd V does not narrow their loads."""
+    """BLOCK_V entries of a row; −inf beyond V. Whole blocks carry no mask, so an odd V does not narrow their loads.
+
+    The masked block comes first in every sweep: what only it needs is then not held through the loop of the others.
+    """
     offs_v = start + tl.arange(0, BLOCK_V)
     if MASKED:
         z = tl.load(Row + offs_v, mask=offs_v < V, other=-float("inf"))

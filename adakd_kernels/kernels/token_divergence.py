@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .divergence_terms import divergence_terms, sweep_kl, sweep_terms
+from .divergence_terms import divergence_terms, sweep_kl, sweep_normalizers, sweep_terms
 from .hellinger import sweep_hellinger
 from .launch import acc_type, launch_config, on_device, row_strides
 from .rows import LOG2E, load_tile, log2_mass, row_start, store_normalizer
@@ -42,7 +42,14 @@ def token_divergence_fwd_kernel(
     elif DIVERGENCE == "forward_kl" or DIVERGENCE == "reverse_kl" or DIVERGENCE == "jeffreys":
         m_s, m_t, l_s, l_t, d, sum_g = sweep_kl(S, T, scale, V, DIVERGENCE, BLOCK_V, ACC)
     else:
-        m_s, m_t, l_s, l_t, d, sum_g = sweep_terms(S, T, scale, V, DIVERGENCE, ALPHA, BETA, BLOCK_V, ACC)
+        # The normalisers are stored between the sweeps, so that the second one need not hold them.
+        m_s, m_t, l_s, l_t = sweep_normalizers(S, T, scale, V, BLOCK_V, ACC)
+        store_normalizer(MaxS, SumS, n, m_s, l_s)
+        store_normalizer(MaxT, SumT, n, m_t, l_t)
+        d, sum_g = sweep_terms(S, T, scale, m_s, m_t, l_s, l_t, V, DIVERGENCE, ALPHA, BETA, BLOCK_V, ACC)
+        tl.store(D + n, d)
+        tl.store(SumG + n, sum_g)
+        return
     tl.store(D + n, d)  # 0 for an empty row: none of its entries counts
     tl.store(SumG + n, sum_g)
     store_normalizer(MaxS, SumS, n, m_s, l_s)
@@ -105,15 +112,6 @@ def token_divergence_bwd_kernel(
     c_s = tl.log2(tl.load(SumS + n))
     c_t = tl.log2(tl.load(SumT + n))
     FULL: tl.constexpr = V // BLOCK_V * BLOCK_V
-    for start in range(0, FULL, BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        s = load_tile(S, start, V, BLOCK_V, False, ACC)
-        t = load_tile(T, start, V, BLOCK_V, False, ACC)
-        grad = grad_tile(
-            s, t, offs_v, scale, weight, sum_g, m_s, c_s, m_t, c_t, label, ce_weight, ce_max, ce_rcp_sum,
-            DIVERGENCE, ALPHA, BETA, WITH_CE,
-        )  # fmt: skip
-        tl.store(Grad + offs_v, grad.to(Grad.dtype.element_ty))
     for start in range(FULL, VS, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         s = load_tile(S, start, V, BLOCK_V, True, ACC)
@@ -123,6 +121,15 @@ def token_divergence_bwd_kernel(
             DIVERGENCE, ALPHA, BETA, WITH_CE,
         )  # fmt: skip
         tl.store(Grad + offs_v, grad.to(Grad.dtype.element_ty), mask=offs_v < VS)
+    for start in range(0, FULL, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        s = load_tile(S, start, V, BLOCK_V, False, ACC)
+        t = load_tile(T, start, V, BLOCK_V, False, ACC)
+        grad = grad_tile(
+            s, t, offs_v, scale, weight, sum_g, m_s, c_s, m_t, c_t, label, ce_weight, ce_max, ce_rcp_sum,
+            DIVERGENCE, ALPHA, BETA, WITH_CE,
+        )  # fmt: skip
+        tl.store(Grad + offs_v, grad.to(Grad.dtype.element_ty))
 
 
 def token_divergence_fwd(
