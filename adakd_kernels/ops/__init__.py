@@ -1,6 +1,6 @@
 """The `adakd::` operators: schema, shapes, and which kernel runs on which device."""
 
-from .backends import Backend, backend
+from .backends import Backend, backend, load_native
 from .token_divergence import (
     token_cross_entropy,
     token_divergence,
@@ -9,6 +9,8 @@ from .token_divergence import (
     token_losses,
 )
 from .token_stats import token_stats
+
+load_native()
 
 __all__ = [
     "Backend",

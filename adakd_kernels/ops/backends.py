@@ -1,7 +1,8 @@
 """Which implementation an op takes on a device, and why.
 
 The reference (plain torch) is the default body of every op, so every device works. Triton replaces it on CUDA and ROCm,
-and on the CPU where the process was started with TRITON_INTERPRET=1, so that the real kernels run without a GPU.
+and on the CPU where the process was started with TRITON_INTERPRET=1, so that the real kernels run without a GPU. The C++
+kernels replace it on the CPU where they are built.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import importlib.util
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from . import native
 
 
 class Backend(NamedTuple):
@@ -36,6 +39,11 @@ def backend(device_type: str) -> Backend:
                 "triton-interpreter", "TRITON_INTERPRET=1 is set: the GPU kernels run in Triton's interpreter"
             )
         return Backend("triton", f"Triton is installed and compiles for {device_type}")
+    if device_type == "cpu":
+        in_use, reason = load_native()
+        return Backend("native", f"the C++ kernels are built; they use {reason} here") if in_use else Backend(
+            "reference", reason
+        )
     if device_type == "cuda":
         reason = "TRITON_INTERPRET is set" if _interpreting() else "Triton is not installed: pip install triton"
     else:
@@ -47,6 +55,13 @@ def _triton_devices() -> tuple[str, ...]:
     if not _triton_installed():
         return ()
     return ("cpu",) if _interpreting() else ("cuda",)
+
+
+def load_native() -> tuple[bool, str]:
+    """Put the C++ kernels in place on the CPU, unless the interpreter is: (whether they are, instruction set or why not)."""
+    if "cpu" in _triton_devices():
+        return False, "TRITON_INTERPRET=1 is set"
+    return native.load()
 
 
 def register_triton(op: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

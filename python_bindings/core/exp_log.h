@@ -1,0 +1,53 @@
+// 2^x and log2(x) of a vector of floats: the one place of both polynomials and their error bounds.
+//
+// exp2: x = n + f with n the nearest integer. 2^f on [-½, ½] is a polynomial of degree 6 that is exactly 1 at 0 and off by
+// at most 2.0e-9 of its value (minimax), so what is left is the rounding of fp32: kExp2Error. 2^n goes into the exponent.
+// That the error vanishes at 0 matters: a confident token has one q next to 1 and its gradient is a small difference.
+// log2: x = 2^e·(1 + f) with 1 + f in [¾, 1½), log2(1 + f) = f·P(f) with P of degree 7, off by at most 1.8e-7 of its value.
+// A test holds both bounds.
+#pragma once
+
+#include "lanes.h"
+
+namespace adakd {
+namespace ADAKD_ISA {
+
+// Horner's rule, the highest coefficient first.
+template <int n> ADAKD_INLINE Floats polynomial(Floats x, const float (&coefficient)[n]) {
+  Floats y = broadcast<Floats>(coefficient[0]);
+  for (int i = 1; i < n; ++i) y = fma(y, x, broadcast<Floats>(coefficient[i]));
+  return y;
+}
+
+constexpr float kExp2[] = {1.5353362033963965e-4f, 1.3398874660648610e-3f, 9.618437359142624e-3f, 5.5503324705356724e-2f,
+                           2.4022647913600487e-1f, 6.931472028553382e-1f, 1.0f};
+constexpr float kLog2[] = {-9.58823170347178e-2f, 2.0387973175720697e-1f, -2.5062822996296064e-1f,
+                           2.900976121544039e-1f, -3.603389219874329e-1f, 4.8084686079662403e-1f,
+                           -7.213506260877047e-1f, 1.4426952530619386f};
+
+ADAKD_INLINE Floats exp2(Floats x) {
+#if defined(ADAKD_AVX512)
+  const Floats f = _mm512_reduce_ps(x, 0);  // x - n, and 0 for an infinite x
+  return _mm512_scalef_ps(polynomial(f, kExp2), x - f);
+#else
+  x = max(broadcast<Floats>(-127.0f), x);  // at -127 the exponent field comes out as 0, and so does the number
+#if defined(__AVX2__)
+  const Floats n = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const Floats shift = broadcast<Floats>(0x1.8p23f), n = (x + shift) - shift;  // rounds where the fraction's bits end
+#endif
+  const Ints exponent = __builtin_convertvector(n, Ints);
+  return (Floats)((Uints)polynomial(x - n, kExp2) + ((Uints)exponent << 23));
+#endif
+}
+
+ADAKD_INLINE Floats log2(Floats x) {
+  constexpr int32_t kThreeQuarters = 0x3f400000;
+  const Ints exponent = ((Ints)x - kThreeQuarters) >> 23;
+  const Floats mantissa = (Floats)((Uints)x - ((Uints)exponent << 23));
+  const Floats f = mantissa - 1.0f;
+  return fma(f, polynomial(f, kLog2), __builtin_convertvector(exponent, Floats));
+}
+
+}  // namespace ADAKD_ISA
+}  // namespace adakd

@@ -1,0 +1,49 @@
+// The kernels of one instruction set. Compiled once for each, with ADAKD_ISA naming it.
+#include "token_divergence_backward.h"
+#include "token_stats.h"
+
+namespace adakd {
+namespace ADAKD_ISA {
+namespace {
+
+bool in_double(const Rows& rows) { return rows.student.type == Type::kDouble || rows.teacher.type == Type::kDouble; }
+
+void stats(const StatsCall& call, int64_t n) {
+  const FlushSubnormals flush;
+  in_double(call.rows) ? token_stats_row<Doubles>(call, n) : token_stats_row<Floats>(call, n);
+}
+
+void divergence(const DivergenceCall& call, int64_t n) {
+  const FlushSubnormals flush;
+  in_double(call.rows) ? token_divergence_row<Doubles>(call, n) : token_divergence_row<Floats>(call, n);
+}
+
+void backward(const GradientCall& call, int64_t n) {
+  const FlushSubnormals flush;
+  in_double(call.rows) ? token_divergence_backward_row<Doubles>(call, n)
+                       : token_divergence_backward_row<Floats>(call, n);
+}
+
+template <class Function> void map(Function function, const float* x, float* y, int64_t n) {
+  constexpr int kStep = kLanes<Floats>;
+  for (int64_t i = 0; i < n; i += kStep) {
+    const int left = static_cast<int>(n - i < kStep ? n - i : kStep);
+    Floats v = broadcast<Floats>(1.0f);
+    std::memcpy(&v, x + i, left * sizeof(float));
+    v = function(v);
+    std::memcpy(y + i, &v, left * sizeof(float));
+  }
+}
+
+void map_exp2(const float* x, float* y, int64_t n) { map([](Floats v) { return exp2(v); }, x, y, n); }
+void map_log2(const float* x, float* y, int64_t n) { map([](Floats v) { return log2(v); }, x, y, n); }
+
+}  // namespace
+
+#define ADAKD_NAME_OF(isa) #isa
+#define ADAKD_NAME(isa) ADAKD_NAME_OF(isa)
+extern const Kernels table;
+const Kernels table{ADAKD_NAME(ADAKD_ISA), stats, divergence, backward, map_exp2, map_log2};
+
+}  // namespace ADAKD_ISA
+}  // namespace adakd

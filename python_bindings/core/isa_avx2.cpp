@@ -1,0 +1,2 @@
+#define ADAKD_ISA avx2
+#include "isa.h"

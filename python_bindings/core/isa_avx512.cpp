@@ -1,0 +1,2 @@
+#define ADAKD_ISA avx512
+#include "isa.h"

@@ -1,0 +1,2 @@
+#define ADAKD_ISA portable
+#include "isa.h"

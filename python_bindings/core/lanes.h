@@ -1,0 +1,292 @@
+// A vector of floats or doubles for the instruction set that this file is compiled for, and the few operations on it
+// that the kernels need. This is the only file that knows instruction sets.
+//
+// The types are the compiler's own vectors (GCC and clang), so + - * / and comparisons are operators, and a compiler for
+// another processor than x86 makes of them what it has. ADAKD_ISA names the namespace: the same source is compiled once
+// for each instruction set, and nothing is shared between the objects.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define ADAKD_AVX512 1
+#endif
+
+#define ADAKD_INLINE inline __attribute__((always_inline))
+#define ADAKD_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace adakd {
+namespace ADAKD_ISA {
+
+#if defined(ADAKD_AVX512)
+constexpr int kBytes = 64;
+#else
+constexpr int kBytes = 32;
+#endif
+
+typedef float Floats __attribute__((vector_size(kBytes)));
+typedef int32_t Ints __attribute__((vector_size(kBytes)));
+typedef uint32_t Uints __attribute__((vector_size(kBytes)));
+typedef double Doubles __attribute__((vector_size(kBytes)));
+typedef int64_t Longs __attribute__((vector_size(kBytes)));
+
+template <class V> struct Traits;
+template <> struct Traits<Floats> { using Scalar = float; using Mask = Ints; static constexpr int size = kBytes / 4; };
+template <> struct Traits<Doubles> { using Scalar = double; using Mask = Longs; static constexpr int size = kBytes / 8; };
+template <class V> using Scalar = typename Traits<V>::Scalar;
+template <class V> using Mask = typename Traits<V>::Mask;
+template <class V> constexpr int kLanes = Traits<V>::size;
+
+struct Bf16 { uint16_t bits; };
+struct Half { uint16_t bits; };
+
+template <class V> ADAKD_INLINE V broadcast(Scalar<V> x) { return x - V{}; }  // x - 0 keeps the sign of a zero
+
+// a·b + c, in one rounding where the processor has it (kFused).
+#if defined(__AVX2__)
+template <class V> constexpr bool kFused = sizeof(Scalar<V>) == 4;
+#else
+template <class V> constexpr bool kFused = false;
+#endif
+ADAKD_INLINE Floats fma(Floats a, Floats b, Floats c) {
+#if defined(ADAKD_AVX512)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+ADAKD_INLINE Doubles fma(Doubles a, Doubles b, Doubles c) { return a * b + c; }
+
+// The larger value; b where one is NaN.
+ADAKD_INLINE Floats max(Floats a, Floats b) {
+#if defined(ADAKD_AVX512)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+ADAKD_INLINE Doubles max(Doubles a, Doubles b) { return a > b ? a : b; }
+ADAKD_INLINE Floats min(Floats a, Floats b) {
+#if defined(ADAKD_AVX512)
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+ADAKD_INLINE Doubles min(Doubles a, Doubles b) { return a < b ? a : b; }
+
+ADAKD_INLINE Floats absolute(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
+ADAKD_INLINE Doubles absolute(Doubles x) { return (Doubles)((Longs)x & 0x7fffffffffffffff); }
+
+// Whether every lane of both is neither infinite nor NaN.
+ADAKD_INLINE bool all_finite(Floats a, Floats b) {
+#if defined(ADAKD_AVX512)
+  constexpr int kNotFinite = 0x01 | 0x08 | 0x10 | 0x80;  // quiet NaN, +inf, -inf, signalling NaN
+  return !(_mm512_fpclass_ps_mask(a, kNotFinite) | _mm512_fpclass_ps_mask(b, kNotFinite));
+#else
+  // The exponent of a number that is not finite is all ones, so adding one to it carries into the sign.
+  const Ints carried = (((Ints)a & 0x7f800000) + 0x00800000) | (((Ints)b & 0x7f800000) + 0x00800000);
+#if defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)carried) == 0;
+#else
+  Ints any = carried;
+  int32_t sign = 0;
+  for (int i = 0; i < kLanes<Floats>; ++i) sign |= any[i];
+  return sign >= 0;
+#endif
+#endif
+}
+
+// 2^x, 0 for x <= -127, NaN for NaN; x < 128. And log2(x) of a normal positive x. Errors: exp_log.h.
+ADAKD_INLINE Floats exp2(Floats x);
+ADAKD_INLINE Floats log2(Floats x);
+
+ADAKD_INLINE Doubles exp2(Doubles x) {
+  for (int i = 0; i < kLanes<Doubles>; ++i) x[i] = std::exp2(x[i]);
+  return x;
+}
+ADAKD_INLINE Doubles log2(Doubles x) {
+  for (int i = 0; i < kLanes<Doubles>; ++i) x[i] = std::log2(x[i]);
+  return x;
+}
+
+// Two vectors of consecutive logits. Of 16-bit logits the first holds those at even places and the second those at odd
+// ones: one load, and no shuffle; store_pair is its inverse.
+template <class V> struct Pair { V first, second; };
+
+// A sum of vectors in double, lane by lane. Floats are added to it a few at a time: in a long sum of floats every small
+// mass is rounded against the one large mass of a confident token, and the token's gradient is a difference from that.
+struct Total {
+  Doubles low{}, high{};
+
+  // Adds the lanes of both vectors, and leaves zeros in them.
+  ADAKD_INLINE void take(Pair<Floats>& x) {
+    typedef float Halves __attribute__((vector_size(kBytes / 2)));
+    const Floats both = x.first + x.second;
+    Halves half[2];
+    std::memcpy(half, &both, sizeof both);
+    low += __builtin_convertvector(half[0], Doubles);
+    high += __builtin_convertvector(half[1], Doubles);
+    x.first = x.second = Floats{};
+  }
+  ADAKD_INLINE void take(Pair<Doubles>& x) {
+    low += x.first + x.second;
+    x.first = x.second = Doubles{};
+  }
+  ADAKD_INLINE double value() const {
+    const Doubles both = low + high;
+    double total = 0.0;
+    for (int i = 0; i < kLanes<Doubles>; ++i) total += both[i];
+    return total;
+  }
+};
+
+template <class V> ADAKD_INLINE Scalar<V> max_lanes(V x) {
+  Scalar<V> largest = x[0];
+  for (int i = 1; i < kLanes<V>; ++i) largest = x[i] > largest ? x[i] : largest;
+  return largest;
+}
+
+template <class V> ADAKD_INLINE V load(const Scalar<V>* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V> ADAKD_INLINE void store(Scalar<V>* p, V v) { std::memcpy(p, &v, sizeof v); }
+
+// Past the cache, for a line that nobody reads soon; p is aligned to kBytes.
+ADAKD_INLINE void stream(void* p, Uints v) {
+#if defined(ADAKD_AVX512)
+  _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
+#elif defined(__AVX2__)
+  _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+#elif defined(__SSE2__)
+  __m128i half[2];
+  std::memcpy(half, &v, sizeof v);
+  _mm_stream_si128(static_cast<__m128i*>(p), half[0]);
+  _mm_stream_si128(static_cast<__m128i*>(p) + 1, half[1]);
+#else
+  std::memcpy(p, &v, sizeof v);
+#endif
+}
+
+// Streamed stores are ordered with the thread's later ones.
+ADAKD_INLINE void end_of_stream() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+ADAKD_INLINE Pair<Floats> load_pair(const float* p) { return {load<Floats>(p), load<Floats>(p + kLanes<Floats>)}; }
+ADAKD_INLINE Pair<Doubles> load_pair(const double* p) { return {load<Doubles>(p), load<Doubles>(p + kLanes<Doubles>)}; }
+ADAKD_INLINE Pair<Floats> load_pair(const Bf16* p) {
+  Uints both;
+  std::memcpy(&both, p, sizeof both);
+  return {(Floats)(both << 16), (Floats)(both & 0xffff0000u)};
+}
+
+template <bool kStream> ADAKD_INLINE void store_pair(float* p, Pair<Floats> x) {
+  if (kStream) {
+    stream(p, (Uints)x.first);
+    stream(p + kLanes<Floats>, (Uints)x.second);
+  } else {
+    store(p, x.first);
+    store(p + kLanes<Floats>, x.second);
+  }
+}
+// To the nearest bf16, ties to even; x is finite.
+ADAKD_INLINE Uints rounded_to_bf16(Floats x) {
+  const Uints bits = (Uints)x;
+  return bits + ((bits >> 16) & 1u) + 0x7fffu;
+}
+template <bool kStream> ADAKD_INLINE void store_pair(Bf16* p, Pair<Floats> x) {
+  const Uints both = (rounded_to_bf16(x.first) >> 16) | (rounded_to_bf16(x.second) & 0xffff0000u);
+  if (kStream) {
+    stream(p, both);
+  } else {
+    std::memcpy(p, &both, sizeof both);
+  }
+}
+
+// Conversions of single logits, for the ends of rows and for what is neither fp32 nor bf16 on both sides.
+ADAKD_INLINE float widen(float x) { return x; }
+ADAKD_INLINE double widen(double x) { return x; }
+ADAKD_INLINE float widen(Bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+ADAKD_INLINE float widen(Half x) {
+  // The fraction is put under an fp32 exponent that is 112 too small, then multiplied by 2^112: subnormals come out right.
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  const uint32_t rest = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
+  const uint32_t bits = rest >= 0x0f800000u ? (sign | 0x70000000u | rest) : (sign | rest);
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return rest >= 0x0f800000u ? out : out * 0x1p112f;
+}
+ADAKD_INLINE void narrow(double x, double* out) { *out = x; }
+ADAKD_INLINE void narrow(double x, float* out) { *out = static_cast<float>(x); }
+ADAKD_INLINE void narrow(float x, double* out) { *out = x; }
+ADAKD_INLINE void narrow(float x, float* out) { *out = x; }
+ADAKD_INLINE void narrow(float x, Bf16* out) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  out->bits = x != x ? 0x7fc0 : static_cast<uint16_t>((bits + ((bits >> 16) & 1u) + 0x7fffu) >> 16);
+}
+ADAKD_INLINE void narrow(float x, Half* out) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint16_t sign = static_cast<uint16_t>(bits >> 16) & 0x8000;
+  bits &= 0x7fffffffu;
+  uint32_t half;
+  if (bits > 0x7f800000u) {
+    half = 0x7e00;  // NaN
+  } else if (bits >= 0x477ff000u) {
+    half = 0x7c00;  // rounds to infinity
+  } else if (bits < 0x38800000u) {
+    // Subnormal: adding ½ leaves the fraction, rounded to even, in the low bits.
+    float magnitude;
+    std::memcpy(&magnitude, &bits, sizeof magnitude);
+    magnitude += 0.5f;
+    std::memcpy(&half, &magnitude, sizeof half);
+    half -= 0x3f000000u;
+  } else {
+    half = (bits + 0xc8000fffu + ((bits >> 13) & 1u)) >> 13;  // rebias the exponent by -112 and round to even
+  }
+  out->bits = static_cast<uint16_t>(sign | half);
+}
+ADAKD_INLINE void narrow(double x, Bf16* out) { narrow(static_cast<float>(x), out); }
+ADAKD_INLINE void narrow(double x, Half* out) { narrow(static_cast<float>(x), out); }
+
+// Results below the normal range become 0 while this lives: they count for nothing, and some processors are slow on them.
+class FlushSubnormals {
+ public:
+#if defined(__SSE2__)
+  FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
+  ~FlushSubnormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#else
+  FlushSubnormals() {}
+#endif
+};
+
+}  // namespace ADAKD_ISA
+}  // namespace adakd

@@ -1,0 +1,161 @@
+// `token_divergence_backward`: equation (10) for a token, plus the gradient of its cross-entropy where labels are given.
+//
+// p and q are rebuilt from the normalisers. Reads each logit once and writes each entry once, past the cache unless the
+// gradient takes the place of the student's logits. Nothing is stored before its logits are known to be finite, so that a
+// group of entries with one at -inf can be computed again with guards, in place too.
+#pragma once
+
+#include "token_divergence.h"
+
+namespace adakd {
+namespace ADAKD_ISA {
+
+// The gradient of one token, entry by entry.
+template <class V, class D, bool kCrossEntropy> struct Gradient {
+  using S = Scalar<V>;
+  using Divergence = typename D::template Of<V>;
+  static constexpr bool kDivergence = !std::is_same<Divergence, None<V>>::value;
+
+  const Parameters<V> parameters;
+  const Frame<V> frame;
+  const V w, w_sum_g, ce_max, ce_factor;
+
+  // ∂L/∂zs of an entry, and in `check` something that is finite only where no guard was needed.
+  template <bool kGuarded> ADAKD_INLINE V entry(V zs, V zt, V& check) const {
+    V gradient = V{};
+    check = zs;
+    if constexpr (kDivergence) {
+      const Entry<V> at = frame.template entry<kGuarded>(zs, zt);
+      gradient = Divergence(parameters).gradient(at, w, w_sum_g);
+      check = at.gap;
+      if (kGuarded) {
+        const V minus_infinity = broadcast<V>(-kInfinity), zero = V{};
+        gradient = (zs != minus_infinity) & (zt != minus_infinity) ? gradient : zero;
+      }
+    }
+    if (kCrossEntropy) gradient = fma(exp2((zs - ce_max) * constant<V>(kLog2e)), ce_factor, gradient);
+    return gradient;
+  }
+
+  // n entries without guards; gives how many were done before the first group that needs them.
+  template <bool kStream, class T> int fast(const T* s, const T* t, T* out, int n) const {
+    for (int i = 0; i < n; i += 2 * kLanes<V>) {
+      const Pair<V> zs = load_pair(s + i), zt = load_pair(t + i);
+      V check_1, check_2;
+      const Pair<V> gradient{entry<false>(zs.first, zt.first, check_1), entry<false>(zs.second, zt.second, check_2)};
+      if (!all_finite(check_1, check_2)) return i;
+      store_pair<kStream>(out + i, gradient);
+    }
+    return n;
+  }
+
+  // n entries, a multiple of a pair of vectors, from scratch memory to scratch memory.
+  void guarded(const S* s, const S* t, S* out, int n) const {
+    for (int i = 0; i < n; i += kLanes<V>) {
+      V check;
+      store(out + i, entry<true>(load<V>(s + i), load<V>(t + i), check));
+    }
+  }
+};
+
+struct OneRow {
+  Row s, t;
+  char* out;
+  int64_t vocab;
+  int64_t label;  // -1: none
+  double ce_weight;
+  bool in_place, finite;
+};
+
+template <class V, class G> void gradient_row(const G& gradient, const OneRow& row) {
+  using S = Scalar<V>;
+  alignas(64) S wide_s[kBlock], wide_t[kBlock], wide_out[kBlock];
+  constexpr int kStep = 2 * kLanes<V>;
+  const bool direct = row.finite && read_directly<V>(row.s, row.t);
+  const auto guarded = [&](int64_t start, int n) {
+    widen_block<V>(row.s, start, n, wide_s);
+    gradient.guarded(wide_s, wide_t, wide_out, widen_block<V>(row.t, start, n, wide_t));
+    if (start <= row.label && row.label < start + n) wide_out[row.label - start] -= static_cast<S>(row.ce_weight);
+    narrow_block(wide_out, n, row.s.type, row.out, start);
+  };
+  const auto fast = [&](auto type, int64_t start, int n) {
+    using T = decltype(type);
+    const T* s = reinterpret_cast<const T*>(row.s.data) + start;
+    const T* t = reinterpret_cast<const T*>(row.t.data) + start;
+    T* out = reinterpret_cast<T*>(row.out) + start;
+    return row.in_place ? gradient.template fast<false>(s, t, out, n) : gradient.template fast<true>(s, t, out, n);
+  };
+  int64_t start = 0;
+  if (direct) {
+    // Streaming stores need whole lines: up to the first one, entry by entry.
+    const int64_t width = size_of(row.s.type);
+    const int64_t head = (kBytes - reinterpret_cast<uintptr_t>(row.out) % kBytes) % kBytes / width;
+    start = head < row.vocab ? head : row.vocab;
+    if (start > 0) guarded(0, static_cast<int>(start));
+  }
+  while (start < row.vocab) {
+    const int64_t left = row.vocab - start;
+    int n = static_cast<int>(left < kBlock ? left : kBlock), done = 0;
+    if constexpr (sizeof(S) == 4) {
+      if (direct && n >= kStep) {
+        n -= n % kStep;
+        const bool labelled = start <= row.label && row.label < start + n;
+        if (!labelled) done = row.s.type == Type::kFloat ? fast(float{}, start, n) : fast(Bf16{}, start, n);
+      }
+    }
+    if (done < n) guarded(start + done, n - done);
+    start += n;
+  }
+}
+
+// `bytes` zeros, past the cache.
+inline void stream_zeros(char* p, int64_t bytes) {
+  int64_t i = (kBytes - reinterpret_cast<uintptr_t>(p) % kBytes) % kBytes;
+  i = i < bytes ? i : bytes;
+  std::memset(p, 0, i);
+  for (; i + kBytes <= bytes; i += kBytes) stream(p + i, Uints{});
+  std::memset(p + i, 0, bytes - i);
+}
+
+template <class V> void token_divergence_backward_row(const GradientCall& call, int64_t n) {
+  using S = Scalar<V>;
+  const auto number = [n](const void* array) -> double { return static_cast<const S*>(array)[n]; };
+  const Rows& rows = call.rows;
+  const int64_t width = size_of(rows.student.type);
+  char* const out = row_start(call.grad, n, rows.tokens);
+  const double weight = number(call.weight), ce_weight = call.labels ? number(call.ce_weight) : 0.0;
+  if (weight == 0.0 && ce_weight == 0.0) {
+    stream_zeros(out, call.student_vocab * width);
+    end_of_stream();
+    return;
+  }
+  const double tau = number(call.temperature), w = weight / tau, w_sum_g = w * number(call.sum_g);
+  const Frame<V> frame(scale_of<V>(tau), number(call.in.max_s), number(call.in.sum_s), number(call.in.max_t),
+                       number(call.in.sum_t));
+  const double ce_factor = ce_weight == 0.0 ? 0.0 : ce_weight / number(call.ce_sum);
+  const double ce_max = ce_weight == 0.0 ? 0.0 : number(call.ce_max);
+  const Parameters<V> parameters{constant<V>(call.alpha), constant<V>(call.beta)};
+  const OneRow row{row_of(rows.student, n, rows.tokens),
+                   row_of(rows.teacher, n, rows.tokens),
+                   out,
+                   rows.vocab,
+                   ce_weight == 0.0 ? -1 : call.labels[n],
+                   ce_weight,
+                   call.grad.data == rows.student.data,
+                   std::isfinite(w + w_sum_g + ce_factor + ce_max) && (weight == 0.0 || frame.finite())};
+  with_divergence(weight == 0.0 ? Divergence::kNone : call.divergence, [&](auto tag) {
+    using D = decltype(tag);
+    const V v_w = constant<V>(w), v_w_sum_g = constant<V>(w_sum_g);
+    const V v_ce_max = constant<V>(ce_max), v_ce_factor = constant<V>(ce_factor);
+    if (ce_weight == 0.0) {
+      gradient_row<V>(Gradient<V, D, false>{parameters, frame, v_w, v_w_sum_g, v_ce_max, v_ce_factor}, row);
+    } else {
+      gradient_row<V>(Gradient<V, D, true>{parameters, frame, v_w, v_w_sum_g, v_ce_max, v_ce_factor}, row);
+    }
+  });
+  std::memset(out + rows.vocab * width, 0, (call.student_vocab - rows.vocab) * width);
+  end_of_stream();
+}
+
+}  // namespace ADAKD_ISA
+}  // namespace adakd

@@ -1,0 +1,24 @@
+// `token_stats`: squared Hellinger distance and normalisers of a token at temperature 1. Reads each logit once.
+#pragma once
+
+#include "hellinger.h"
+
+namespace adakd {
+namespace ADAKD_ISA {
+
+template <class V> void token_stats_row(const StatsCall& call, int64_t n) {
+  using S = Scalar<V>;
+  if (!call.mask[n]) {
+    static_cast<S*>(call.hellinger)[n] = 0;
+    store_ignored<S>(call.out, n);
+    return;
+  }
+  const Rows& rows = call.rows;
+  HellingerFold fold(scale_of<V>(1.0));
+  sweep<V>(row_of(rows.student, n, rows.tokens), row_of(rows.teacher, n, rows.tokens), rows.vocab, fold);
+  static_cast<S*>(call.hellinger)[n] = static_cast<S>(fold.result());
+  fold.template store<S>(call.out, n);
+}
+
+}  // namespace ADAKD_ISA
+}  // namespace adakd

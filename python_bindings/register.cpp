@@ -1,0 +1,204 @@
+// Registers the core as the CPU kernels of the `adakd::` operators, through torch's stable ABI: one binary serves torch
+// 2.13 and later. Schemas, shapes and meanings stand in adakd_kernels/ops; here tensors become pointers, and tokens are
+// spread over torch's threads.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "core/kernels.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+const adakd::Kernels& kernels() {
+  const adakd::Kernels* const chosen = adakd::kernels();
+  if (chosen == nullptr) throw std::runtime_error("ADAKD_ISA names an instruction set that this processor lacks");
+  return *chosen;
+}
+
+adakd::Type type_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return adakd::Type::kFloat;
+    case ScalarType::BFloat16: return adakd::Type::kBf16;
+    case ScalarType::Half: return adakd::Type::kHalf;
+    case ScalarType::Double: return adakd::Type::kDouble;
+    default: throw std::runtime_error("logits must be fp16, bf16, fp32 or fp64");
+  }
+}
+
+adakd::Logits logits_of(const Tensor& x) { return {x.data_ptr(), type_of(x), x.stride(0), x.stride(1)}; }
+
+adakd::Rows rows_of(const Tensor& student, const Tensor& teacher) {
+  const int64_t vocab = student.size(2) < teacher.size(2) ? student.size(2) : teacher.size(2);
+  return {logits_of(student), logits_of(teacher), student.size(1), vocab};
+}
+
+// Per-token numbers as the core takes them: contiguous, in the accumulation type.
+ScalarType accumulation_type(const Tensor& student, const Tensor& teacher) {
+  const bool any = student.scalar_type() == ScalarType::Double || teacher.scalar_type() == ScalarType::Double;
+  return any ? ScalarType::Double : ScalarType::Float;
+}
+Tensor numbers(const Tensor& x, ScalarType type) {
+  const Tensor converted = x.scalar_type() == type ? x : torch::stable::to(x, type);
+  return torch::stable::contiguous(converted);
+}
+const void* data_of(const std::optional<Tensor>& x) { return x.has_value() ? x->data_ptr() : nullptr; }
+
+adakd::Divergence divergence_of(const std::string& name) {
+  static const char* const names[] = {"forward_kl",      "reverse_kl",      "jeffreys",   "jensen_shannon", "skew_forward_kl",
+                                      "skew_reverse_kl", "total_variation", "alpha_beta", "hellinger"};
+  int index = 0;
+  for (const char* const known : names) {
+    if (name == known) return static_cast<adakd::Divergence>(index);
+    ++index;
+  }
+  throw std::runtime_error("no such divergence: " + name);
+}
+
+// Runs a kernel for every token. Threads take the next token as they finish one: tokens that do not count take no time,
+// and where they lie is up to the data.
+template <class Call> void for_each_token(void (*kernel)(const Call&, int64_t), const Call& call, int64_t tokens) {
+  constexpr int64_t kEntriesWorthAThread = 1 << 15;
+  const int64_t useful = 1 + tokens * call.rows.vocab / kEntriesWorthAThread;
+  int64_t threads = torch::stable::get_num_threads();
+  threads = threads < useful ? threads : useful;
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int64_t, int64_t) {
+    for (int64_t n = next++; n < tokens; n = next++) kernel(call, n);
+  };
+  if (threads < 2) {
+    work(0, 1);
+  } else {
+    torch::stable::parallel_for(0, threads, 1, work);
+  }
+}
+
+Five token_stats(const Tensor& student, const Tensor& teacher, const Tensor& mask) {
+  const ScalarType type = accumulation_type(student, teacher);
+  const auto fresh = [&] { return torch::stable::new_empty(student, mask.sizes(), type); };
+  Tensor hellinger = fresh(), max_s = fresh(), sum_s = fresh(), max_t = fresh(), sum_t = fresh();
+  const Tensor counts = torch::stable::contiguous(mask);
+  const adakd::StatsCall call{rows_of(student, teacher),
+                              static_cast<const bool*>(counts.data_ptr()),
+                              hellinger.data_ptr(),
+                              {max_s.data_ptr(), sum_s.data_ptr(), max_t.data_ptr(), sum_t.data_ptr()}};
+  for_each_token(kernels().token_stats, call, mask.numel());
+  return {hellinger, max_s, sum_s, max_t, sum_t};
+}
+
+Six token_divergence(const Tensor& student, const Tensor& teacher, const Tensor& temperature, const Tensor& mask,
+                     const std::string& divergence, double alpha, double beta) {
+  const ScalarType type = accumulation_type(student, teacher);
+  const auto fresh = [&] { return torch::stable::new_empty(student, mask.sizes(), type); };
+  Tensor d = fresh(), sum_g = fresh(), max_s = fresh(), sum_s = fresh(), max_t = fresh(), sum_t = fresh();
+  const Tensor tau = numbers(temperature, type), counts = torch::stable::contiguous(mask);
+  const adakd::DivergenceCall call{rows_of(student, teacher),
+                                   divergence_of(divergence),
+                                   alpha,
+                                   beta,
+                                   tau.data_ptr(),
+                                   static_cast<const bool*>(counts.data_ptr()),
+                                   d.data_ptr(),
+                                   sum_g.data_ptr(),
+                                   {max_s.data_ptr(), sum_s.data_ptr(), max_t.data_ptr(), sum_t.data_ptr()}};
+  for_each_token(kernels().token_divergence, call, mask.numel());
+  return {d, sum_g, max_s, sum_s, max_t, sum_t};
+}
+
+// Asks for large pages under memory that is about to be written for the first time: clearing it page by page as it is
+// touched takes the system about as long as computing what goes into it.
+void expect_to_write(const Tensor& x) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(x.data_ptr()) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(x.data_ptr()) + x.numel() * x.element_size()) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+void write_gradient(const Tensor& out, const Tensor& student, const Tensor& teacher, const Tensor& temperature,
+                    const Tensor& weight, const Tensor& sum_g, const Tensor& max_s, const Tensor& sum_s,
+                    const Tensor& max_t, const Tensor& sum_t, const std::optional<Tensor>& labels,
+                    const std::optional<Tensor>& ce_weight, const std::optional<Tensor>& ce_max,
+                    const std::optional<Tensor>& ce_sum, const std::string& divergence, double alpha, double beta) {
+  const ScalarType type = accumulation_type(student, teacher);
+  const auto optional_numbers = [type](const std::optional<Tensor>& x) {
+    return x.has_value() ? std::optional<Tensor>(numbers(*x, type)) : std::nullopt;
+  };
+  const Tensor tau = numbers(temperature, type), w = numbers(weight, type), g = numbers(sum_g, type);
+  const Tensor m_s = numbers(max_s, type), l_s = numbers(sum_s, type);
+  const Tensor m_t = numbers(max_t, type), l_t = numbers(sum_t, type);
+  const auto ce_w = optional_numbers(ce_weight), ce_m = optional_numbers(ce_max), ce_l = optional_numbers(ce_sum);
+  const auto ids = labels.has_value() ? std::optional<Tensor>(numbers(*labels, ScalarType::Long)) : std::nullopt;
+  const adakd::GradientCall call{rows_of(student, teacher),
+                                 divergence_of(divergence),
+                                 alpha,
+                                 beta,
+                                 logits_of(out),
+                                 student.size(2),
+                                 tau.data_ptr(),
+                                 w.data_ptr(),
+                                 g.data_ptr(),
+                                 {m_s.data_ptr(), l_s.data_ptr(), m_t.data_ptr(), l_t.data_ptr()},
+                                 static_cast<const int64_t*>(data_of(ids)),
+                                 data_of(ce_w),
+                                 data_of(ce_m),
+                                 data_of(ce_l)};
+  for_each_token(kernels().token_divergence_backward, call, weight.numel());
+}
+
+Tensor token_divergence_backward(const Tensor& student, const Tensor& teacher, const Tensor& temperature,
+                                 const Tensor& weight, const Tensor& sum_g, const Tensor& max_s, const Tensor& sum_s,
+                                 const Tensor& max_t, const Tensor& sum_t, const std::optional<Tensor>& labels,
+                                 const std::optional<Tensor>& ce_weight, const std::optional<Tensor>& ce_max,
+                                 const std::optional<Tensor>& ce_sum, const std::string& divergence, double alpha,
+                                 double beta) {
+  Tensor out = torch::stable::new_empty(student, student.sizes());
+  expect_to_write(out);
+  write_gradient(out, student, teacher, temperature, weight, sum_g, max_s, sum_s, max_t, sum_t, labels, ce_weight,
+                 ce_max, ce_sum, divergence, alpha, beta);
+  return out;
+}
+
+void token_divergence_backward_(Tensor student, const Tensor& teacher, const Tensor& temperature, const Tensor& weight,
+                                const Tensor& sum_g, const Tensor& max_s, const Tensor& sum_s, const Tensor& max_t,
+                                const Tensor& sum_t, const std::optional<Tensor>& labels,
+                                const std::optional<Tensor>& ce_weight, const std::optional<Tensor>& ce_max,
+                                const std::optional<Tensor>& ce_sum, const std::string& divergence, double alpha,
+                                double beta) {
+  write_gradient(student, student, teacher, temperature, weight, sum_g, max_s, sum_s, max_t, sum_t, labels, ce_weight,
+                 ce_max, ce_sum, divergence, alpha, beta);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(adakd, CPU, library) {
+  library.impl("token_stats", TORCH_BOX(&token_stats));
+  library.impl("token_divergence", TORCH_BOX(&token_divergence));
+  library.impl("token_divergence_backward", TORCH_BOX(&token_divergence_backward));
+  library.impl("token_divergence_backward_", TORCH_BOX(&token_divergence_backward_));
+}
+
+// For adakd_kernels/ops/native.py and the tests, through ctypes.
+#define ADAKD_EXPORT __attribute__((visibility("default")))
+extern "C" {
+// The instruction set in use; null where ADAKD_ISA names one that this processor lacks.
+ADAKD_EXPORT const char* adakd_isa() { return adakd::kernels() == nullptr ? nullptr : adakd::kernels()->isa; }
+ADAKD_EXPORT void adakd_exp2(const float* x, float* y, int64_t n) { kernels().exp2(x, y, n); }
+ADAKD_EXPORT void adakd_log2(const float* x, float* y, int64_t n) { kernels().log2(x, y, n); }
+}
