@@ -21,6 +21,12 @@ WANTED = os.environ.get("ADAKD_NATIVE", "")
 STABLE_ABI = 0x020D000000000000  # torch 2.13: older ones lack what register.cpp calls
 
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# `make sanitize` runs the tests on a library that watches its own memory and arithmetic.
+SANITIZERS = (
+    ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    if os.environ.get("ADAKD_SANITIZE")
+    else []
+)
 # Fused multiply-adds stand where the source says `fma`, and nowhere else: otherwise equal rows would not give exactly 0.
 # GCC warns of its own intrinsics' headers.
 CORE = ["-O3", "-fno-math-errno", "-ffp-contract=off", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
@@ -85,7 +91,7 @@ class BuildNative(build_ext):
         def compile_unit(unit: tuple[Path, list[str]]) -> str:
             source, flags = unit
             target = str(folder / f"{source.stem}.o")
-            self.spawn([*cxx, *COMMON, *flags, "-c", str(source), "-o", target])
+            self.spawn([*cxx, *COMMON, *flags, *SANITIZERS, "-c", str(source), "-o", target])
             return target
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -93,7 +99,9 @@ class BuildNative(build_ext):
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
         torch_libraries = [flag for path in library_paths() for flag in ("-L", path)]
-        self.spawn([*cxx, "-shared", *objects, *torch_libraries, "-ltorch", "-ltorch_cpu", "-o", str(library)])
+        self.spawn(
+            [*cxx, "-shared", *SANITIZERS, *objects, *torch_libraries, "-ltorch", "-ltorch_cpu", "-o", str(library)]
+        )
 
 
 setup(

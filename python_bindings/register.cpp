@@ -199,6 +199,7 @@ STABLE_TORCH_LIBRARY_IMPL(adakd, CPU, library) {
 extern "C" {
 // The instruction set in use; null where ADAKD_ISA names one that this processor lacks.
 ADAKD_EXPORT const char* adakd_isa() { return adakd::kernels() == nullptr ? nullptr : adakd::kernels()->isa; }
+ADAKD_EXPORT const char* adakd_instruction_sets() { return adakd::instruction_sets(); }
 ADAKD_EXPORT void adakd_exp2(const float* x, float* y, int64_t n) { kernels().exp2(x, y, n); }
 ADAKD_EXPORT void adakd_log2(const float* x, float* y, int64_t n) { kernels().log2(x, y, n); }
 }

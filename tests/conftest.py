@@ -8,6 +8,7 @@ import torch
 from adakd_kernels.ops import backend
 
 INTERPRETING = backend("cpu").name == "triton-interpreter"
+NATIVE = backend("cpu").name == "native"
 
 if INTERPRETING:
     from . import interpreter
@@ -17,22 +18,24 @@ if INTERPRETING:
 
 def pytest_configure(config: pytest.Config) -> None:
     """`-m gpu` puts every tensor that a test makes on the GPU; the tests are those that other tiers run on the CPU."""
-    if _gpu_tier(config) and torch.cuda.is_available():
+    if _tier("gpu", config) and torch.cuda.is_available():
         torch.set_default_device("cuda")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU or the interpreter and does not have it."""
+    """Skip what needs a GPU, the interpreter or the C++ kernels and does not have it."""
     for item in items:
         markers = {marker.name for marker in item.iter_markers()}
-        if "gpu" in markers and _gpu_tier(config) and not torch.cuda.is_available():
+        if "native" in markers and _tier("native", config) and not NATIVE:
+            item.add_marker(pytest.mark.skip(reason=f"needs the C++ kernels: {backend('cpu').reason}"))
+        if "gpu" in markers and _tier("gpu", config) and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA or ROCm device on this machine"))
         if "interpret" in markers and not markers & {"fast", "gpu"} and not INTERPRETING:
             item.add_marker(pytest.mark.skip(reason="runs in Triton's interpreter: start with TRITON_INTERPRET=1"))
 
 
-def _gpu_tier(config: pytest.Config) -> bool:
-    return "gpu" in config.getoption("markexpr").split()
+def _tier(name: str, config: pytest.Config) -> bool:
+    return name in config.getoption("markexpr").split()
 
 
 @pytest.fixture(autouse=True)

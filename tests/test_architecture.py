@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,8 @@ def test_every_divergence_stands_in_every_place():
     assert set(SUMMANDS) == names and set(GRADIENTS) == names
     maths = (ROOT / "docs" / "maths.md").read_text()
     kernels = "".join(path.read_text() for path in (PACKAGE / "kernels").glob("*.py"))
+    registered = (ROOT / "python_bindings" / "register.cpp").read_text()
+    assert re.findall(r'"(\w+)"', re.search(r"names\[\] = \{(.*?)\}", registered, re.DOTALL)[1]) == list(DIVERGENCES)
     for name in names:
         assert f"`{name}`" in maths, f"{name} has no row in docs/maths.md"
         assert f'"{name}"' in kernels, f"{name} has no kernel"

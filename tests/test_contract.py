@@ -1,4 +1,5 @@
-"""The numerics contract, line by line: on the reference (fast), in the interpreter (interpret), on a GPU (gpu)."""
+"""The numerics contract, line by line: on the reference (fast), the C++ kernels (native), in the interpreter
+(interpret), on a GPU (gpu)."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from .cases import (
     uniform,
 )
 
-pytestmark = [pytest.mark.fast, pytest.mark.interpret, pytest.mark.gpu]
+pytestmark = [pytest.mark.fast, pytest.mark.native, pytest.mark.interpret, pytest.mark.gpu]
 INF = float("inf")
 # The long rows take their time in the interpreter; fp16 and fp64 differ from the others in nothing but the cast.
 TYPES_AND_VOCABULARIES = [

@@ -21,7 +21,7 @@ from adakd_kernels.functional import DIFFICULTIES
 
 from .cases import DIVERGENCES, gradient, logits, name_of, tokens, uniform
 
-pytestmark = [pytest.mark.fast, pytest.mark.interpret, pytest.mark.gpu]
+pytestmark = [pytest.mark.fast, pytest.mark.native, pytest.mark.interpret, pytest.mark.gpu]
 
 
 def batch(b=2, l=6, vocab=301, teacher_vocab=None, dtype=torch.float64, seed=0):

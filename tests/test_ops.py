@@ -15,6 +15,7 @@ from .cases import ONE_OF_EACH, logits, name_of, temperatures, tokens
 
 
 @pytest.mark.fast
+@pytest.mark.native
 @pytest.mark.interpret
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_opcheck(dtype, unpoisoned):
@@ -35,6 +36,7 @@ def test_opcheck(dtype, unpoisoned):
 
 
 @pytest.mark.fast
+@pytest.mark.native
 @pytest.mark.interpret
 @pytest.mark.parametrize("ce_weight", [0.0, 0.2])
 def test_compile_gives_the_eager_result_without_recompiling(ce_weight, unpoisoned):
@@ -71,6 +73,7 @@ def test_compile_gives_the_eager_result_without_recompiling(ce_weight, unpoisone
 
 
 @pytest.mark.fast
+@pytest.mark.native
 @pytest.mark.interpret
 def test_compile_of_a_model_with_inplace_and_the_module(unpoisoned):
     """`inplace` is a request about memory; a compiled graph may not honour it and must not be wrong."""
@@ -171,7 +174,7 @@ def test_backends_name_their_reason(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(backends, "_triton_installed", lambda: True)
     assert backends.backend("cuda") == ("triton", "Triton is installed and compiles for cuda")
-    assert backends.backend("cpu") == ("reference", "there is no kernel for cpu")
+    assert backends.backend("mps") == ("reference", "there is no kernel for mps")
     monkeypatch.setattr(backends, "_triton_installed", lambda: False)
     assert backends.backend("cuda").name == "reference" and "pip install triton" in backends.backend("cuda").reason
     monkeypatch.setattr(backends, "_triton_installed", lambda: True)

@@ -41,8 +41,10 @@ def backend(device_type: str) -> Backend:
         return Backend("triton", f"Triton is installed and compiles for {device_type}")
     if device_type == "cpu":
         in_use, reason = load_native()
-        return Backend("native", f"the C++ kernels are built; they use {reason} here") if in_use else Backend(
-            "reference", reason
+        return (
+            Backend("native", f"the C++ kernels are built; they use {reason} here")
+            if in_use
+            else Backend("reference", reason)
         )
     if device_type == "cuda":
         reason = "TRITON_INTERPRET is set" if _interpreting() else "Triton is not installed: pip install triton"

@@ -1,8 +1,8 @@
 """Loads the C++ kernels for the CPU, which `setup.py` builds from python_bindings/ where it can.
 
 Loading the library registers them as the CPU kernels of the ops. The environment decides before that: ADAKD_NATIVE=0
-leaves them out, ADAKD_NATIVE=1 makes their absence an error, ADAKD_ISA (avx512, avx2, portable) picks the instruction
-set, which is otherwise the widest that the processor has.
+leaves them out, ADAKD_NATIVE=1 makes their absence an error, ADAKD_NATIVE=<path> takes that library; ADAKD_ISA (avx512,
+avx2, portable) picks the instruction set, which is otherwise the widest that the processor has.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-LIBRARY = Path(__file__).parent.parent / "_native.so"
+BUILT = Path(__file__).parent.parent / "_native.so"
 
 
 @cache
@@ -22,31 +22,45 @@ def load() -> tuple[bool, str]:
     """(whether the C++ kernels are in use, the instruction set or why they are not).
 
     Raises:
-        ImportError: ADAKD_NATIVE=1 and there are none, or ADAKD_ISA names an instruction set that is not there.
+        ImportError: ADAKD_NATIVE asks for them and there are none, or ADAKD_ISA names an instruction set that the
+            processor lacks.
     """
     wanted = os.environ.get("ADAKD_NATIVE", "")
-    if wanted not in ("", "0", "1"):
-        raise ImportError(f"ADAKD_NATIVE must be 0 (never), 1 (or fail) or unset (where built), got {wanted!r}")
     if wanted == "0":
         return False, "ADAKD_NATIVE=0 leaves the C++ kernels out"
-    if not LIBRARY.exists():
-        why = "the C++ kernels are not built: pip install --no-build-isolation, with a compiler and torch installed"
-        if wanted == "1":
-            raise ImportError(f"ADAKD_NATIVE=1, but {why}")
-        return False, why
-    isa = library().adakd_isa()
-    if isa is None:
-        raise ImportError(
-            f"ADAKD_ISA must be avx512, avx2 or portable, and one that this processor has, got "
-            f"{os.environ.get('ADAKD_ISA')!r}; leave it unset for the widest there is"
+    if not path().exists():
+        why = (
+            "the C++ kernels are not built: install the package with a C++ compiler and torch at hand, by "
+            "pip install --no-build-isolation"
         )
-    torch.ops.load_library(str(LIBRARY))
-    return True, isa.decode()
+        if wanted:
+            raise ImportError(f"ADAKD_NATIVE={wanted}, but there is no {path()}: {why}")
+        return False, why
+    if not library().adakd_isa():
+        raise ImportError(
+            f"ADAKD_ISA must be unset or one of {', '.join(instruction_sets())} on this processor, "
+            f"got {os.environ.get('ADAKD_ISA')!r}"
+        )
+    torch.ops.load_library(str(path()))
+    return True, library().adakd_isa().decode()
+
+
+def path() -> Path:
+    """Where the library is, or would be."""
+    wanted = os.environ.get("ADAKD_NATIVE", "")
+    return BUILT if wanted in ("", "0", "1") else Path(wanted)
+
+
+def instruction_sets() -> list[str]:
+    """Those that this processor has and the library was built for, the widest first."""
+    names: bytes = library().adakd_instruction_sets()
+    return names.decode().split()
 
 
 @cache
 def library() -> ctypes.CDLL:
     """The library's plain C functions."""
-    loaded = ctypes.CDLL(str(LIBRARY))
+    loaded = ctypes.CDLL(str(path()))
     loaded.adakd_isa.restype = ctypes.c_char_p
+    loaded.adakd_instruction_sets.restype = ctypes.c_char_p
     return loaded

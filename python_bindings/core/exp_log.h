@@ -12,6 +12,10 @@
 namespace adakd {
 namespace ADAKD_ISA {
 
+// Largest relative errors, fp32 rounding included; without fused multiply-adds they are the larger.
+constexpr float kExp2Error = 1.1e-7f;
+constexpr float kLog2Error = 4.0e-7f;
+
 // Horner's rule, the highest coefficient first.
 template <int n> ADAKD_INLINE Floats polynomial(Floats x, const float (&coefficient)[n]) {
   Floats y = broadcast<Floats>(coefficient[0]);

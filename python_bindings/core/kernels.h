@@ -85,4 +85,7 @@ struct Kernels {
 // or portable. Null where the variable names none that this processor and this build have.
 const Kernels* kernels();
 
+// The instruction sets that this processor and this build have, the widest first.
+const char* instruction_sets();
+
 }  // namespace adakd

@@ -232,13 +232,16 @@ ADAKD_INLINE float widen(Bf16 x) {
   return out;
 }
 ADAKD_INLINE float widen(Half x) {
-  // The fraction is put under an fp32 exponent that is 112 too small, then multiplied by 2^112: subnormals come out right.
-  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
-  const uint32_t rest = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
-  const uint32_t bits = rest >= 0x0f800000u ? (sign | 0x70000000u | rest) : (sign | rest);
+  const uint32_t magnitude = x.bits & 0x7fff, sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  // A subnormal is its fraction times 2^-24. Otherwise the exponent is rebiased by 112, by as much again for infinity.
+  const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
+  uint32_t bits;
+  std::memcpy(&bits, &subnormal, sizeof bits);
+  if (magnitude >= 0x0400) bits = (magnitude << 13) + (magnitude >= 0x7c00 ? 0x70000000u : 0x38000000u);
+  bits |= sign;
   float out;
   std::memcpy(&out, &bits, sizeof out);
-  return rest >= 0x0f800000u ? out : out * 0x1p112f;
+  return out;
 }
 ADAKD_INLINE void narrow(double x, double* out) { *out = x; }
 ADAKD_INLINE void narrow(double x, float* out) { *out = static_cast<float>(x); }

@@ -1,0 +1,258 @@
+"""What only the C++ kernels have: instruction sets, threads, alignment, memory, their polynomials and their build.
+
+That they compute the right thing is the contract's matter (`test_contract.py`, `test_losses.py`, `test_ops.py`), which runs
+on them too; the fuzzing here looks for inputs that the contract did not think of.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adakd_kernels import adakd_loss, ops, reference, token_difficulty, token_divergence
+from adakd_kernels.ops import native
+
+from .cases import DIVERGENCES, DTYPES, ONE_OF_EACH, assert_close_as_eager, gradient, logits, name_of, temperatures
+
+pytestmark = pytest.mark.native
+ROOT = Path(__file__).parent.parent
+INF = float("inf")
+
+
+def mapped(function: str, x: np.ndarray) -> np.ndarray:
+    y = np.empty_like(x)
+    getattr(native.library(), function)(
+        ctypes.c_void_p(x.ctypes.data), ctypes.c_void_p(y.ctypes.data), ctypes.c_int64(len(x))
+    )
+    return y
+
+
+def bound(name: str) -> float:
+    source = (ROOT / "python_bindings" / "core" / "exp_log.h").read_text()
+    return float(re.search(rf"{name} = ([0-9.e-]+)f", source)[1])
+
+
+def test_exp2_keeps_its_error_bound():
+    octave = np.arange(np.float32(1.0).view(np.int32), np.float32(2.0).view(np.int32), dtype=np.int32).view(np.float32)
+    spread = np.linspace(-125.0, 127.0, 1_000_003).astype(np.float32)
+    for x in (octave - 1.5, octave * 2**-6, -octave * 2**-6, spread):
+        error = np.abs(mapped("adakd_exp2", x) / np.exp2(x.astype(np.float64)) - 1.0)
+        assert error.max() <= bound("kExp2Error"), (x[error.argmax()], error.max())
+    special = np.array([-INF, -1e30, -128.0, -0.0, 0.0, 1.0, -3.0, math.nan], np.float32)
+    assert (
+        np.array_equal(
+            mapped("adakd_exp2", special)[2:],
+            np.array([0.0, 1.0, 1.0, 2.0, 0.125, math.nan], np.float32),
+            equal_nan=True,
+        )
+        or mapped("adakd_exp2", special)[2] < 2.0**-126
+    )  # a subnormal where the processor computes them
+    assert (mapped("adakd_exp2", special)[:2] == 0.0).all()
+
+
+def test_log2_keeps_its_error_bound():
+    octaves = np.arange(np.float32(0.5).view(np.int32), np.float32(2.0).view(np.int32), dtype=np.int32).view(np.float32)
+    for x in (octaves, octaves * 2**-40, octaves * 2**90):
+        exact = np.log2(x.astype(np.float64))
+        error = np.abs(mapped("adakd_log2", x) - exact) / np.where(exact == 0.0, 1.0, np.abs(exact))
+        assert error.max() <= bound("kLog2Error"), (x[error.argmax()], error.max())
+    assert mapped("adakd_log2", np.ones(3, np.float32)).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_every_half_is_read_exactly():
+    """Subnormal ones too, although the kernels flush subnormal results."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    finite = every[every.isfinite()].view(1, -1, 1)
+    max_s = ops.token_stats(finite, finite.flip(1), torch.ones(finite.shape[:2], dtype=torch.bool))[1]
+    assert torch.equal(max_s, finite[..., 0].float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=name_of)
+def test_threads_do_not_change_a_bit(divergence, dtype):
+    student, teacher = logits(4, 8, 4099, dtype=dtype, seed=1), logits(4, 8, 4111, dtype=dtype, seed=2)
+    labels = torch.randint(4099, (4, 8), generator=torch.Generator().manual_seed(3))
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            leaf = student.clone().requires_grad_()
+            out = adakd_loss(leaf, teacher, labels, divergence=divergence, focus_ratio=0.6, ce_weight=0.1)
+            out.loss.backward()
+            found.append((*(x.detach() for x in out), leaf.grad))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=name_of)
+def test_where_a_row_lies_in_memory_does_not_change_a_bit(divergence, dtype):
+    """Streaming stores need whole lines, so the ends of a row take another path: they must give the same numbers."""
+    student, teacher = logits(1, 1, 4500, dtype=dtype, seed=4), logits(1, 1, 4500, dtype=dtype, seed=5)
+    expected = gradient(lambda s: token_divergence(s, teacher, 0.8, divergence), student)
+    args = (divergence.name, *divergence.parameters)
+    tau, one = torch.full((1, 1), 0.8), torch.ones(1, 1)
+    for offset in (1, 3, 7, 31):
+        room = torch.full((1, 1, 4500 + 64), 7.0, dtype=dtype)
+        inside = room[..., offset : offset + 4500]
+        inside.copy_(student)
+        d, *saved = ops.token_divergence(inside, teacher, tau, one.bool(), *args)
+        assert torch.equal(d, token_divergence(student, teacher, 0.8, divergence))
+        ops.token_divergence_backward_(inside, teacher, tau, one, *saved, None, None, None, None, *args)
+        assert torch.equal(inside, expected)
+        assert (room[..., :offset] == 7.0).all() and (room[..., offset + 4500 :] == 7.0).all()
+
+
+@pytest.mark.parametrize("place", [0, 1, 700, 2048, 4499])
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=name_of)
+def test_one_masked_entry_changes_its_own_gradient_only(divergence, place):
+    """An entry at −inf sends its block through the guards; in place, what was stored before it must not be read again."""
+    student, teacher = logits(1, 2, 4500, seed=6), logits(1, 2, 4500, seed=7)
+    student[0, 0, place], teacher[0, 1, place] = -INF, -INF
+    exact_value = reference.token_divergence(student.double(), teacher.double(), 0.8, divergence)
+    eager_value = reference.token_divergence(student, teacher, 0.8, divergence)
+    assert_close_as_eager(token_divergence(student, teacher, 0.8, divergence), eager_value, exact_value)
+    exact = reference.token_divergence_grad(student.double(), teacher.double(), 0.8, divergence)
+    eager = reference.token_divergence_grad(student, teacher, 0.8, divergence)
+    for inplace in (False, True):
+        leaf = student.clone().requires_grad_()
+        token_divergence(leaf * 1.0, teacher, 0.8, divergence, inplace=inplace).sum().backward()
+        assert_close_as_eager(leaf.grad, eager, exact, ulps=16)
+        assert (leaf.grad[..., place] == 0.0).all()
+
+
+@st.composite
+def problems(draw):
+    """Any call of the ops: shapes, types, strides, masked entries and rows, temperatures, weights."""
+    dtype = st.sampled_from(DTYPES)
+    shape = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
+    vocabularies = [draw(st.integers(1, 70) | st.integers(2000, 2200)) for _ in range(2)]
+    sides = []
+    for vocab in vocabularies:
+        pad, seed = draw(st.integers(0, 5)), draw(st.integers(0, 10**6))
+        z = logits(*shape, vocab + pad, seed=seed, scale=draw(st.sampled_from([0.1, 3.0, 20.0])), dtype=draw(dtype))
+        z += draw(st.sampled_from([0.0, 0.0, 100.0, -1000.0]))
+        z = z[..., pad:] if draw(st.booleans()) else z[..., :vocab]
+        if draw(st.booleans()):
+            z = z.transpose(0, 1).contiguous().transpose(0, 1)
+        share = draw(st.sampled_from([0.0, 0.0, 0.01, 0.5, 1.0]))
+        if share:
+            z.masked_fill_(logits(*shape, vocab, seed=seed + 1, scale=1.0).erf().abs() < share, -INF)
+        sides.append(z)
+    tau = temperatures(*shape, seed=draw(st.integers(0, 99)))
+    weight = torch.tensor(draw(st.lists(st.sampled_from([0.0, 1.0, -0.5, 3.0]), min_size=9, max_size=9)))
+    weight = weight[: shape[0] * shape[1]].view(shape)
+    return *sides, tau, weight, draw(st.sampled_from(DIVERGENCES)), draw(st.booleans())
+
+
+@settings(deadline=None, max_examples=400, derandomize=True)
+@given(problems())
+def test_any_input_gives_what_the_reference_gives(problem):
+    student, teacher, tau, weight, divergence, inplace = problem
+
+    def exact(s):
+        return reference.token_divergence(s, teacher.double(), tau, divergence)
+
+    def eager(s):
+        return reference.token_divergence(s, teacher, tau, divergence)
+
+    def close(ours, eager, exact, ulps=4.0):
+        """By the rule, but where everything is next to 0, rounding next to 1 is no error."""
+        assert_close_as_eager(
+            *(torch.cat((x.flatten(), torch.ones_like(x.flatten()[:1]))) for x in (ours, eager, exact)), ulps
+        )
+
+    close(token_divergence(student, teacher, tau, divergence), eager(student), exact(student.double()))
+    close(
+        token_difficulty(student, teacher),
+        reference.squared_hellinger(student, teacher),
+        reference.squared_hellinger(student.double(), teacher.double()),
+    )
+
+    def grad(function, s):
+        """Into a leaf through a copy, so that what is overwritten in place is the copy."""
+        leaf = s.detach().clone().requires_grad_()
+        (function(leaf * 1.0) * weight.to(leaf.dtype)).sum().backward()
+        return leaf.grad
+
+    ours = grad(lambda s: token_divergence(s, teacher, tau, divergence, inplace=inplace), student)
+    close(ours, grad(eager, student), grad(exact, student.double()), ulps=16)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_beside_logits_and_gradient_is_small():
+    """At the size where it matters: under 4 MB, however long the rows."""
+    code = """
+import torch
+from adakd_kernels import adakd_loss
+def status(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+student, teacher = torch.randn(96, 151_936), torch.randn(96, 151_936)
+labels = torch.arange(96)
+def run():
+    leaf = student.detach().requires_grad_()
+    adakd_loss(leaf, teacher, labels, focus_ratio=0.5, ce_weight=0.1, inplace=True).loss.backward()
+run()
+open("/proc/self/clear_refs", "w").write("5")  # forget the peak
+before = status("VmRSS")
+run()
+print(status("VmHWM") - before)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert int(result.stdout) < 4096, f"{result.stdout.strip()} kB"
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT, env=env)
+
+
+def test_the_environment_decides():
+    show = "from adakd_kernels.ops import backend; print(*backend('cpu'), sep=': ')"
+    for isa in native.instruction_sets():
+        assert python(show, ADAKD_ISA=isa).stdout == f"native: the C++ kernels are built; they use {isa} here\n"
+    assert python(show, ADAKD_NATIVE="0").stdout == "reference: ADAKD_NATIVE=0 leaves the C++ kernels out\n"
+    assert python(show, TRITON_INTERPRET="1").stdout.startswith("triton-interpreter: ")
+    unknown = python(show, ADAKD_ISA="mmx")
+    assert unknown.returncode == 1 and unknown.stderr.splitlines()[-1] == (
+        f"ImportError: ADAKD_ISA must be unset or one of {', '.join(native.instruction_sets())} on this processor, "
+        "got 'mmx'"
+    )
+    missing = python(show, ADAKD_NATIVE="no/such/library.so")
+    assert missing.returncode == 1 and "there is no no/such/library.so: the C++ kernels are not built" in missing.stderr
+
+
+@pytest.mark.parametrize("wanted", ["", "1"], ids=["optional", "forced"])
+def test_without_a_compiler_the_package_still_builds_and_says_so(tmp_path, wanted):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for folder in ("python_bindings", "adakd_kernels"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    env = {**os.environ, "CXX": "no-such-compiler", "ADAKD_NATIVE": wanted, "LD_PRELOAD": ""}
+    result = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build"], capture_output=True, text=True, check=False, cwd=tmp_path, env=env
+    )
+    why = "there is no C++ compiler (no-such-compiler)"
+    if wanted:
+        assert result.returncode != 0
+        assert f"ADAKD_NATIVE=1, but the C++ kernels for the CPU cannot be built: {why}" in result.stderr
+        return
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"adakd_kernels: installed without the C++ kernels for the CPU, because {why}\n"
+    built = {path.name for path in (tmp_path / "build").rglob("*") if path.is_file()}
+    assert "functional.py" in built and "_native.so" not in built
