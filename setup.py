@@ -22,12 +22,9 @@ STABLE_ABI = 0x020D000000000000  # torch 2.13: older ones lack what register.cpp
 
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # `make sanitize` runs the tests on a library that watches its own memory and arithmetic.
-SANITIZERS = (
-    ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    if os.environ.get("ADAKD_SANITIZE")
-    else []
-)
-# Fused multiply-adds stand where the source says `fma`, and nowhere else: otherwise equal rows would not give exactly 0.
+SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZERS = SANITIZE if os.environ.get("ADAKD_SANITIZE") else []
+# Multiply-adds are fused where the source says `fma`, and nowhere else: otherwise equal rows would not give exactly 0.
 # GCC warns of its own intrinsics' headers.
 CORE = ["-O3", "-fno-math-errno", "-ffp-contract=off", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 INSTRUCTION_SETS = {"portable": []}
@@ -54,11 +51,12 @@ def obstacle() -> str | None:
 
 
 def compiler() -> str:
+    """The program that CXX names."""
     return os.environ.get("CXX", "c++").split()[0]
 
 
 class BuildNative(build_ext):
-    """One object for each instruction set, each with its own flags, in one library that belongs to no Python version."""
+    """One object for each instruction set, with its own flags, in one library that belongs to no Python version."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"

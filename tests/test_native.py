@@ -1,7 +1,7 @@
 """What only the C++ kernels have: instruction sets, threads, alignment, memory, their polynomials and their build.
 
-That they compute the right thing is the contract's matter (`test_contract.py`, `test_losses.py`, `test_ops.py`), which runs
-on them too; the fuzzing here looks for inputs that the contract did not think of.
+That they compute the right thing is the contract's matter (`test_contract.py`, `test_losses.py`, `test_ops.py`), which
+runs on them too; the fuzzing here looks for inputs that the contract did not think of.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def test_where_a_row_lies_in_memory_does_not_change_a_bit(divergence, dtype):
 @pytest.mark.parametrize("place", [0, 1, 700, 2048, 4499])
 @pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=name_of)
 def test_one_masked_entry_changes_its_own_gradient_only(divergence, place):
-    """An entry at −inf sends its block through the guards; in place, what was stored before it must not be read again."""
+    """It sends its block through the guards; in place, what was stored before it must not be read again."""
     student, teacher = logits(1, 2, 4500, seed=6), logits(1, 2, 4500, seed=7)
     student[0, 0, place], teacher[0, 1, place] = -INF, -INF
     exact_value = reference.token_divergence(student.double(), teacher.double(), 0.8, divergence)

@@ -1,8 +1,8 @@
 """Which implementation an op takes on a device, and why.
 
 The reference (plain torch) is the default body of every op, so every device works. Triton replaces it on CUDA and ROCm,
-and on the CPU where the process was started with TRITON_INTERPRET=1, so that the real kernels run without a GPU. The C++
-kernels replace it on the CPU where they are built.
+and on the CPU where the process was started with TRITON_INTERPRET=1, so that the real kernels run without a GPU.
+Otherwise the C++ kernels replace it on the CPU, where they are built.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _triton_devices() -> tuple[str, ...]:
 
 
 def load_native() -> tuple[bool, str]:
-    """Put the C++ kernels in place on the CPU, unless the interpreter is: (whether they are, instruction set or why not)."""
+    """Put the C++ kernels in place, unless the interpreter is: (whether they are, the instruction set or why not)."""
     if "cpu" in _triton_devices():
         return False, "TRITON_INTERPRET=1 is set"
     return native.load()

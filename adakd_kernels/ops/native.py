@@ -41,7 +41,7 @@ def load() -> tuple[bool, str]:
             f"ADAKD_ISA must be unset or one of {', '.join(instruction_sets())} on this processor, "
             f"got {os.environ.get('ADAKD_ISA')!r}"
         )
-    torch.ops.load_library(str(path()))
+    torch.ops.load_library(str(path()))  # type: ignore[no-untyped-call]
     return True, library().adakd_isa().decode()
 
 
