@@ -54,13 +54,13 @@ def select_tokens(difficulty: Tensor, focus_ratio: float | Tensor = 1.0, mask: T
         tensor([False,  True,  True, False])
     """
     valid = torch.ones_like(difficulty, dtype=torch.bool) if mask is None else mask
-    order = _descending(difficulty, valid).indices
+    order = descending(difficulty, valid).indices
     rank_counts = torch.arange(order.numel(), device=order.device) < focus_count(focus_ratio, valid.sum())
     chosen = torch.zeros_like(rank_counts).scatter(0, order, rank_counts)
     return chosen.view_as(difficulty) & valid
 
 
-def _descending(difficulty: Tensor, keep: Tensor) -> torch.return_types.sort:
+def descending(difficulty: Tensor, keep: Tensor) -> torch.return_types.sort:
     """Difficulties in descending order, equal ones by index, all that do not count behind them."""
     return difficulty.masked_fill(~keep, -math.inf).flatten().sort(descending=True, stable=True)
 
@@ -89,7 +89,7 @@ def inverse_difficulty_temperature(
         tensor([1.6487, 1.0000, 0.6065])
     """
     chosen = torch.ones_like(difficulty, dtype=torch.bool) if selected is None else selected
-    values = _descending(difficulty, chosen).values
+    values = descending(difficulty, chosen).values
     if values.numel() == 0:
         return torch.ones_like(difficulty) * base_temperature
     median = values.gather(0, (chosen.sum() // 2).clamp_max(values.numel() - 1).view(1))

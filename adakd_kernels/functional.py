@@ -90,22 +90,14 @@ def adakd_loss(
         >>> int(out.selected.sum()), tuple(student.grad.shape)
         (5, (2, 5, 100))
     """
-    student, teacher, batch = _check_logits(student_logits, teacher_logits)
-    div = get_divergence(divergence)
-    _check_difficulty(difficulty)
-    _check_range("focus_ratio", focus_ratio, 0.0, 1.0, "in (0, 1]", low_open=True)
-    _check_range("temperature_scale", temperature_scale, 0.0, float("inf"), "a finite number >= 0", high_open=True)
-    _check_range("base_temperature", base_temperature, 0.0, float("inf"), "> 0", low_open=True, high_open=True)
-    _check_range("ce_weight", ce_weight, 0.0, 1.0, "in [0, 1]")
-    _check_token_tensor("labels", labels, batch, student, integral=True)
-    if num_items is not None and not isinstance(num_items, Tensor) and num_items < 0:
-        raise ValueError(f"num_items must be the number of valid tokens of the optimizer step, got {num_items!r}")
-
+    student, teacher, batch = check_pair(student_logits, teacher_logits)
+    div = check_options(divergence, focus_ratio, temperature_scale, base_temperature, difficulty, ce_weight, num_items)
+    check_token_tensor("labels", labels, batch, student, integral=True)
     if shift:
-        labels = torch.cat((labels[..., 1:], torch.full_like(labels[..., :1], ignore_index)), dim=-1)
+        labels = next_labels(labels, ignore_index)
     labels = labels.reshape(student.shape[:2])
     with torch.no_grad():
-        hard, valid, max_s, sum_s = _difficulty(student, teacher, labels != ignore_index, labels, difficulty)
+        hard, valid, max_s, sum_s = measure_difficulty(student, teacher, labels != ignore_index, labels, difficulty)
         selected = select_tokens(hard, focus_ratio, valid)
         tau = inverse_difficulty_temperature(hard, selected, temperature_scale, base_temperature)
         tau = tau.where(valid, base_temperature)
@@ -124,16 +116,10 @@ def adakd_loss(
         inplace=inplace and not torch.compiler.is_compiling(),
     )
     token_loss = tau.square() * token_div
-    n = valid.sum()
-    if num_items is None:
-        items, count = n.clamp_min(1), focus_count(focus_ratio, n).to(token_loss.dtype)
-    else:
-        items = torch.as_tensor(num_items, device=n.device)
-        items = torch.where(items == 0, 1, items)
-        count = (items.to(exact_dtype(items.device)) * focus_ratio).to(token_loss.dtype)
+    items, count = loss_counts(valid, focus_ratio, num_items, token_loss.dtype)
     loss = token_loss.sum() / count
     if token_ce is not None:
-        loss = (1.0 - ce_weight) * loss + ce_weight * (token_ce.sum() / items.to(token_ce.dtype))
+        loss = (1.0 - ce_weight) * loss + ce_weight * (token_ce.sum() / items)
     return AdaKDOutput(loss, token_loss.view(batch), hard.view(batch), tau.view(batch), selected.view(batch))
 
 
@@ -168,7 +154,7 @@ def token_difficulty(
         >>> bool((token_difficulty(logits, logits + 7.0) < 1e-6).all())
         True
     """
-    student, teacher, batch = _check_logits(student_logits, teacher_logits)
+    student, teacher, batch = check_pair(student_logits, teacher_logits)
     _check_difficulty(difficulty)
     mask = _check_mask(mask, batch, student)
     if difficulty == "cross_entropy":
@@ -176,9 +162,9 @@ def token_difficulty(
             raise ValueError(
                 "labels must be given for difficulty='cross_entropy': the token that each position predicts"
             )
-        _check_token_tensor("labels", labels, batch, student, integral=True)
+        check_token_tensor("labels", labels, batch, student, integral=True)
         labels = labels.reshape(student.shape[:2])
-    return _difficulty(student, teacher, mask, labels, difficulty)[0].view(batch)
+    return measure_difficulty(student, teacher, mask, labels, difficulty)[0].view(batch)
 
 
 def token_divergence(
@@ -210,24 +196,24 @@ def token_divergence(
         >>> per_token = token_divergence(student, torch.randn(3, 100), temperature=2.0, divergence="forward_kl")
         >>> (4.0 * per_token).mean().backward()
     """
-    student, teacher, batch = _check_logits(student_logits, teacher_logits)
+    student, teacher, batch = check_pair(student_logits, teacher_logits)
     div = get_divergence(divergence)
     mask = _check_mask(mask, batch, student)
     if isinstance(temperature, Tensor):
         if temperature.requires_grad:
             raise ValueError("temperature requires grad, but it is a constant of the loss: pass temperature.detach()")
         if temperature.dim() > 0:
-            _check_token_tensor("temperature", temperature, batch, student)
+            check_token_tensor("temperature", temperature, batch, student)
             temperature = temperature.reshape(student.shape[:2])
     else:
-        _check_range("temperature", temperature, 0.0, float("inf"), "> 0", low_open=True, high_open=True)
+        check_range("temperature", temperature, 0.0, float("inf"), "> 0", low_open=True, high_open=True)
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     tau = torch.as_tensor(temperature, dtype=dtype, device=student.device).expand(student.shape[:2])
     inplace = inplace and not torch.compiler.is_compiling()
     return ops.token_losses(student, teacher, tau, mask, div, inplace=inplace)[0].view(batch)
 
 
-def _difficulty(
+def measure_difficulty(
     student: Tensor, teacher: Tensor, mask: Tensor, labels: Tensor | None, difficulty: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(difficulty, valid, max and sum of the student at temperature 1), each (B, L); an empty row is not valid."""
@@ -243,58 +229,110 @@ def _difficulty(
     return hard, valid, max_s, sum_s
 
 
-def _check_logits(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
-    """Both as (B, L, V), without a copy, and the shape of a per-token result."""
-    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(logits).__name__}")
-        if not logits.is_floating_point() or logits.element_size() < 2:
-            raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {logits.dtype}")
-        if logits.dim() not in (2, 3):
-            raise ValueError(f"{name} must be (B, L, V) or (N, V), got shape {tuple(logits.shape)}")
-        if logits.shape[-1] == 0:
-            raise ValueError(f"{name} must have at least one vocabulary entry, got shape {tuple(logits.shape)}")
-        if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+def next_labels(labels: Tensor, ignore_index: int) -> Tensor:
+    """Labels aligned with the inputs, moved to the position that predicts them."""
+    return torch.cat((labels[..., 1:], torch.full_like(labels[..., :1], ignore_index)), dim=-1)
+
+
+def loss_counts(
+    valid: Tensor, focus_ratio: float | Tensor, num_items: float | Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What the sums of the cross-entropy and of (7) are divided by: (n, k), or num_items and r·num_items; never 0."""
+    n = valid.sum()
+    if num_items is None:
+        return n.clamp_min(1).to(dtype), focus_count(focus_ratio, n).to(dtype)
+    items = torch.as_tensor(num_items, device=n.device)
+    items = torch.where(items == 0, 1, items)
+    return items.to(dtype), (items.to(exact_dtype(items.device)) * focus_ratio).to(dtype)
+
+
+def check_options(
+    divergence: str | Divergence,
+    focus_ratio: float | Tensor,
+    temperature_scale: float,
+    base_temperature: float,
+    difficulty: str,
+    ce_weight: float,
+    num_items: float | Tensor | None,
+) -> Divergence:
+    """Checks of the options that do not depend on a tensor of the batch; the divergence that is meant."""
+    div = get_divergence(divergence)
+    _check_difficulty(difficulty)
+    check_range("focus_ratio", focus_ratio, 0.0, 1.0, "in (0, 1]", low_open=True)
+    check_range("temperature_scale", temperature_scale, 0.0, float("inf"), "a finite number >= 0", high_open=True)
+    check_range("base_temperature", base_temperature, 0.0, float("inf"), "> 0", low_open=True, high_open=True)
+    check_range("ce_weight", ce_weight, 0.0, 1.0, "in [0, 1]")
+    if num_items is not None and not isinstance(num_items, Tensor) and num_items < 0:
+        raise ValueError(f"num_items must be the number of valid tokens of the optimizer step, got {num_items!r}")
+    return div
+
+
+def check_pair(student: Tensor, teacher: Tensor, kind: str = "logits") -> tuple[Tensor, Tensor, torch.Size]:
+    """Student and teacher `kind`, 'logits' or 'hidden', as (B, L, …) without a copy, and the shape of the tokens."""
+    size, entry = {"logits": ("V", "vocabulary entry"), "hidden": ("H", "feature")}[kind]
+    for name, value in ((f"student_{kind}", student), (f"teacher_{kind}", teacher)):
+        check_floating(name, value)
+        if value.dim() not in (2, 3):
+            raise ValueError(f"{name} must be (B, L, {size}) or (N, {size}), got shape {tuple(value.shape)}")
+        if value.shape[-1] == 0:
+            raise ValueError(f"{name} must have at least one {entry}, got shape {tuple(value.shape)}")
+        if value.stride(-1) != 1 and value.shape[-1] > 1:
             raise ValueError(
-                f"{name} must be contiguous in its last dimension, got strides {tuple(logits.stride())}; "
+                f"{name} must be contiguous in its last dimension, got strides {tuple(value.stride())}; "
                 f"call {name}.contiguous(), which copies it"
             )
-    if teacher_logits.requires_grad:
+    check_constant(f"teacher_{kind}", teacher)
+    batch = student.shape[:-1]
+    if teacher.shape[:-1] != batch:
         raise ValueError(
-            "teacher_logits requires grad, but the teacher is a constant of the loss: run it under torch.no_grad() or "
-            "pass teacher_logits.detach()"
+            f"teacher_{kind} must have the student's shape {tuple(batch)} before the last dimension, "
+            f"got {tuple(teacher.shape[:-1])}"
         )
-    batch = student_logits.shape[:-1]
-    if teacher_logits.shape[:-1] != batch:
-        raise ValueError(
-            f"teacher_logits must have the student's shape {tuple(batch)} before the vocabulary, "
-            f"got {tuple(teacher_logits.shape[:-1])}"
-        )
-    if teacher_logits.device != student_logits.device:
-        raise ValueError(
-            f"teacher_logits must be on the student's device {student_logits.device}, got {teacher_logits.device}"
-        )
-    if student_logits.dim() == 2:
-        return student_logits.unsqueeze(0), teacher_logits.unsqueeze(0), batch
-    return student_logits, teacher_logits, batch
+    check_device(f"teacher_{kind}", teacher, student)
+    if student.dim() == 2:
+        return student.unsqueeze(0), teacher.unsqueeze(0), batch
+    return student, teacher, batch
 
 
-def _check_token_tensor(name: str, value: Tensor, batch: torch.Size, student: Tensor, integral: bool = False) -> None:
+def check_floating(name: str, value: Tensor) -> None:
+    """Refuse what is no tensor of fp16, bf16, fp32 or fp64."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if not value.is_floating_point() or value.element_size() < 2:
+        raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {value.dtype}")
+
+
+def check_constant(name: str, value: Tensor) -> None:
+    """Refuse a part of the teacher that requires grad."""
+    if value.requires_grad:
+        raise ValueError(
+            f"{name} requires grad, but the teacher is a constant of the loss: run it under torch.no_grad() or "
+            f"pass {name}.detach()"
+        )
+
+
+def check_device(name: str, value: Tensor, student: Tensor) -> None:
+    """Refuse a tensor that lies elsewhere than the student's."""
+    if value.device != student.device:
+        raise ValueError(f"{name} must be on the student's device {student.device}, got {value.device}")
+
+
+def check_token_tensor(name: str, value: Tensor, batch: torch.Size, student: Tensor, integral: bool = False) -> None:
+    """Refuse what is no tensor of one number a token, beside the student's."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if integral and (value.is_floating_point() or value.dtype == torch.bool):
         raise TypeError(f"{name} must be integers, got {value.dtype}")
     if value.shape != batch:
         raise ValueError(f"{name} must have the shape {tuple(batch)} of the tokens, got {tuple(value.shape)}")
-    if value.device != student.device:
-        raise ValueError(f"{name} must be on the logits' device {student.device}, got {value.device}")
+    check_device(name, value, student)
 
 
 def _check_mask(mask: Tensor | None, batch: torch.Size, student: Tensor) -> Tensor:
     """The mask as (B, L) bool."""
     if mask is None:
         return torch.ones(student.shape[:2], dtype=torch.bool, device=student.device)
-    _check_token_tensor("mask", mask, batch, student)
+    check_token_tensor("mask", mask, batch, student)
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool, true for valid tokens, got {mask.dtype}; pass mask.bool()")
     return mask.reshape(student.shape[:2])
@@ -305,7 +343,7 @@ def _check_difficulty(difficulty: str) -> None:
         raise ValueError(f"difficulty must be one of {', '.join(DIFFICULTIES)}, got {difficulty!r}")
 
 
-def _check_range(
+def check_range(
     name: str,
     value: float | Tensor,
     low: float,

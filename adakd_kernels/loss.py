@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -78,34 +80,44 @@ class AdaKDLoss(ExactModule):
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, num_items: float | Tensor | None = None
     ) -> AdaKDOutput:
         """`adakd_loss` of one micro-batch, at the current share. Shapes and errors are `adakd_loss`'s."""
-        if self._loss_sum.device != student_logits.device:
-            self.to(student_logits.device)
-        focus_ratio = self.focus_ratio
+        focus_ratio = self._current_ratio(student_logits)
         out = adakd_loss(
             student_logits,
             teacher_logits,
             labels,
-            divergence=self.divergence,
             focus_ratio=focus_ratio,
-            temperature_scale=self.temperature_scale,
-            base_temperature=self.base_temperature,
-            difficulty=self.difficulty,
-            ce_weight=self.ce_weight,
             num_items=num_items,
-            ignore_index=self.ignore_index,
-            shift=self.shift,
             inplace=self.inplace,
+            **self._options(),
         )
-        if self.training and torch.is_grad_enabled():
-            total = out.token_loss.detach().to(self._loss_sum.dtype).sum()
-            if num_items is None:
-                self._loss_sum += total / out.selected.sum().clamp_min(1)
-                self._loss_count += 1.0
-            else:
-                items = torch.as_tensor(num_items, device=total.device)
-                self._loss_sum += total / (focus_ratio * torch.where(items == 0, 1, items))
-                self._loss_count.fill_(1.0)
+        self._record(out, focus_ratio, num_items)
         return out
+
+    def _options(self) -> dict[str, Any]:
+        """The options that both routes to the loss take."""
+        names = (
+            "divergence", "temperature_scale", "base_temperature", "difficulty", "ce_weight", "ignore_index", "shift",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+    def _current_ratio(self, like: Tensor) -> Tensor | float:
+        """The share r, after the buffers have followed the batch to its device."""
+        if self._loss_sum.device != like.device:
+            self.to(like.device)
+        return self.focus_ratio
+
+    def _record(self, out: AdaKDOutput, focus_ratio: Tensor | float, num_items: float | Tensor | None) -> None:
+        """Add the distillation loss of a micro-batch of training to what `step` reads."""
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        total = out.token_loss.detach().to(self._loss_sum.dtype).sum()
+        if num_items is None:
+            self._loss_sum += total / out.selected.sum().clamp_min(1)
+            self._loss_count += 1.0
+        else:
+            items = torch.as_tensor(num_items, device=total.device)
+            self._loss_sum += total / (focus_ratio * torch.where(items == 0, 1, items))
+            self._loss_count.fill_(1.0)
 
     @torch.no_grad()
     def step(self) -> None:
