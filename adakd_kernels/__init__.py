@@ -16,6 +16,7 @@ from .divergences import (
     TotalVariation,
 )
 from .functional import AdaKDOutput, adakd_loss, token_difficulty, token_divergence
+from .linear import LinearAdaKDLoss, linear_adakd_loss
 from .loss import AdaKDLoss
 
 __version__ = version("adakd-kernels")
@@ -29,6 +30,7 @@ __all__ = [
     "Hellinger",
     "Jeffreys",
     "JensenShannon",
+    "LinearAdaKDLoss",
     "LossAdaptiveFocus",
     "ReverseKL",
     "SkewForwardKL",
@@ -36,6 +38,7 @@ __all__ = [
     "TotalVariation",
     "adakd_loss",
     "inverse_difficulty_temperature",
+    "linear_adakd_loss",
     "select_tokens",
     "token_difficulty",
     "token_divergence",

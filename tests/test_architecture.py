@@ -24,7 +24,7 @@ LAYERS = [
     {"kernels"},
     {"ops"},
     {"functional"},
-    {"loss"},
+    {"loss", "linear"},
     {"integrations"},
     {"commands", "demo"},
     {"cli"},

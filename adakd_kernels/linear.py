@@ -1,0 +1,621 @@
+"""The loss from hidden states and heads, in chunks of tokens: the logits of neither model exist as a whole.
+
+Phase 1 computes the logits of each labelled token and keeps a few numbers: difficulty, normaliser, cross-entropy.
+Selection and temperatures follow over the whole batch. Phase 2 computes the logits of the selected tokens again, their
+divergence, writes the gradient over them and folds it into those of hidden states and head (docs/kernels.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from . import ops, reference
+from .adaptive import descending, focus_count, inverse_difficulty_temperature, select_tokens
+from .divergences import Divergence
+from .functional import (
+    AdaKDOutput,
+    check_constant,
+    check_device,
+    check_floating,
+    check_options,
+    check_pair,
+    check_range,
+    check_token_tensor,
+    loss_counts,
+    measure_difficulty,
+    next_labels,
+)
+from .loss import AdaKDLoss
+
+__all__ = ["LinearAdaKDLoss", "linear_adakd_loss"]
+
+CHUNK_BYTES = {"cpu": 80 * 2**20}
+"""Bytes for the logits of one chunk, by device type; 1 GiB for those that are not here."""
+TEACHER_PART = 4
+"""The teacher's buffer holds one row for so many rows of the student's, whose gradient is worth more rows at a time."""
+BLOCK_BYTES = {"cpu": 8 * 2**20}
+"""Bytes of the part of the head's gradient that is computed at a time; 128 MiB for devices that are not here."""
+
+Head = Tensor | Callable[[Tensor], Tensor]
+
+
+def linear_adakd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor | nn.Module,
+    teacher_hidden: Tensor,
+    teacher_weight: Head,
+    labels: Tensor,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_scale: float = 1.0,
+    teacher_scale: float = 1.0,
+    chunk_tokens: int | None = None,
+    keep_bytes: int = 0,
+    divergence: str | Divergence = "reverse_kl",
+    focus_ratio: float | Tensor = 1.0,
+    temperature_scale: float = 0.5,
+    base_temperature: float = 1.0,
+    difficulty: str = "hellinger",
+    ce_weight: float = 0.0,
+    num_items: float | Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+) -> AdaKDOutput:
+    """`adakd_loss` of logits z = cap·tanh(x/cap), x = scale·(hWᵀ + b), without the logits (or z = x without a cap).
+
+    Equal to the logits route to rounding, in memory that grows with the number of tokens by a few numbers each. The
+    gradients of hidden states, weight and bias are computed here, not in the backward, which only scales them; where
+    none is asked for, none is computed. The weight's gradient is added up in fp32 (fp64 for fp64).
+
+    Waits for the device once a call, for the number of labelled and of selected tokens, so `torch.compile` breaks the
+    graph here. Under `torch.autocast` the heads compute in its type, as a linear layer does.
+
+    Args:
+        student_hidden: (B, L, Hˢ) or (N, Hˢ), what the head is applied to; fp16, bf16, fp32 or fp64.
+        student_weight: (Vˢ, Hˢ) of the hidden states' type, or an `nn.Module` that makes logits of hidden states: its
+            parameters get gradients. A module runs twice on a token, and once more with a graph of its own.
+        teacher_hidden: (B, L, Hᵗ) or (N, Hᵗ); Hᵗ and its type may differ.
+        teacher_weight: (Vᵗ, Hᵗ) of the teacher's hidden states' type, or a callable.
+        labels: (B, L) or (N,) int64: the token that each position predicts.
+        student_bias, teacher_bias: (V,), for a head that is a weight.
+        student_softcap, teacher_softcap: cap > 0, or None.
+        student_scale, teacher_scale: scale > 0.
+        chunk_tokens: rows of the student's logits at a time; a quarter as many of the teacher's. None: what fits in
+            80 MiB on a CPU and in 1 GiB elsewhere.
+        keep_bytes: bytes for logits that are kept between the phases instead of being computed again: those of the
+            hardest tokens. Without effect where the student's head is a module that gets gradients.
+        divergence, focus_ratio, temperature_scale, base_temperature, difficulty, ce_weight, num_items, ignore_index,
+            shift: as in `adakd_loss`.
+
+    Returns:
+        AdaKDOutput(loss, token_loss, difficulty, temperature, selected), as `adakd_loss`, but `loss` alone carries a
+        graph.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or range; the message says which and what was meant.
+
+    Example:
+        >>> hidden = torch.randn(2, 5, 8, requires_grad=True)
+        >>> weight = torch.randn(100, 8, requires_grad=True)
+        >>> out = linear_adakd_loss(
+        ...     hidden, weight, torch.randn(2, 5, 16), torch.randn(100, 16), torch.randint(100, (2, 5)), focus_ratio=0.5
+        ... )
+        >>> out.loss.backward()
+        >>> int(out.selected.sum()), tuple(hidden.grad.shape), tuple(weight.grad.shape)
+        (5, (2, 5, 8), (100, 8))
+    """
+    hidden_s, hidden_t, batch = check_pair(student_hidden, teacher_hidden, "hidden")
+    div = check_options(divergence, focus_ratio, temperature_scale, base_temperature, difficulty, ce_weight, num_items)
+    check_token_tensor("labels", labels, batch, student_hidden, integral=True)
+    _check_head("student", student_hidden, student_weight, student_bias, student_softcap, student_scale)
+    _check_head("teacher", teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_scale)
+    _check_count("chunk_tokens", 1 if chunk_tokens is None else chunk_tokens, 1)
+    _check_count("keep_bytes", keep_bytes, 0)
+    if shift:
+        labels = next_labels(labels, ignore_index)
+    labels = labels.flatten()
+
+    inputs: list[Tensor | None] = [student_hidden]
+    if isinstance(student_weight, Tensor):
+        inputs += [student_weight, student_bias]
+    else:
+        inputs += [parameter for parameter in student_weight.parameters() if parameter.requires_grad]
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+    # Entries beyond the common vocabulary have no part in the loss: their columns are not computed.
+    vocab = min([w.shape[0] for w in (student_weight, teacher_weight) if isinstance(w, Tensor)], default=0)
+    with torch.no_grad():
+        student = _make_head(hidden_s, student_weight, student_bias, student_softcap, student_scale, vocab, needs)
+        teacher = _make_head(hidden_t, teacher_weight, teacher_bias, teacher_softcap, teacher_scale, vocab)
+        with torch.autocast(student_hidden.device.type, enabled=False):
+            counted = labels != ignore_index
+            n, k = torch.stack((counted.sum(), focus_count(focus_ratio, counted.sum()))).tolist()  # the one wait
+            tokens = (~counted).to(torch.uint8).argsort(stable=True)[:n]
+            logits = _Logits(student, teacher, tokens, n if ce_weight else min(k, n), chunk_tokens, keep_bytes)
+            stats = logits.statistics(labels[tokens], difficulty, with_ce=ce_weight != 0.0)
+            selected = select_tokens(stats.difficulty, focus_ratio, stats.valid)
+            tau = inverse_difficulty_temperature(stats.difficulty, selected, temperature_scale, base_temperature)
+            tau = tau.where(stats.valid, base_temperature)
+            items, count = loss_counts(stats.valid, focus_ratio, num_items, tau.dtype)
+            # The gradient of a sum, not of a mean: fp16 has no room below 6e-8. A power of two rounds nothing.
+            unit = items / torch.frexp(items).mantissa
+            weight = (unit * (1.0 - ce_weight) / count) * tau.square() * selected
+            weight_ce = (unit * ce_weight / items) * stats.valid if ce_weight else None
+            token_div = logits.divergence(stats, _Selection(tau, selected, weight, weight_ce), div)
+            token_loss = tau.square() * token_div
+            loss = token_loss.sum() / count
+            if ce_weight:
+                loss = (1.0 - ce_weight) * loss + ce_weight * (stats.cross_entropy.sum() / items)
+
+        def spread(values: Tensor, fill: float) -> Tensor:
+            everywhere = torch.full(labels.shape, fill, dtype=values.dtype, device=values.device)
+            return everywhere.index_copy(0, tokens, values).view(batch)
+
+        per_token = (
+            spread(token_loss, 0.0),
+            spread(stats.difficulty, 0.0),
+            spread(tau, base_temperature),
+            spread(selected, False),
+        )
+    if any(needs):
+        loss = _WithGradient.apply(loss, student_scale / unit, student.gradients(), *inputs)  # type: ignore[no-untyped-call]
+    return AdaKDOutput(loss, *per_token)
+
+
+class LinearAdaKDLoss(AdaKDLoss):
+    """`linear_adakd_loss` whose share r follows the loss, as `AdaKDLoss` does from logits.
+
+    Args:
+        divergence: as in `adakd_loss`.
+        student_softcap, teacher_softcap, student_scale, teacher_scale, chunk_tokens, keep_bytes: as in
+            `linear_adakd_loss`.
+        **options: those of `AdaKDLoss`; `inplace` concerns `from_logits` only.
+
+    Example:
+        >>> loss_fn = LinearAdaKDLoss(divergence="reverse_kl", total_steps=1000)
+        >>> hidden, head = torch.randn(2, 5, 8, requires_grad=True), torch.nn.Linear(8, 100)
+        >>> labels = torch.randint(100, (2, 5))
+        >>> out = loss_fn(
+        ...     hidden, head.weight, torch.randn(2, 5, 16), torch.randn(100, 16), labels, student_bias=head.bias
+        ... )
+        >>> out.loss.backward()
+        >>> loss_fn.step()
+        >>> int(loss_fn.focus.steps)
+        1
+    """
+
+    def __init__(
+        self,
+        divergence: str | Divergence = "reverse_kl",
+        *,
+        student_softcap: float | None = None,
+        teacher_softcap: float | None = None,
+        student_scale: float = 1.0,
+        teacher_scale: float = 1.0,
+        chunk_tokens: int | None = None,
+        keep_bytes: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(divergence, **options)
+        self.student_softcap, self.teacher_softcap = student_softcap, teacher_softcap
+        self.student_scale, self.teacher_scale = student_scale, teacher_scale
+        self.chunk_tokens, self.keep_bytes = chunk_tokens, keep_bytes
+
+    def forward(  # type: ignore[override]
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor | nn.Module,
+        teacher_hidden: Tensor,
+        teacher_weight: Head,
+        labels: Tensor,
+        num_items: float | Tensor | None = None,
+        *,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+    ) -> AdaKDOutput:
+        """`linear_adakd_loss` of one micro-batch, at the current share. Shapes and errors are its."""
+        focus_ratio = self._current_ratio(student_hidden)
+        out = linear_adakd_loss(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            labels,
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            student_softcap=self.student_softcap,
+            teacher_softcap=self.teacher_softcap,
+            student_scale=self.student_scale,
+            teacher_scale=self.teacher_scale,
+            chunk_tokens=self.chunk_tokens,
+            keep_bytes=self.keep_bytes,
+            focus_ratio=focus_ratio,
+            num_items=num_items,
+            **self._options(),
+        )
+        self._record(out, focus_ratio, num_items)
+        return out
+
+    def from_logits(
+        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, num_items: float | Tensor | None = None
+    ) -> AdaKDOutput:
+        """The same loss of a micro-batch whose logits are there anyway: `AdaKDLoss` with this module's share."""
+        return super().forward(student_logits, teacher_logits, labels, num_items)
+
+
+class _WithGradient(torch.autograd.Function):
+    """A loss whose gradients are known: the backward scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, loss: Tensor, factor: Tensor, gradients: Sequence[Tensor | None], *inputs: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(factor, *gradients)
+        ctx.like = [None if x is None else (x.shape, x.dtype) for x in inputs]
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        factor, *gradients = ctx.saved_tensors
+        scaled = [
+            None if grad is None else _scaled(grad, grad_loss * factor, *like)
+            for grad, like in zip(gradients, ctx.like, strict=True)
+        ]
+        return None, None, None, *scaled
+
+
+def _scaled(grad: Tensor, factor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """factor·grad in another type and with zeros behind it, rounded once, without a temporary of its size."""
+    if grad.dim() == 0 or (grad.numel() == math.prod(shape) and grad.dtype == dtype):
+        return (grad * factor).to(dtype).view(shape)
+    out = torch.empty(shape, dtype=dtype, device=grad.device)
+    out[grad.shape[0] :] = 0
+    for rows in _blocks(grad):
+        out[rows] = grad[rows] * factor
+    return out
+
+
+def _blocks(tensor: Tensor) -> list[slice]:
+    """The first dimension in parts of `BLOCK_BYTES`."""
+    row_bytes = max(1, math.prod(tensor.shape[1:])) * tensor.element_size()
+    step = max(1, BLOCK_BYTES.get(tensor.device.type, 2**27) // row_bytes)
+    return [slice(a, b) for a, b in _spans(0, tensor.shape[0], step)]
+
+
+def _spans(start: int, stop: int, step: int) -> list[tuple[int, int]]:
+    return [(a, min(a + step, stop)) for a in range(start, stop, step)]
+
+
+class _Head:
+    """One model: hidden states, head, and what follows the head. `raw` logits are x, or tanh(x/cap) with a cap."""
+
+    weight: Any
+
+    def __init__(self, hidden: Tensor, scale: float, softcap: float | None, vocab: int, dtype: torch.dtype) -> None:
+        self.hidden = hidden.flatten(0, 1)
+        self.scale, self.softcap, self.vocab, self.dtype = scale, softcap, vocab, dtype
+
+    def raw(self, tokens: Tensor, out: Tensor, *, graph: bool = False) -> None:
+        """Raw logits of some tokens into `out`; `graph` for a call that `fold` follows."""
+        self.product(self.hidden.index_select(0, tokens), out, graph)
+        if self.scale != 1.0:
+            out.mul_(self.scale)
+        if self.softcap is not None:
+            out.div_(self.softcap).tanh_()
+
+    def capped(self, raw: Tensor, out: Tensor) -> Tensor:
+        """Logits from raw ones, in `out` where there is a cap."""
+        return raw if self.softcap is None else torch.mul(raw, self.softcap, out=out)
+
+    def product(self, hidden: Tensor, out: Tensor, graph: bool) -> None:
+        """The head of hidden states, into `out`."""
+        raise NotImplementedError
+
+    def fold(self, tokens: Tensor, grad: Tensor) -> None:
+        """Add to the gradients those that follow from the gradient of x/scale of some tokens."""
+        raise NotImplementedError
+
+    def gradients(self) -> list[Tensor | None]:
+        """In the order of the inputs of `_WithGradient`."""
+        raise NotImplementedError
+
+
+class _WeightHead(_Head):
+    """A head that is a weight and perhaps a bias."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, vocab: int,
+        needs: Sequence[bool],
+    ) -> None:  # fmt: skip
+        super().__init__(hidden, scale, softcap, vocab, _compute_dtype(hidden))
+        self.weight = weight[:vocab].to(self.dtype)
+        self.bias = None if bias is None else bias[:vocab].to(self.dtype)
+        self.d_hidden = torch.zeros_like(self.hidden) if needs[0] else None
+        acc = reference.accumulation_dtype(hidden)
+        self.d_weight = torch.zeros_like(self.weight, dtype=acc) if needs[1] else None
+        self.d_bias = torch.zeros_like(self.bias, dtype=acc) if needs[2] and self.bias is not None else None
+
+    def product(self, hidden: Tensor, out: Tensor, graph: bool) -> None:
+        if self.bias is None:
+            torch.mm(hidden.to(self.dtype), self.weight.T, out=out)
+        else:
+            torch.addmm(self.bias, hidden.to(self.dtype), self.weight.T, out=out)
+
+    def fold(self, tokens: Tensor, grad: Tensor) -> None:
+        if self.d_hidden is not None:
+            self.d_hidden.index_copy_(0, tokens, torch.mm(grad, self.weight).to(self.d_hidden.dtype))
+        if self.d_bias is not None:
+            for cols in _blocks(self.weight):
+                self.d_bias[cols] += grad[:, cols].sum(0, dtype=self.d_bias.dtype)
+        if self.d_weight is not None:
+            hidden = self.hidden.index_select(0, tokens).to(self.dtype)
+            for rows in _blocks(self.weight):
+                part = self.d_weight[rows]
+                if self.dtype == torch.bfloat16:
+                    part += torch.mm(grad[:, rows].T, hidden)
+                else:  # fp16 has no room for the sum over a chunk
+                    part.addmm_(grad[:, rows].T.to(part.dtype), hidden.to(part.dtype))
+
+    def gradients(self) -> list[Tensor | None]:
+        return [self.d_hidden, self.d_weight, self.d_bias]
+
+
+class _ModuleHead(_Head):
+    """A head that is called; autograd differentiates it, chunk by chunk."""
+
+    def __init__(
+        self, hidden: Tensor, head: Callable[[Tensor], Tensor], scale: float, softcap: float | None,
+        needs: Sequence[bool],
+    ) -> None:  # fmt: skip
+        self.head = head
+        self.autocast = torch.is_autocast_enabled(hidden.device.type)
+        one = self._call(hidden.new_zeros(1, hidden.shape[-1]))
+        super().__init__(hidden, scale, softcap, one.shape[-1], one.dtype)
+        parameters = [p for p in head.parameters() if p.requires_grad] if isinstance(head, nn.Module) else []
+        self.parameters = [p for p, needed in zip(parameters, needs[1:], strict=False) if needed]
+        self.d_hidden = torch.zeros_like(self.hidden) if needs[0] else None
+        self.d_parameters = [torch.zeros_like(p, dtype=reference.accumulation_dtype(p)) for p in self.parameters]
+
+    def _call(self, hidden: Tensor) -> Tensor:
+        # Without the cache of autocast: what it keeps from a call without a graph has none in the next call either.
+        with torch.autocast(hidden.device.type, enabled=self.autocast, cache_enabled=False):
+            return self.head(hidden)
+
+    def product(self, hidden: Tensor, out: Tensor, graph: bool) -> None:
+        with torch.set_grad_enabled(graph):
+            self.leaf = hidden.requires_grad_(graph and self.d_hidden is not None)
+            self.result = self._call(self.leaf)
+        out.copy_(self.result)
+        if not graph:
+            del self.leaf, self.result
+
+    def fold(self, tokens: Tensor, grad: Tensor) -> None:
+        inputs = ([] if self.d_hidden is None else [self.leaf]) + self.parameters
+        grads = torch.autograd.grad(self.result, inputs, grad.to(self.result.dtype), allow_unused=True)
+        del self.leaf, self.result
+        if self.d_hidden is not None:
+            if grads[0] is not None:
+                self.d_hidden.index_copy_(0, tokens, grads[0])
+            grads = grads[1:]
+        for total, part in zip(self.d_parameters, grads, strict=True):
+            if part is not None:
+                total += part
+
+    def gradients(self) -> list[Tensor | None]:
+        return [self.d_hidden, *self.d_parameters]
+
+
+def _make_head(
+    hidden: Tensor, weight: Head, bias: Tensor | None, softcap: float | None, scale: float, vocab: int,
+    needs: Sequence[bool] = (False, False, False),
+) -> _Head:  # fmt: skip
+    if isinstance(weight, Tensor):
+        return _WeightHead(hidden, weight, bias, scale, softcap, vocab, needs)
+    return _ModuleHead(hidden, weight, scale, softcap, needs)
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    """The type of the products: autocast's where it is on, but fp64 stays."""
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return hidden.dtype
+
+
+class _Statistics(NamedTuple):
+    """What phase 1 leaves of each labelled token."""
+
+    labels: Tensor
+    difficulty: Tensor
+    valid: Tensor
+    max_s: Tensor
+    sum_s: Tensor
+    cross_entropy: Tensor
+
+
+class _Selection(NamedTuple):
+    """What phase 2 does with each labelled token."""
+
+    tau: Tensor
+    selected: Tensor
+    weight: Tensor
+    weight_ce: Tensor | None
+
+
+class _Logits:
+    """The logits of both models, a chunk of tokens at a time, in buffers that are used again.
+
+    Of the n labelled tokens the second phase needs `rows`: the hardest ones, or all. As many of them as fit in
+    `keep_bytes` are kept: in phase 1 a token that is among the hardest so far takes the place of one that is no longer.
+    """
+
+    def __init__(
+        self, student: _Head, teacher: _Head, tokens: Tensor, rows: int, chunk_tokens: int | None, keep_bytes: int,
+    ) -> None:  # fmt: skip
+        self.student, self.teacher, self.tokens, self.rows = student, teacher, tokens, rows
+        n, device = tokens.numel(), tokens.device
+        bytes_s, bytes_t = (head.vocab * head.dtype.itemsize for head in (student, teacher))
+        self.chunk = chunk_tokens or _chunk_rule(CHUNK_BYTES.get(device.type, 2**30), bytes_s, bytes_t)
+        self.part = -(-self.chunk // TEACHER_PART)
+        self.differentiates = any(grad is not None for grad in student.gradients())
+        graph = self.differentiates and isinstance(student, _ModuleHead)
+        self.kept = 0 if graph else min(rows, keep_bytes // (bytes_s + bytes_t))
+        self.replaces = self.kept > 0 and rows < n
+        left = n - self.kept
+
+        def rows_of(head: _Head, count: int) -> Tensor:
+            return torch.empty(count, head.vocab, dtype=head.dtype, device=device)
+
+        self.raw_s, self.z_t = rows_of(student, min(self.chunk, left)), rows_of(teacher, min(self.part, left))
+        self.z_s = rows_of(student, min(self.part, n) if student.softcap is not None else 0)
+        # One row more takes what is not kept, so that the number of rows that enter need not be known.
+        spare = int(self.replaces)
+        self.kept_s, self.kept_t = rows_of(student, self.kept + spare), rows_of(teacher, self.kept + spare)
+        self.kept_tokens = torch.arange(self.kept + spare, device=device)
+
+    def statistics(self, labels: Tensor, difficulty: str, with_ce: bool) -> _Statistics:
+        """Phase 1."""
+        n, device = labels.numel(), labels.device
+        acc = reference.accumulation_dtype(self.raw_s, self.z_t)
+        hard, max_s, sum_s, ce = (torch.empty(n, dtype=acc, device=device) for _ in range(4))
+        stats = _Statistics(labels, hard, torch.empty(n, dtype=torch.bool, device=device), max_s, sum_s, ce)
+        spans = _spans(0, self.kept, self.chunk), _spans(self.kept, n, self.chunk)
+        for kept in (True, False):
+            for a, b in spans[not kept]:
+                raw = self.kept_s[a:b] if kept else self.raw_s[: b - a]
+                self.student.raw(self.tokens[a:b], raw)
+                for i, j in _spans(a, b, self.part):
+                    z_t = self.kept_t[i:j] if kept else self.z_t[: j - i]
+                    self.teacher.raw(self.tokens[i:j], z_t)
+                    z_t = self.teacher.capped(z_t, z_t)
+                    z_s = self.student.capped(raw[i - a : j - a], self.z_s[: j - i])
+                    self._measure(stats, i, j, z_s, z_t, difficulty, with_ce)
+                    if self.replaces and not kept:
+                        self._keep_hardest(stats, i, j, raw[i - a : j - a], z_t)
+        return stats
+
+    def _measure(
+        self, stats: _Statistics, i: int, j: int, z_s: Tensor, z_t: Tensor, difficulty: str, with_ce: bool
+    ) -> None:
+        """The statistics of tokens i to j from their logits."""
+        z_s, z_t, labels = z_s.unsqueeze(0), z_t.unsqueeze(0), stats.labels[i:j].unsqueeze(0)
+        everywhere = torch.ones_like(labels, dtype=torch.bool)
+        hard, valid, max_s, sum_s = measure_difficulty(z_s, z_t, everywhere, labels, difficulty)
+        if with_ce:
+            stats.cross_entropy[i:j] = ops.token_cross_entropy(z_s, z_t, labels, valid, max_s, sum_s)[0]
+        stats.difficulty[i:j], stats.valid[i:j] = hard[0], valid[0]
+        stats.max_s[i:j], stats.sum_s[i:j] = max_s[0], sum_s[0]
+
+    def _keep_hardest(self, stats: _Statistics, i: int, j: int, raw: Tensor, z_t: Tensor) -> None:
+        """Let those of tokens i to j that are among the hardest of tokens 0 to j replace what is not."""
+        hardest = torch.zeros_like(stats.valid)
+        hardest[descending(stats.difficulty[:j], stats.valid[:j]).indices[: self.kept]] = True
+        free = hardest[self.kept_tokens[:-1]].to(torch.uint8).argsort(stable=True)
+        enters = hardest[i:j]
+        slot = free[(enters.cumsum(0) - 1).clamp(0, self.kept - 1)].where(enters, self.kept)
+        self.kept_s.index_copy_(0, slot, raw)
+        self.kept_t.index_copy_(0, slot, z_t)
+        self.kept_tokens.index_copy_(0, slot, torch.arange(i, j, device=slot.device))
+
+    def divergence(self, stats: _Statistics, selection: _Selection, div: Divergence) -> Tensor:
+        """Phase 2: D of the selected tokens, 0 elsewhere; the student's gradients if any is asked for."""
+        n = stats.difficulty.numel()
+        result = torch.zeros_like(stats.difficulty)
+        for a, b in _spans(0, self.kept, self.chunk):
+            of, raw, z_t = self.kept_tokens[a:b], self.kept_s[a:b], self.kept_t[a:b]
+            self._chunk_divergence(of, raw, z_t, stats, selection, div, result)
+        if self.rows < n:
+            rest = descending(stats.difficulty, stats.valid).indices[self.kept : self.rows]
+        else:
+            rest = torch.arange(self.kept, n, device=result.device)
+        for a, b in _spans(0, rest.numel(), self.chunk):
+            raw = self.raw_s[: b - a]
+            self.student.raw(self.tokens[rest[a:b]], raw, graph=self.differentiates)
+            self._chunk_divergence(rest[a:b], raw, None, stats, selection, div, result)
+        return result
+
+    def _chunk_divergence(
+        self, of: Tensor, raw: Tensor, kept_t: Tensor | None, stats: _Statistics, selection: _Selection,
+        div: Divergence, result: Tensor,
+    ) -> None:  # fmt: skip
+        """D of the tokens `of` into `result`, and their gradient over `raw` and from there into the student's head."""
+        for i, j in _spans(0, of.numel(), self.part):
+            part = of[i:j]
+            if kept_t is None:
+                z_t = self.z_t[: j - i]
+                self.teacher.raw(self.tokens[part], z_t)
+                z_t = self.teacher.capped(z_t, z_t)
+            else:
+                z_t = kept_t[i:j]
+            z_s = self.student.capped(raw[i:j], self.z_s[: j - i])
+            values = [None if x is None else x[part].unsqueeze(0) for x in (*selection, *stats)]
+            tau, selected, weight, weight_ce, labels, _, _, max_s, sum_s, _ = values
+            z_s, z_t, args = z_s.unsqueeze(0), z_t.unsqueeze(0), (div.name, *div.parameters)
+            d, *saved = ops.token_divergence(z_s, z_t, tau, selected, *args)
+            result.index_copy_(0, part, d[0])
+            if self.differentiates:
+                ce = (None,) * 4 if weight_ce is None else (labels, weight_ce, max_s, sum_s)
+                ops.token_divergence_backward_(z_s, z_t, tau, weight, *saved, *ce, *args)
+                if self.student.softcap is not None:
+                    torch.ops.aten.tanh_backward(z_s[0], raw[i:j], grad_input=raw[i:j])
+        if self.differentiates:
+            self.student.fold(self.tokens[of], raw)
+
+
+def _chunk_rule(budget: int, bytes_s: int, bytes_t: int) -> int:
+    """Rows of the student's logits that fit in the budget with the teacher's part: a multiple of 64, 64 at least."""
+    rows = int(budget / (bytes_s + bytes_t / TEACHER_PART))
+    return max(64, rows // 64 * 64)
+
+
+def _check_head(side: str, hidden: Tensor, weight: Any, bias: Any, softcap: Any, scale: Any) -> None:
+    """Refuse a head that does not fit its hidden states, or that belongs to the teacher and requires grad."""
+    name, size = f"{side}_weight", hidden.shape[-1]
+    check_range(f"{side}_scale", scale, 0.0, float("inf"), "a finite number > 0", low_open=True, high_open=True)
+    if softcap is not None:
+        check_range(f"{side}_softcap", softcap, 0.0, float("inf"), "None or > 0", low_open=True, high_open=True)
+    if not isinstance(weight, Tensor):
+        if side == "student" and not isinstance(weight, nn.Module):
+            raise TypeError(
+                f"{name} must be a (V, H) tensor or an nn.Module, whose parameters get gradients, "
+                f"got {type(weight).__name__}"
+            )
+        if not callable(weight):
+            raise TypeError(f"{name} must be a (V, H) tensor or a callable, got {type(weight).__name__}")
+        if bias is not None:
+            raise ValueError(f"{side}_bias must be None where {name} is no tensor: the head adds its own")
+        return
+    autocast = torch.is_autocast_enabled(hidden.device.type)
+    check_floating(name, weight)
+    if weight.dim() != 2 or weight.shape[1] != size or weight.numel() == 0:
+        raise ValueError(f"{name} must be (V, {size}), H as {side}_hidden has it, got shape {tuple(weight.shape)}")
+    for part, value in ((name, weight), (f"{side}_bias", bias)):
+        if value is None:
+            continue
+        check_floating(part, value)
+        if part != name and value.shape != weight.shape[:1]:
+            raise ValueError(f"{part} must be ({weight.shape[0]},), V as {name} has it, got shape {tuple(value.shape)}")
+        if value.dtype != hidden.dtype and not autocast:
+            raise TypeError(
+                f"{part} must be {hidden.dtype} as {side}_hidden is, got {value.dtype}; cast one of them or use "
+                "torch.autocast"
+            )
+        check_device(part, value, hidden)
+        if side == "teacher":
+            check_constant(part, value)
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
