@@ -35,7 +35,7 @@ from .loss import AdaKDLoss
 
 __all__ = ["LinearAdaKDLoss", "linear_adakd_loss"]
 
-CHUNK_BYTES = {"cpu": 80 * 2**20}
+CHUNK_BYTES = {"cpu": 96 * 2**20}
 """Bytes for the logits of one chunk, by device type; 1 GiB for those that are not here."""
 TEACHER_PART = 4
 """The teacher's buffer holds one row for so many rows of the student's, whose gradient is worth more rows at a time."""
@@ -90,7 +90,7 @@ def linear_adakd_loss(
         student_softcap, teacher_softcap: cap > 0, or None.
         student_scale, teacher_scale: scale > 0.
         chunk_tokens: rows of the student's logits at a time; a quarter as many of the teacher's. None: what fits in
-            80 MiB on a CPU and in 1 GiB elsewhere.
+            96 MiB on a CPU and in 1 GiB elsewhere.
         keep_bytes: bytes for logits that are kept between the phases instead of being computed again: those of the
             hardest tokens. Without effect where the student's head is a module that gets gradients.
         divergence, focus_ratio, temperature_scale, base_temperature, difficulty, ce_weight, num_items, ignore_index,

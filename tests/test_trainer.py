@@ -52,11 +52,14 @@ def expected_loss(student: Any, teacher: Any, records: list[Any], **options: Any
     return reference.adakd_loss(logits, teacher_logits, labels, **options)
 
 
+@pytest.mark.parametrize("route", ["logits", "hidden"])
 @pytest.mark.parametrize("keep", ["per record", "per batch", "all"])
 @pytest.mark.parametrize(
     ("architecture", "vocabularies"), [("gpt2", (64, 64)), ("llama", (64, 64)), ("qwen2", (64, 70))]
 )
-def test_step_equals_reference(tmp_path: Path, architecture: str, vocabularies: tuple[int, int], keep: str) -> None:
+def test_step_equals_reference(
+    tmp_path: Path, architecture: str, vocabularies: tuple[int, int], keep: str, route: str
+) -> None:
     student = tiny_model(architecture, vocab_size=vocabularies[0], seed=1).double()
     teacher = tiny_model(architecture, layers=2, vocab_size=vocabularies[1], seed=2).double()
     initial, records, gradients = copy.deepcopy(student), token_records(4, seed=2), Gradients()
@@ -64,7 +67,8 @@ def test_step_equals_reference(tmp_path: Path, architecture: str, vocabularies: 
     assert valid % 2 == 0  # so that the step's r·n of num_items is the reference's ⌊r·n⌋
     options = {"focus_ratio": 0.5, "ce_weight": 0.2, "temperature_scale": 0.7, "base_temperature": 1.5}
     args = config(tmp_path, max_steps=1, per_device_train_batch_size=4, max_grad_norm=0.0, save_strategy="no",
-                  divergence="jensen_shannon", divergence_kwargs={"beta": 0.3}, **options)  # fmt: skip
+                  divergence="jensen_shannon", divergence_kwargs={"beta": 0.3}, logits_route=route,
+                  **options)  # fmt: skip
     trainer = AdaKDTrainer(
         model=student,
         teacher=teacher,
@@ -88,13 +92,13 @@ def test_heads_compute_the_answer_only(tmp_path: Path) -> None:
     """Both models get as many positions as the longest answer, or those that predict a label in some record."""
     student, teacher = tiny_model("llama"), tiny_model("llama", layers=2, seed=2)
     rows = []
-    for model in (student, teacher):
-        model.lm_head.register_forward_hook(lambda module, args, out: rows.append(out.shape[1]))
     records = [
         {"input_ids": [5] * 12, "labels": [-100] * 7 + [5] * 5},
         {"input_ids": [6] * 6, "labels": [-100] * 3 + [6] * 3},
     ]
     trainer = AdaKDTrainer(model=student, teacher=teacher, args=config(tmp_path), train_dataset=records)
+    for model in (student, teacher):
+        model.lm_head.register_forward_hook(lambda module, args, out: rows.append(out.shape[1]))
     batch = trainer.data_collator(records)
     assert batch["logits_to_keep"].tolist() == [[6, 7, 8, 9, 10], [2, 3, 4, 11, 11]]
     loss = trainer.compute_loss(student, batch)
@@ -245,7 +249,8 @@ def test_fixed_share(tmp_path: Path) -> None:
 def test_returned_logits_are_not_overwritten(tmp_path: Path) -> None:
     """The gradient takes the logits' place in training, but not in logits that the caller gets."""
     student, batch = tiny_model("llama", seed=1), AdaKDDataCollator()(token_records(4))
-    trainer = AdaKDTrainer(model=student, teacher=tiny_model("llama", layers=2, seed=2), args=config(tmp_path))
+    args = config(tmp_path, logits_route="logits")
+    trainer = AdaKDTrainer(model=student, teacher=tiny_model("llama", layers=2, seed=2), args=args)
     logits: list[Tensor] = []
     student.register_forward_hook(lambda module, args, out: logits.append(out.logits))
     loss, outputs = trainer.compute_loss(student, batch, return_outputs=True)

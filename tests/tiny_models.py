@@ -10,8 +10,14 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -47,7 +53,11 @@ INSTRUCTIONS = [
 def tiny_model(
     architecture: str, *, layers: int = 1, vocab_size: int = 64, hidden: int = 16, seed: int = 0, dropout: float = 0.0
 ) -> PreTrainedModel:
-    """A random causal language model ('gpt2', 'llama' or 'qwen2') in fp32; its weights follow from the arguments."""
+    """A random causal language model in fp32; its weights follow from the arguments.
+
+    'gpt2', 'llama', 'qwen2', 'smollm2' (a llama with a tied head), 'gemma2' (soft-capped), 'cohere' or 'granite'
+    (scaled).
+    """
     torch.manual_seed(seed)
     ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
     if architecture == "gpt2":
@@ -60,8 +70,14 @@ def tiny_model(
         "vocab_size": vocab_size, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers,
         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256, "initializer_range": 0.5,
     }  # fmt: skip
-    if architecture == "llama":
-        return LlamaForCausalLM(LlamaConfig(**sizes, **ids))
+    if architecture in ("llama", "smollm2"):
+        return LlamaForCausalLM(LlamaConfig(**sizes, **ids, tie_word_embeddings=architecture == "smollm2"))
+    if architecture == "gemma2":
+        return Gemma2ForCausalLM(Gemma2Config(**sizes, **ids, head_dim=8, final_logit_softcapping=2.0))
+    if architecture == "cohere":
+        return CohereForCausalLM(CohereConfig(**sizes, **ids, logit_scale=0.25))
+    if architecture == "granite":
+        return GraniteForCausalLM(GraniteConfig(**sizes, **ids, logits_scaling=3.0))
     return Qwen2ForCausalLM(Qwen2Config(**sizes, **ids))
 
 

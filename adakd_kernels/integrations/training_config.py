@@ -16,6 +16,8 @@ from ..loss import AdaKDLoss
 
 __all__ = ["AdaKDConfig"]
 
+ROUTES = ("auto", "logits", "hidden")
+
 
 @dataclass
 class AdaKDConfig(TrainingArguments):
@@ -57,6 +59,13 @@ class AdaKDConfig(TrainingArguments):
     focus_delta: float = field(default=0.05, metadata={"help": "Relative change of the share."})
     focus_min_ratio: float = field(default=0.1, metadata={"help": "Lower bound of the share."})
 
+    logits_route: str = field(
+        default="auto",
+        metadata={
+            "help": "Where the loss comes from: 'logits'; 'hidden' states, without the logits of a batch; or 'auto', "
+            "hidden states where both models have a plain output layer."
+        },
+    )
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={"help": "Checkpoint that 'adakd train' resumes from: a folder, or 'last' in output_dir."},
@@ -80,6 +89,8 @@ class AdaKDConfig(TrainingArguments):
                 f"label_smoothing_factor must be 0, got {self.label_smoothing_factor!r}: the distillation loss does "
                 "not use it; ce_weight adds the plain cross-entropy"
             )
+        if self.logits_route not in ROUTES:
+            raise ValueError(f"logits_route must be one of {', '.join(ROUTES)}, got {self.logits_route!r}")
         # The functions check their own arguments: one token with two entries raises for every option that is wrong.
         token = torch.zeros(1, 1, 2)
         focus_ratio = 1.0 if self.focus_ratio is None else self.focus_ratio
@@ -129,9 +140,11 @@ class AdaKDConfig(TrainingArguments):
         except ValueError as error:
             raise ValueError(f"focus_{error}") from None
 
-    def make_loss(self, focus: LossAdaptiveFocus | float) -> AdaKDLoss:
-        """The loss of these options with the given share."""
-        return AdaKDLoss(self.make_divergence(), focus=focus, **self._loss_options())
+    def make_loss(
+        self, focus: LossAdaptiveFocus | float, cls: type[AdaKDLoss] = AdaKDLoss, **head_options: Any
+    ) -> AdaKDLoss:
+        """The loss of these options with the given share, as a class that may take options of its own."""
+        return cls(self.make_divergence(), focus=focus, **self._loss_options(), **head_options)
 
     def _loss_options(self) -> dict[str, Any]:
         """The options that `adakd_loss` and `AdaKDLoss` share, without the divergence."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,11 @@ except ImportError as error:
     ) from error
 
 from ..adaptive import LossAdaptiveFocus
+from ..functional import AdaKDOutput
+from ..linear import LinearAdaKDLoss
 from ..loss import AdaKDLoss
 from .collator import AdaKDDataCollator
+from .heads import HeadOptions, NoPlainHeadError, instead_of_head, output_head, plain_head
 from .records import DataError, LoadedRecords, check_same_tokenizer, load_records, tokenize_messages
 from .token_histogram import TokenHistogram
 from .training_config import AdaKDConfig
@@ -58,6 +62,10 @@ __all__ = [
 ]
 
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
+KEEP_BYTES = 2**28
+"""Bytes for logits kept between the two phases of the hidden route; small batches are not computed twice."""
+
+logger = logging.getLogger(__name__)
 
 
 class FocusCallback(TrainerCallback, ExportableState):
@@ -112,8 +120,12 @@ class AdaKDTrainer(Trainer):
     `eval_loss` is the same loss with all tokens counted (share 1), its medians taken over each evaluation batch;
     evaluation leaves the adaptive share alone.
 
-    In training the gradient takes the place of the student's logits, which nothing reads afterwards. With
-    `compute_loss(return_outputs=True)` and under `torch_compile` it gets memory of its own.
+    The loss comes from the hidden states (`linear_adakd_loss`), so that no logits of a batch exist, where
+    `logits_route` allows it and the logits of both models are their output layer's result, scaled and soft-capped as
+    their configurations say; this is tried out here on two tokens, and the route is said once. Otherwise, and for
+    `compute_loss(return_outputs=True)`, it comes from the logits. On that route, the gradient takes the place of the
+    student's logits in training, which nothing reads afterwards; with `return_outputs=True` and under `torch_compile`
+    it gets memory of its own.
 
     Args:
         model: the student, a causal language model.
@@ -127,7 +139,8 @@ class AdaKDTrainer(Trainer):
 
     Raises:
         TypeError: `args` is no `AdaKDConfig`.
-        ValueError: shared parameters, several GPUs in one process, or sequences split over processes.
+        ValueError: shared parameters, several GPUs in one process, sequences split over processes, or
+            `logits_route="hidden"` where it cannot be taken.
     """
 
     args: AdaKDConfig
@@ -173,7 +186,9 @@ class AdaKDTrainer(Trainer):
         if getattr(teacher, "hf_device_map", None) is None and not getattr(teacher, "is_quantized", False):
             teacher = teacher.to(args.device)
         self.teacher: nn.Module = teacher
-        self.eval_loss_fn = args.make_loss(focus=1.0)
+        self._heads = self._plain_heads()
+        self._outputs_unread = False
+        self.eval_loss_fn = self._make_loss(focus=1.0)
         self.loss_fn = self.eval_loss_fn
         self._difficulty = TokenHistogram(args.device)
         self._temperature = TokenHistogram(args.device)
@@ -193,7 +208,7 @@ class AdaKDTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As `Trainer.create_scheduler`; the number of steps of the run also sets up the adaptive share."""
-        self.loss_fn = self.args.make_loss(self.args.make_focus(max(1, num_training_steps))).to(self.args.device)
+        self.loss_fn = self._make_loss(self.args.make_focus(max(1, num_training_steps))).to(self.args.device)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, FocusCallback):
                 callback.loss_fn = self.loss_fn
@@ -233,17 +248,103 @@ class AdaKDTrainer(Trainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # The count is global, and gradients, logged losses and the adaptive share are means over the ranks.
             num_items_in_batch = num_items_in_batch / (self.accelerator.num_processes // self.get_tp_size())
-        # The teacher first: its activations are gone before the student's are kept for the backward.
-        with torch.no_grad():
-            teacher_logits = self.teacher(**inputs, use_cache=False, return_dict=True).logits
-        outputs = model(**inputs, return_dict=True)
         loss_fn = self.loss_fn if model.training else self.eval_loss_fn
-        loss_fn.inplace = not (return_outputs or self.args.torch_compile)
-        out = loss_fn(outputs.logits, teacher_logits, targets, num_items_in_batch)
+        if self._heads is not None and (self._outputs_unread or not return_outputs):
+            out, outputs = self._from_hidden(loss_fn, model, inputs, targets, num_items_in_batch)
+        else:
+            # The teacher first: its activations are gone before the student's are kept for the backward.
+            with torch.no_grad():
+                teacher_logits = self.teacher(**inputs, use_cache=False, return_dict=True).logits
+            outputs = model(**inputs, return_dict=True)
+            loss_fn.inplace = not (return_outputs or self.args.torch_compile)
+            from_logits = loss_fn.from_logits if isinstance(loss_fn, LinearAdaKDLoss) else loss_fn
+            out = from_logits(outputs.logits, teacher_logits, targets, num_items_in_batch)
         if model.training:
             self._difficulty.add(out.difficulty, targets != -100)
             self._temperature.add(out.temperature, out.selected)
         return (out.loss, outputs) if return_outputs else out.loss
+
+    def _from_hidden(
+        self, loss_fn: nn.Module, model: nn.Module, inputs: dict[str, Any], targets: Tensor, num_items: Any
+    ) -> tuple[AdaKDOutput, Any]:
+        """The loss, computed where the student's forward calls its head; the outputs have no logits worth reading.
+
+        Inside the forward, because what wraps a model (data parallelism, autocast) acts there, and the model itself
+        chooses the positions that its head gets.
+        """
+        student_head, teacher_head = output_head(self.model), output_head(self.teacher)
+        seen: list[Any] = []
+
+        def keep_hidden(hidden: Tensor) -> Tensor:
+            seen.append(hidden)
+            return hidden[..., :1]
+
+        def loss_of_hidden(hidden: Tensor) -> Tensor:
+            (teacher_hidden,) = seen
+            out: AdaKDOutput = loss_fn(
+                hidden,
+                student_head.weight,
+                teacher_hidden.to(hidden.device),
+                teacher_head.weight,
+                targets,
+                num_items,
+                student_bias=student_head.bias,
+                teacher_bias=teacher_head.bias,
+            )
+            seen.append(out)
+            # A graph that reaches every parameter, in which data parallelism looks for those without a gradient.
+            return out.loss.to(hidden.dtype).expand(*hidden.shape[:-1], 1)
+
+        with torch.no_grad(), instead_of_head(teacher_head, keep_hidden):
+            self.teacher(**inputs, use_cache=False, return_dict=True)
+        with instead_of_head(student_head, loss_of_hidden):
+            outputs = model(**inputs, return_dict=True)
+        return seen[1], outputs
+
+    def _plain_heads(self) -> tuple[HeadOptions, HeadOptions] | None:
+        """What follows the heads of student and teacher on the hidden route, or None for the logits route.
+
+        Raises:
+            ValueError: the hidden route is asked for and cannot be taken.
+        """
+        if self.args.logits_route == "logits":
+            return None
+        try:
+            if self.args.torch_compile:
+                raise NoPlainHeadError("torch_compile is on, and this route waits for the device")
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1:
+                raise NoPlainHeadError("the head is split over processes (FSDP, DeepSpeed or tensor parallelism)")
+            found = []
+            for role, model in (("student", self.model), ("teacher", self.teacher)):
+                try:
+                    found.append(plain_head(model))
+                except NoPlainHeadError as error:
+                    raise NoPlainHeadError(f"{role}: {error}") from error
+        except NoPlainHeadError as error:
+            if self.args.logits_route == "hidden":
+                raise ValueError(
+                    f"logits_route='hidden' cannot be taken: {error}; set it to 'auto' or 'logits'"
+                ) from error
+            if self.args.should_log:
+                logger.warning("AdaKDTrainer: loss from the logits; from hidden states it is not possible: %s", error)
+            return None
+        if self.args.should_log:
+            logger.warning("AdaKDTrainer: loss from hidden states; no logits of a whole batch are computed")
+        return found[0], found[1]
+
+    def _make_loss(self, focus: LossAdaptiveFocus | float) -> AdaKDLoss:
+        if self._heads is None:
+            return self.args.make_loss(focus)
+        student, teacher = self._heads
+        return self.args.make_loss(
+            focus,
+            LinearAdaKDLoss,
+            student_scale=student.scale,
+            student_softcap=student.softcap,
+            teacher_scale=teacher.scale,
+            teacher_softcap=teacher.softcap,
+            keep_bytes=KEEP_BYTES,
+        )
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -251,7 +352,11 @@ class AdaKDTrainer(Trainer):
         """As `Trainer.prediction_step`; logits that are returned cover all positions, as the labels do."""
         if not prediction_loss_only:
             inputs = {name: value for name, value in inputs.items() if name != "logits_to_keep"}
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        self._outputs_unread = prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self._outputs_unread = False
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`, with the share and the quantiles added to a training log line."""

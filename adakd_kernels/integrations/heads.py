@@ -1,0 +1,96 @@
+"""Whether a model's logits are a plain function of its head's input, and how to run it without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["HeadOptions", "NoPlainHeadError", "instead_of_head", "output_head", "plain_head"]
+
+
+class NoPlainHeadError(ValueError):
+    """The model's logits are something else than its head's result, scaled and soft-capped."""
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """What a model does to its head's result x: cap·tanh(scale·x/cap), or scale·x without a cap."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def output_head(model: Any) -> Any:
+    """The module that makes logits of hidden states, or None."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+@contextmanager
+def instead_of_head(head: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Calls of `head` go to `function`, so that the model's forward runs but computes no logits."""
+    head.forward = function
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def plain_head(model: Any) -> HeadOptions:
+    """What stands between the head and the logits of a model, tried out on two tokens.
+
+    The head is replaced by one that gives known numbers, and the model's logits are compared with what its
+    configuration says about them. So an unknown model is not taken for a plain one, however small its logits are.
+
+    Raises:
+        NoPlainHeadError: the head is no plain `nn.Linear`, or the logits are not the head's result, scaled by
+            `logit_scale` or `logits_scaling` and capped by `final_logit_softcapping` of the configuration.
+    """
+    head = output_head(model)
+    if type(head) is not nn.Linear or "forward" in vars(head):
+        raise NoPlainHeadError(f"its head is no plain nn.Linear but {type(head).__name__}, perhaps wrapped")
+    options = _configured(model.config)
+    # Numbers as large as logits get, so that a soft-cap shows.
+    probe = torch.linspace(-60.0, 60.0, 2 * head.out_features, dtype=head.weight.dtype, device=head.weight.device)
+    probe = probe.view(head.out_features, 2).T.unsqueeze(0)
+    seen: list[Tensor] = []
+
+    def give(hidden: Tensor) -> Tensor:
+        seen.append(hidden)
+        return probe.clone()  # a model may write over its logits
+
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        ids = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
+        with torch.no_grad(), instead_of_head(head, give):
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            logits = model(**inputs, use_cache=False, return_dict=True).logits
+    except Exception as error:
+        raise NoPlainHeadError(f"it cannot be tried out on two tokens: {type(error).__name__}: {error}") from error
+    finally:
+        for module, training in modes:
+            module.training = training
+    if len(seen) != 1 or seen[0].shape != (1, 2, head.in_features):
+        raise NoPlainHeadError("its head is not called once, on the hidden states of all positions")
+    expected = probe.double() * options.scale
+    if options.softcap is not None:
+        expected = options.softcap * torch.tanh(expected / options.softcap)
+    tolerance = 8 * torch.finfo(probe.dtype).eps * expected.abs().max()
+    if logits.shape != probe.shape or not (logits.double() - expected).abs().max() <= tolerance:
+        raise NoPlainHeadError(f"its logits are not its head's result with {options}")
+    return options
+
+
+def _configured(config: Any) -> HeadOptions:
+    """The names under which models keep scale and cap: Cohere multiplies, Granite divides, Gemma caps."""
+    scale = getattr(config, "logit_scale", None)
+    divisor = getattr(config, "logits_scaling", None)
+    return HeadOptions(
+        scale=float(scale) if scale else 1.0 / float(divisor) if divisor else 1.0,
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
