@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from . import ops, reference
 from .adaptive import descending, focus_count, inverse_difficulty_temperature, select_tokens
@@ -32,6 +31,7 @@ from .functional import (
     next_labels,
 )
 from .loss import AdaKDLoss
+from .ops.token_divergence import OnceDifferentiable
 
 __all__ = ["LinearAdaKDLoss", "linear_adakd_loss"]
 
@@ -263,13 +263,16 @@ class _WithGradient(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         factor, *gradients = ctx.saved_tensors
-        scaled = [
-            None if grad is None else _scaled(grad, grad_loss * factor, *like)
-            for grad, like in zip(gradients, ctx.like, strict=True)
-        ]
+        with torch.no_grad():
+            scaled = [
+                None if grad is None else _scaled(grad, grad_loss * factor, *like)
+                for grad, like in zip(gradients, ctx.like, strict=True)
+            ]
+        if torch.is_grad_enabled():  # create_graph=True
+            refuses = torch.zeros((), device=factor.device, requires_grad=True)
+            scaled = [None if x is None else OnceDifferentiable.apply(x, refuses) for x in scaled]  # type: ignore[no-untyped-call]
         return None, None, None, *scaled
 
 

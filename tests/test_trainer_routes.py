@@ -24,7 +24,6 @@ pytestmark = pytest.mark.fast
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2", "smollm2", "gemma2", "cohere", "granite"]
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}  # fp64 throughout: only rounding
-CHANGING_SHARE = {"focus_beta": 0.1, "focus_epsilon": 1e-6, "focus_delta": 0.2}
 
 
 class HeadRows(TrainerCallback):
@@ -40,16 +39,16 @@ class HeadRows(TrainerCallback):
 
 
 def run(folder: Path, architecture: str, route: str, **options: Any) -> tuple[AdaKDTrainer, HeadRows]:
-    """Five steps in fp64, and an evaluation, on one route."""
+    """Three steps in fp64, and an evaluation, on one route."""
     vocabularies = (64, 70) if architecture == "qwen2" else (64, 64)
     student = tiny_model(architecture, vocab_size=vocabularies[0], seed=1).double()
     teacher = tiny_model(architecture, layers=2, vocab_size=vocabularies[1], hidden=32, seed=2).double()
     trainer = AdaKDTrainer(
         model=student,
         teacher=teacher,
-        args=config(folder, max_steps=5, save_strategy="no", per_device_train_batch_size=4, logits_route=route,
-                    learning_rate=0.3, optim="sgd", gradient_accumulation_steps=2, **CHANGING_SHARE, **options),
-        train_dataset=token_records(40),
+        args=config(folder, max_steps=3, save_strategy="no", per_device_train_batch_size=4, logits_route=route,
+                    learning_rate=0.3, optim="sgd", gradient_accumulation_steps=2, focus_ratio=0.5, **options),
+        train_dataset=token_records(24),
         eval_dataset=token_records(8, seed=3),
     )  # fmt: skip
     rows = HeadRows(student, teacher)
@@ -66,7 +65,6 @@ def test_first_steps_are_equal(tmp_path: Path, architecture: str) -> None:
     )
     assert isinstance(hidden.loss_fn, LinearAdaKDLoss) and not isinstance(logits.loss_fn, LinearAdaKDLoss)
     assert logits_rows.rows > 0 and hidden_rows.rows == 0
-    assert hidden.state.log_history[3]["focus_ratio"] < 1.0  # and the fifth step runs with it
     for expected, got in zip(logits.state.log_history, hidden.state.log_history, strict=True):
         for name in set(expected) - {key for key in expected if "runtime" in key or "per_second" in key}:
             assert got[name] == pytest.approx(expected[name], rel=1e-5), name

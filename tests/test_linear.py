@@ -1,0 +1,510 @@
+"""`linear_adakd_loss` and `LinearAdaKDLoss`: the loss from hidden states equals the one from logits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adakd_kernels import AdaKDLoss, AdaKDOutput, LinearAdaKDLoss, adakd_loss, linear_adakd_loss
+
+from .cases import ONE_OF_EACH, assert_close_as_eager, logits, name_of, tokens
+
+pytestmark = [pytest.mark.fast, pytest.mark.interpret, pytest.mark.gpu]
+
+EXACT = {"rtol": 1e-9, "atol": 1e-13}
+V, V_T = 61, 67
+ROW = (V + V) * 8
+"""Bytes of one token's logits of both models over the common vocabulary, in fp64."""
+
+
+class Case:
+    """Hidden states and heads of two models, differentiable on the student's side, and labels with some ignored."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64, bias: bool = True, vocab: int = V, vocab_t: int = V_T):
+        def leaf(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
+            return logits(*shape, dtype=dtype, seed=seed, scale=scale, grad=True)
+
+        self.hidden, self.weight = leaf(3, 7, 12, seed=1), leaf(vocab, 12, seed=2, scale=0.7)
+        self.bias = leaf(vocab, seed=3) if bias else None
+        self.hidden_t = logits(3, 7, 5, dtype=dtype, seed=4, scale=1.0)
+        self.weight_t = logits(vocab_t, 5, dtype=dtype, seed=5, scale=1.0)
+        self.bias_t = logits(vocab_t, dtype=dtype, seed=6, scale=1.0) if bias else None
+        self.labels = tokens(min(vocab, vocab_t), 3, 7, seed=7)
+        self.labels[0, :3], self.labels[2, 4] = -100, -100
+
+    def double(self) -> Case:
+        """The same numbers in fp64."""
+        other = Case()
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                value = value.detach().double().requires_grad_(value.requires_grad)
+            setattr(other, name, value)
+        return other
+
+    def leaves(self) -> list[Tensor]:
+        return [x for x in (self.hidden, self.weight, self.bias) if x is not None and x.requires_grad]
+
+    def from_hidden(self, **options: Any) -> AdaKDOutput:
+        given = {"student_bias": self.bias, "teacher_bias": self.bias_t, "chunk_tokens": 5, **options}
+        return linear_adakd_loss(self.hidden, self.weight, self.hidden_t, self.weight_t, self.labels, **given)
+
+    def from_logits(self, **options: Any) -> AdaKDOutput:
+        """`adakd_loss` of logits that are made as a model makes them."""
+
+        def made(hidden: Tensor, weight: Tensor, bias: Tensor | None, side: str) -> Tensor:
+            x = F.linear(hidden, weight, bias) * options.get(f"{side}_scale", 1.0)
+            cap = options.get(f"{side}_softcap")
+            return x if cap is None else torch.tanh(x / cap) * cap
+
+        names = ("divergence", "focus_ratio", "temperature_scale", "base_temperature", "difficulty", "ce_weight",
+                 "num_items", "ignore_index", "shift")  # fmt: skip
+        return adakd_loss(
+            made(self.hidden, self.weight, self.bias, "student"),
+            made(self.hidden_t, self.weight_t, self.bias_t, "teacher"),
+            self.labels,
+            **{name: options[name] for name in names if name in options},
+        )
+
+
+def assert_equal_routes(case: Case, **options: Any) -> None:
+    """All outputs, and the gradients of everything that has one, under an upstream gradient that is not 1."""
+    ours, expected = case.from_hidden(**options), case.from_logits(**options)
+    for name, a, b in zip(ours._fields, ours, expected, strict=True):
+        torch.testing.assert_close(a, b, **EXACT, msg=lambda text, name=name: f"{name}: {text}")
+    grads = torch.autograd.grad(-2.5 * ours.loss, case.leaves())
+    for grad, plain in zip(grads, torch.autograd.grad(-2.5 * expected.loss, case.leaves()), strict=True):
+        torch.testing.assert_close(grad, plain, **EXACT)
+
+
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=name_of)
+def test_every_divergence(divergence):
+    assert_equal_routes(Case(), divergence=divergence, focus_ratio=0.6, base_temperature=1.3)
+    assert_equal_routes(Case(), divergence=divergence, ce_weight=0.3, focus_ratio=0.4, keep_bytes=6 * ROW)
+
+
+OPTIONS = {
+    "all tokens": {},
+    "another difficulty": {"difficulty": "jensen_shannon", "focus_ratio": 0.5},
+    "difficulty by cross-entropy": {"difficulty": "cross_entropy", "focus_ratio": 0.5},
+    "cross-entropy alone": {"ce_weight": 1.0},
+    "soft-caps": {"student_softcap": 1.5, "teacher_softcap": 2.0, "focus_ratio": 0.7},
+    "scales": {"student_scale": 0.3, "teacher_scale": 1.7, "ce_weight": 0.2},
+    "scale and soft-cap": {"student_scale": 0.3, "student_softcap": 1.5, "ce_weight": 0.2, "focus_ratio": 0.3},
+    "shift": {"shift": True, "focus_ratio": 0.5},
+    "num_items": {"num_items": 40, "focus_ratio": 0.5, "ce_weight": 0.1},
+    "num_items as a tensor": {"num_items": torch.tensor(0.25), "ce_weight": 0.1},
+    "share as a tensor": {"focus_ratio": torch.tensor(0.29, dtype=torch.float64)},
+    "other ignore_index": {"ignore_index": 7},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option(name):
+    case = Case()
+    if name == "other ignore_index":
+        case.labels[case.labels == -100] = 7
+    assert_equal_routes(case, **OPTIONS[name])
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 4, 17, 100, None])
+@pytest.mark.parametrize("keep", [0, 1, 4, 7, 16, 17, 1000])
+def test_chunks_and_kept_logits(chunk_tokens, keep):
+    """17 labelled tokens, of which 8 are selected; some chunk sizes divide neither."""
+    for options in ({"focus_ratio": 0.5}, {"focus_ratio": 0.5, "ce_weight": 0.3}, {"student_softcap": 1.5}):
+        assert_equal_routes(Case(), chunk_tokens=chunk_tokens, keep_bytes=keep * ROW + 5, **options)
+
+
+@pytest.mark.parametrize("vocabularies", [(61, 61), (61, 40), (40, 61)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_vocabularies_of_different_length(vocabularies, bias):
+    case = Case(bias=bias, vocab=vocabularies[0], vocab_t=vocabularies[1])
+    assert_equal_routes(case, ce_weight=0.2, focus_ratio=0.5)
+    (grad,) = torch.autograd.grad(case.from_hidden().loss, case.weight)
+    assert (grad[40:] == 0).all() if vocabularies[1] == 40 else (grad != 0).any(1).all()
+
+
+def test_shapes_and_strides():
+    case = Case()
+    whole = case.from_hidden(focus_ratio=0.5)
+    flat = linear_adakd_loss(
+        case.hidden.flatten(0, 1), case.weight, case.hidden_t.flatten(0, 1), case.weight_t, case.labels.flatten(),
+        student_bias=case.bias, teacher_bias=case.bias_t, focus_ratio=0.5,
+    )  # fmt: skip
+    torch.testing.assert_close(flat.loss, whole.loss, **EXACT)
+    assert flat.difficulty.shape == (21,) and whole.difficulty.shape == (3, 7)
+    longer = torch.cat((case.hidden, case.hidden), 1).detach().requires_grad_()
+    case.hidden, plain = longer[:, :7], torch.autograd.grad(whole.loss, case.hidden)[0]
+    (grad,) = torch.autograd.grad(case.from_hidden(focus_ratio=0.5).loss, longer)
+    torch.testing.assert_close(grad[:, :7], plain, **EXACT)
+    assert (grad[:, 7:] == 0).all()
+
+
+@pytest.mark.parametrize("keep", [0, 4])
+@pytest.mark.parametrize("valid", [0, 1, 2])
+def test_few_tokens_that_count(valid, keep):
+    case = Case()
+    case.labels.fill_(-100)
+    case.labels[1, :valid] = 3
+    for options in ({"focus_ratio": 0.3}, {"ce_weight": 0.5}, {"focus_ratio": 0.3, "num_items": 0}):
+        assert_equal_routes(case, keep_bytes=keep * ROW, **options)
+    out = case.from_hidden(focus_ratio=0.3)
+    assert out.selected.sum() == min(valid, 1)
+    if valid == 0:
+        assert out.loss == 0.0
+        assert all((grad == 0).all() for grad in torch.autograd.grad(out.loss, case.leaves()))
+
+
+@pytest.mark.parametrize("keep", [0, 3, 1000])
+def test_rows_that_are_empty_or_nan(keep):
+    """A token whose logits are all −inf is ignored although it has a label, and NaN is loud."""
+    case = Case(bias=False)
+    with torch.no_grad():
+        case.weight.abs_()
+        case.hidden[1, 2] = -math.inf
+    assert_equal_routes_without_weight(case, keep)
+    with torch.no_grad():
+        case.hidden[1, 3] = math.nan
+    assert case.from_hidden(keep_bytes=keep * ROW, focus_ratio=0.5).loss.isnan()
+
+
+def assert_equal_routes_without_weight(case: Case, keep: int) -> None:
+    """The weight's gradient is 0·∞ in both routes where hidden states are infinite."""
+    case.weight.requires_grad_(False)
+    for ce_weight in (0.0, 0.3):
+        ours = case.from_hidden(keep_bytes=keep * ROW, focus_ratio=0.9, ce_weight=ce_weight)
+        expected = case.from_logits(focus_ratio=0.9, ce_weight=ce_weight)
+        assert ours.selected.sum() == 14 and not ours.selected[1, 2]
+        for a, b in zip(ours, expected, strict=True):
+            torch.testing.assert_close(a, b, **EXACT)
+        torch.testing.assert_close(
+            torch.autograd.grad(ours.loss, case.hidden), torch.autograd.grad(expected.loss, case.hidden), **EXACT
+        )
+
+
+def test_equal_difficulties_are_kept_as_they_are_selected():
+    """Ties go to the lower index in the selection, and so they must where rows take the place of others."""
+    case = Case()
+    with torch.no_grad():
+        for hidden in (case.hidden, case.hidden_t):  # one feature, so that no product rounds
+            hidden.zero_()[..., 0] = 1.0
+    for keep in range(9):
+        assert_equal_routes(case, keep_bytes=keep * ROW, focus_ratio=0.5, chunk_tokens=3)
+
+
+def test_tied_embeddings():
+    weight, ids = logits(V, 12, dtype=torch.float64, grad=True), tokens(V, 3, 7, seed=8)
+    case, grads = Case(bias=False), []
+    for route in (case.from_hidden, case.from_logits):
+        case.weight, case.hidden = weight, F.embedding(ids, weight).tanh()
+        grads.append(torch.autograd.grad(route(focus_ratio=0.5).loss, weight)[0])
+    torch.testing.assert_close(*grads, **EXACT)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
+def test_only_what_is_asked_for(frozen):
+    case = Case()
+    getattr(case, frozen).requires_grad_(False)
+    with Calls() as calls:
+        loss = case.from_hidden(focus_ratio=0.5).loss
+    assert (torch.float64, (V, 12)) not in calls.made if frozen == "weight" else True
+    grads = torch.autograd.grad(loss, case.leaves())
+    for grad, plain in zip(
+        grads, torch.autograd.grad(case.from_logits(focus_ratio=0.5).loss, case.leaves()), strict=True
+    ):
+        torch.testing.assert_close(grad, plain, **EXACT)
+
+
+def test_no_gradient_is_computed_where_none_is_asked_for():
+    case = Case()
+    plain = case.from_logits(focus_ratio=0.5)
+    with torch.no_grad(), Calls() as calls:
+        out = case.from_hidden(focus_ratio=0.5)
+    assert not any("backward" in name for name in calls.names)
+    assert not out.loss.requires_grad
+    torch.testing.assert_close(out.loss, plain.loss.detach(), **EXACT)
+    with Calls() as calls:
+        out = case.from_hidden(focus_ratio=0.5)
+    assert any("backward" in name for name in calls.names)
+    assert [x.requires_grad for x in out] == [True, False, False, False, False]
+
+
+def test_second_backward_and_second_derivative():
+    case = Case()
+    loss = case.from_hidden(focus_ratio=0.5).loss
+    first = torch.autograd.grad(loss, case.leaves(), retain_graph=True)
+    for grad, again in zip(first, torch.autograd.grad(loss, case.leaves(), retain_graph=True), strict=True):
+        assert torch.equal(grad, again)
+    (grad,) = torch.autograd.grad(loss, case.hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="the loss has no second derivative"):
+        grad.sum().backward()
+
+
+def test_micro_batches_add_up_to_the_batch():
+    case = Case()
+    options = {"temperature_scale": 0.0, "base_temperature": 1.3, "ce_weight": 0.2}
+    whole = torch.autograd.grad(case.from_hidden(**options).loss, case.leaves())
+    n = int((case.labels != -100).sum())
+    total = [torch.zeros_like(x) for x in whole]
+    for row in range(3):
+        loss = linear_adakd_loss(
+            case.hidden[row : row + 1], case.weight, case.hidden_t[row : row + 1], case.weight_t,
+            case.labels[row : row + 1], student_bias=case.bias, teacher_bias=case.bias_t, num_items=n, **options,
+        ).loss  # fmt: skip
+        for part, grad in zip(total, torch.autograd.grad(loss, case.leaves()), strict=True):
+            part += grad
+    for part, grad in zip(total, whole, strict=True):
+        torch.testing.assert_close(part, grad, **EXACT)
+
+
+@pytest.mark.parametrize("options", [{}, {"student_softcap": 2.0, "ce_weight": 0.3}], ids=["plain", "soft-cap and CE"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=name_of)
+def test_as_exact_as_the_logits_route(dtype, options):
+    """Both routes against fp64, by the tolerance rule; one temperature, so that all compute the same function."""
+    case = Case(dtype=dtype)
+    options = {"temperature_scale": 0.0, "divergence": "forward_kl", **options}
+    results = []
+    for of, route in ((case, "from_hidden"), (case, "from_logits"), (case.double(), "from_logits")):
+        out = getattr(of, route)(**options)
+        grads = torch.autograd.grad(out.loss * 1.7, of.leaves())
+        assert all(grad.dtype == x.dtype for grad, x in zip(grads, of.leaves(), strict=True))
+        results.append((out.loss, out.difficulty, *grads))
+    for ours, eager, exact in zip(*results, strict=True):
+        assert_close_as_eager(ours.detach(), eager.detach(), exact.detach())
+
+
+def test_weight_gradient_is_added_up_in_fp32():
+    """A thousand bf16 chunks of one token each: added up in bf16, the sum would stop growing."""
+    n, grads = 1000, []
+    for dtype, chunk_tokens in ((torch.bfloat16, 1), (torch.float64, None)):
+        hidden, weight = torch.ones(n, 1, dtype=dtype), torch.zeros(3, 1, dtype=dtype, requires_grad=True)
+        teacher = torch.tensor([[4.0], [0.0], [0.0]], dtype=dtype)
+        labels = torch.zeros(n, dtype=torch.long)
+        linear_adakd_loss(
+            hidden, weight, hidden, teacher, labels, divergence="forward_kl", chunk_tokens=chunk_tokens
+        ).loss.backward()
+        grads.append(weight.grad.double())
+    torch.testing.assert_close(*grads, rtol=torch.finfo(torch.bfloat16).eps, atol=0.0)
+
+
+def test_small_gradients_in_fp16_are_no_zeros():
+    """As under a gradient scaler: the loss is scaled up after the gradients were computed."""
+    n, scale, grads = 64, 2.0**24, []
+    for dtype in (torch.float16, torch.float64):
+        hidden = logits(n, 8, dtype=torch.float16, seed=1, scale=1.0).to(dtype).requires_grad_()
+        weight, weight_t = (logits(997, 8, dtype=torch.float16, seed=s, scale=0.2).to(dtype) for s in (2, 3))
+        loss = linear_adakd_loss(
+            hidden, weight, hidden.detach(), weight_t, tokens(997, n), temperature_scale=0.0, num_items=2**20
+        ).loss
+        (grad,) = torch.autograd.grad(loss * scale, hidden)
+        grads.append(grad.double())
+    assert grads[1].abs().max() / scale < torch.finfo(torch.float16).tiny
+    assert (grads[0] - grads[1]).abs().max() <= 0.02 * grads[1].abs().max()
+
+
+def test_autocast():
+    """fp32 hidden states and weights, products in bf16, gradients in fp32, as a linear layer does."""
+    case = Case(dtype=torch.float32)
+    options = {"temperature_scale": 0.0, "ce_weight": 0.2}
+    device = case.hidden.device.type
+    with torch.autocast(device, dtype=torch.bfloat16):
+        results = [route(**options) for route in (case.from_hidden, case.from_logits)]
+    exact = case.double()
+    plain = exact.from_logits(**options)
+    grads = [torch.autograd.grad(out.loss, case.leaves()) for out in results]
+    grads.append(torch.autograd.grad(plain.loss, exact.leaves()))
+    for ours, eager, true in zip(*grads, strict=True):
+        assert ours.dtype == torch.float32
+        assert_close_as_eager(ours, eager, true)
+    with torch.no_grad():
+        unscaled = case.from_hidden(**options).loss
+    assert unscaled != results[0].loss  # bf16 was used at all
+
+
+class LoRAHead(nn.Module):
+    """A frozen weight and a low-rank change to it."""
+
+    def __init__(self, weight: Tensor, rank: int = 2):
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        self.down = nn.Parameter(logits(rank, weight.shape[1], dtype=weight.dtype, seed=11, scale=1.0))
+        self.up = nn.Parameter(logits(weight.shape[0], rank, dtype=weight.dtype, seed=12, scale=1.0))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weight) + F.linear(F.linear(hidden, self.down), self.up)
+
+
+@pytest.mark.parametrize(
+    "options", [{"focus_ratio": 0.5, "keep_bytes": 3 * ROW}, {"ce_weight": 0.3, "student_softcap": 1.5}]
+)
+@pytest.mark.parametrize("hidden_grad", [False, True])
+def test_head_that_is_a_module(options, hidden_grad):
+    case = Case(bias=False)
+    case.hidden.requires_grad_(hidden_grad)
+    head = LoRAHead(case.weight)
+    weight_t = case.weight_t
+    leaves = [*([case.hidden] if hidden_grad else []), head.down, head.up]
+    case.weight, case.weight_t = head, lambda hidden: F.linear(hidden, weight_t)
+    ours = case.from_hidden(**options)
+    case.weight, case.weight_t = head.weight + head.up @ head.down, weight_t
+    expected = case.from_logits(**options)
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+    grads = torch.autograd.grad(3.0 * ours.loss, leaves)
+    for grad, plain in zip(grads, torch.autograd.grad(3.0 * expected.loss, leaves), strict=True):
+        torch.testing.assert_close(grad, plain, **EXACT)
+    with torch.no_grad():
+        case.weight = head
+        torch.testing.assert_close(case.from_hidden(**options).loss, expected.loss.detach(), **EXACT)
+
+
+def test_module_under_autocast():
+    """What autocast keeps of a cast weight from the first phase has no graph."""
+    case, head = Case(dtype=torch.float32, bias=False), nn.Linear(12, V, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(case.weight)
+    options = {"temperature_scale": 0.0}
+    with torch.autocast(case.hidden.device.type, dtype=torch.bfloat16):
+        plain = torch.autograd.grad(case.from_hidden(**options).loss, case.weight)[0]
+        case.weight = head
+        case.from_hidden(**options).loss.backward()
+    assert_close_as_eager(head.weight.grad, plain, plain.double(), ulps=2.0**17)  # two units of bf16
+
+
+def memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operators that ran, and the (type, shape) of every tensor that they made."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+        self.made: list[tuple[torch.dtype, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.names.append(str(func))
+        given = {memory(x) for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor)}
+        for result in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(result, Tensor) and memory(result) not in given:
+                self.made.append((result.dtype, tuple(result.shape)))
+        return out
+
+    def waits(self) -> int:
+        return sum(
+            name.split(".")[1] in ("nonzero", "_local_scalar_dense", "item", "is_nonzero") for name in self.names
+        )
+
+
+@pytest.mark.parametrize("keep", [0, 5])
+@pytest.mark.parametrize("share", [0.5, torch.tensor(0.5)])
+def test_one_wait_for_the_device(monkeypatch, share, keep):
+    """Reading two numbers is the only one; what the reference body of an operator does is not counted."""
+    case = Case()
+    read: list[int] = []
+    tolist = Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda self: read.append(self.numel()) or tolist(self))
+    _without_operators(monkeypatch)
+    with Calls() as calls:
+        out = case.from_hidden(focus_ratio=share, ce_weight=0.2, keep_bytes=keep * ROW)
+    out.loss.backward()
+    assert read == [2] and calls.waits() == 0
+
+
+def _without_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the operators by something that waits and allocates for nothing."""
+    from adakd_kernels import ops
+
+    def numbers(count):
+        def op(student, *args):
+            dtype = torch.promote_types(student.dtype, torch.float32)
+            return tuple(student[..., 0].abs().to(dtype) + 1.0 for _ in range(count))
+
+        return op
+
+    monkeypatch.setattr(ops, "token_stats", numbers(5))
+    monkeypatch.setattr(ops, "token_divergence", numbers(6))
+    monkeypatch.setattr(ops, "token_divergence_backward_", lambda student, *args: student.mul_(0.5))
+
+
+@pytest.mark.parametrize("keep", [0, 8])
+def test_no_tensor_is_larger_than_a_chunk(monkeypatch, keep):
+    """Beside the gradients: nothing of N x V, and nothing of V x H where the head is frozen."""
+    n, hidden_size, vocab, chunk = 64, 4, 5000, 8
+    hidden = logits(n, hidden_size, grad=True)
+    weight, weight_t = logits(vocab, hidden_size, seed=1), logits(vocab, hidden_size, seed=2)
+    _without_operators(monkeypatch)
+    with Calls() as calls:
+        linear_adakd_loss(
+            hidden, weight, hidden.detach(), weight_t, tokens(vocab, n), chunk_tokens=chunk, focus_ratio=0.5,
+            keep_bytes=keep * 2 * vocab * 4,
+        ).loss.backward()  # fmt: skip
+    largest = max(math.prod(shape) for _, shape in calls.made)
+    assert chunk * vocab <= largest <= (max(chunk, keep) + 1) * vocab
+    large = [shape for _, shape in calls.made if math.prod(shape) >= vocab]
+    assert len(large) <= 4, large
+
+
+@pytest.mark.parametrize("keep, rows", [(0, 17 + 8), (3, 17 + 5), (8, 17), (100, 17)])
+def test_kept_logits_are_not_computed_again(monkeypatch, keep, rows):
+    """With a share of 0.5, 8 of the 17 tokens are selected; each that is kept is one row less in the second phase."""
+    computed = []
+    addmm = torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda b, h, w, out: computed.append(len(h)) or addmm(b, h, w, out=out))
+    Case().from_hidden(focus_ratio=0.5, keep_bytes=keep * ROW)
+    assert sum(computed) == 2 * rows
+
+
+def test_runs_agree_bit_for_bit():
+    case = Case(dtype=torch.bfloat16)
+    runs = []
+    for _ in range(2):
+        out = case.from_hidden(focus_ratio=0.5, keep_bytes=3 * ROW // 4)
+        runs.append([*out, *torch.autograd.grad(out.loss, case.leaves())])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_gradcheck(unpoisoned):
+    case = Case()
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return linear_adakd_loss(
+            hidden, weight, case.hidden_t, case.weight_t, case.labels, student_bias=bias, chunk_tokens=4,
+            temperature_scale=0.0, ce_weight=0.2, student_softcap=3.0, student_scale=0.8,
+        ).loss  # fmt: skip
+
+    inputs = (case.hidden, case.weight, case.bias)
+    assert torch.autograd.gradcheck(loss, inputs, fast_mode=True)
+
+
+def test_module_equals_the_function_and_drives_its_focus():
+    case = Case()
+    loss_fn = LinearAdaKDLoss("forward_kl", total_steps=10, ce_weight=0.3, student_softcap=1.5, keep_bytes=5 * ROW)
+    plain = AdaKDLoss("forward_kl", total_steps=10, ce_weight=0.3)
+    loss_fn.load_state_dict(plain.state_dict())
+    args = (case.hidden, case.weight, case.hidden_t, case.weight_t, case.labels)
+    options = {"divergence": "forward_kl", "ce_weight": 0.3, "student_softcap": 1.5}
+    for module in (loss_fn, plain):
+        module.focus.focus_ratio.fill_(0.5)
+    for num_items in (None, 30):
+        out = loss_fn(*args, num_items, student_bias=case.bias, teacher_bias=case.bias_t)
+        expected = case.from_hidden(focus_ratio=0.5, num_items=num_items, **options)
+        assert out.selected.sum() == 8
+        torch.testing.assert_close(out.loss, expected.loss, **EXACT)
+        student = torch.tanh(F.linear(case.hidden, case.weight, case.bias) / 1.5) * 1.5
+        teacher = F.linear(case.hidden_t, case.weight_t, case.bias_t)
+        torch.testing.assert_close(
+            loss_fn.from_logits(student, teacher, case.labels, num_items).loss, out.loss, **EXACT
+        )
+        plain(student, teacher, case.labels, num_items)
+        plain(student, teacher, case.labels, num_items)
+        for module in (loss_fn, plain):
+            module.step()
+        torch.testing.assert_close(loss_fn.focus.loss_ema, plain.focus.loss_ema, **EXACT)
