@@ -39,12 +39,13 @@ def test_micro_batches_equal_one_batch(tmp_path: Path) -> None:
         assert trainer.loss_fn.focus.steps.item() == 3  # optimizer steps, not micro-batches
 
 
-def test_two_ranks_equal_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("route", ["logits", "hidden"])
+def test_two_ranks_equal_one(tmp_path: Path, route: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.trainer_process", "rank", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.trainer_process", "rank", str(tmp_path), route]
     ranks = [
         subprocess.Popen(
             command, cwd=ROOT, env={**shared, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True

@@ -1,4 +1,4 @@
-"""What the trainer tests run, in their own process and in others: `python -m tests.trainer_process MODE FOLDER`."""
+"""What the trainer tests run, in their own process and in others: `python -m tests.trainer_process MODE FOLDER [ROUTE]`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def resumed_trainer(folder: Path, cls: type[AdaKDTrainer] = AdaKDTrainer) -> Ada
     )
 
 
-def ranked_trainer(folder: Path, batch_size: int, accumulation: int) -> AdaKDTrainer:
+def ranked_trainer(folder: Path, batch_size: int, accumulation: int, route: str = "auto") -> AdaKDTrainer:
     """In fp64, so that only a wrong weight of a token makes a difference."""
     return AdaKDTrainer(
         model=tiny_model("llama", seed=1).double(),
@@ -56,6 +56,7 @@ def ranked_trainer(folder: Path, batch_size: int, accumulation: int) -> AdaKDTra
             per_device_train_batch_size=batch_size,
             per_device_eval_batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
+            logits_route=route,
         ),
         train_dataset=token_records(24),
         eval_dataset=token_records(16, seed=7),
@@ -77,18 +78,18 @@ class KilledWhileSaving(AdaKDTrainer):
         super()._save_rng_state(output_dir)
 
 
-def main(mode: str, folder: Path) -> None:
+def main(mode: str, folder: Path, route: str = "auto") -> None:
     if mode == "killed":
         resumed_trainer(folder, KilledWhileSaving).train()
     else:
-        run_rank(folder)
+        run_rank(folder, route)
         gc.collect()  # as in `adakd train`: the process group goes after the trainer
         PartialState().destroy_process_group()
 
 
-def run_rank(folder: Path) -> None:
+def run_rank(folder: Path, route: str) -> None:
     """One of two ranks: train, evaluate, save weights and logs."""
-    trainer = ranked_trainer(folder, batch_size=4, accumulation=1)
+    trainer = ranked_trainer(folder, batch_size=4, accumulation=1, route=route)
     trainer.train()
     trainer.evaluate()
     result = {"weights": trainer.model.state_dict(), "logs": trainer.state.log_history}
@@ -96,4 +97,4 @@ def run_rank(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
