@@ -15,7 +15,7 @@ from adakd_kernels import AdaKDLoss, AdaKDOutput, LinearAdaKDLoss, adakd_loss, l
 
 from .cases import ONE_OF_EACH, assert_close_as_eager, logits, name_of, tokens
 
-pytestmark = [pytest.mark.fast, pytest.mark.interpret, pytest.mark.gpu]
+pytestmark = [pytest.mark.fast, pytest.mark.gpu]  # and the tests of the kernels' numbers: interpret
 
 EXACT = {"rtol": 1e-9, "atol": 1e-13}
 V, V_T = 61, 67
@@ -82,6 +82,7 @@ def assert_equal_routes(case: Case, **options: Any) -> None:
         torch.testing.assert_close(grad, plain, **EXACT)
 
 
+@pytest.mark.interpret
 @pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=name_of)
 def test_every_divergence(divergence):
     assert_equal_routes(Case(), divergence=divergence, focus_ratio=0.6, base_temperature=1.3)
@@ -104,6 +105,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.interpret
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option(name):
     case = Case()
@@ -160,6 +162,7 @@ def test_few_tokens_that_count(valid, keep):
         assert all((grad == 0).all() for grad in torch.autograd.grad(out.loss, case.leaves()))
 
 
+@pytest.mark.interpret
 @pytest.mark.parametrize("keep", [0, 3, 1000])
 def test_rows_that_are_empty_or_nan(keep):
     """A token whose logits are all −inf is ignored although it has a label, and NaN is loud."""
@@ -262,6 +265,7 @@ def test_micro_batches_add_up_to_the_batch():
         torch.testing.assert_close(part, grad, **EXACT)
 
 
+@pytest.mark.interpret
 @pytest.mark.parametrize("options", [{}, {"student_softcap": 2.0, "ce_weight": 0.3}], ids=["plain", "soft-cap and CE"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=name_of)
 def test_as_exact_as_the_logits_route(dtype, options):
@@ -339,6 +343,7 @@ class LoRAHead(nn.Module):
         return F.linear(hidden, self.weight) + F.linear(F.linear(hidden, self.down), self.up)
 
 
+@pytest.mark.interpret
 @pytest.mark.parametrize(
     "options", [{"focus_ratio": 0.5, "keep_bytes": 3 * ROW}, {"ce_weight": 0.3, "student_softcap": 1.5}]
 )
@@ -462,6 +467,7 @@ def test_kept_logits_are_not_computed_again(monkeypatch, keep, rows):
     assert sum(computed) == 2 * rows
 
 
+@pytest.mark.interpret
 def test_runs_agree_bit_for_bit():
     case = Case(dtype=torch.bfloat16)
     runs = []

@@ -1,4 +1,4 @@
-"""What the trainer tests run, in their own process and in others: `python -m tests.trainer_process MODE FOLDER [ROUTE]`."""
+"""What the trainer tests run, in their own process or not: `python -m tests.trainer_process MODE FOLDER [ROUTE]`."""
 
 from __future__ import annotations
 
