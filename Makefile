@@ -90,7 +90,9 @@ test-compile: setup ## the kernels compile for each supported GPU; needs no GPU
 test-gpu: setup ## the real kernels on a GPU; skips where there is none
 	$(PYTEST) -m gpu
 
+# Peers to measure beside, without their dependencies; those that cannot be had are skipped.
 bench: setup ## measure speed and memory; not part of test
+	-$(PIP) install -q -c constraints.txt --no-deps liger-kernel orda-kernel
 	$(BIN)/python -m pytest benchmarks
 
 clean: ## remove build products and caches; the virtual environment stays
