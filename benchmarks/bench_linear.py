@@ -186,7 +186,7 @@ def bench_linear_memory(benchmark, name):
 
 
 def measure_memory(name: str) -> dict[str, float]:
-    """The peak above the inputs, and what of it is beside gradients and accumulator: in MB, and as a share of the logits."""
+    """The peak above the inputs, and what of it is beside gradients and accumulator, also as a share of the logits."""
     provider = PROVIDERS[name]
     run_once(provider, make_inputs(64, 32, 1000, DTYPE))  # libraries load what they need
     x = make_inputs(TOKENS, HIDDEN, VOCAB, DTYPE)

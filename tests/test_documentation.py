@@ -21,7 +21,7 @@ pytestmark = pytest.mark.fast
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-MODULES = ["adaptive", "functional", "loss", "integrations.collator", "integrations.token_histogram"]
+MODULES = ["adaptive", "functional", "linear", "loss", "integrations.collator", "integrations.token_histogram"]
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -42,7 +42,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_python_snippets_of_the_readme_run_in_order(project, monkeypatch, capsys):
     monkeypatch.chdir(project)
     snippets, names = blocks("python"), {}
-    assert len(snippets) == 5
+    assert len(snippets) == 6
     for snippet in snippets:
         torch.manual_seed(0)
         exec(compile(snippet, "README.md", "exec"), names)

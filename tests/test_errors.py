@@ -12,6 +12,7 @@ from adakd_kernels import (
     SkewForwardKL,
     SkewReverseKL,
     adakd_loss,
+    linear_adakd_loss,
     token_difficulty,
     token_divergence,
 )
@@ -110,6 +111,80 @@ def test_other_functions():
         AdaKDLoss()
     with pytest.raises(ValueError, match=r"give total_steps .* or focus"):
         AdaKDLoss(total_steps=3, focus=0.5)
+
+
+H, W, B = torch.zeros(2, 3, 4), torch.zeros(11, 4), torch.zeros(11)
+HEAD_ERRORS = {
+    "hidden states are a list": ({"student_hidden": []}, TypeError, "student_hidden must be a tensor, got list"),
+    "hidden states are 1-D": (
+        {"teacher_hidden": B},
+        ValueError,
+        r"teacher_hidden must be \(B, L, H\) or \(N, H\), got",
+    ),
+    "teacher of another length": ({"teacher_hidden": H[:, :2]}, ValueError, r"teacher_hidden must have the student's"),
+    "teacher's hidden states require grad": (
+        {"teacher_hidden": H.clone().requires_grad_()},
+        ValueError,
+        "teacher_hidden requires grad.*torch.no_grad",
+    ),
+    "teacher's head requires grad": (
+        {"teacher_weight": W.clone().requires_grad_()},
+        ValueError,
+        r"teacher_weight requires grad.*teacher_weight.detach\(\)",
+    ),
+    "teacher's bias requires grad": (
+        {"teacher_bias": B.clone().requires_grad_()},
+        ValueError,
+        "teacher_bias requires grad",
+    ),
+    "a function as the student's head": (
+        {"student_weight": lambda hidden: hidden @ W.T},
+        TypeError,
+        "student_weight must be a .* tensor or an nn.Module, whose parameters get gradients, got function",
+    ),
+    "no head": ({"teacher_weight": None}, TypeError, "teacher_weight must be a .* tensor or a callable, got NoneType"),
+    "bias beside a module": (
+        {"student_weight": torch.nn.Linear(4, 11), "student_bias": B},
+        ValueError,
+        "student_bias must be None where student_weight is no tensor",
+    ),
+    "weight of another hidden size": (
+        {"student_weight": W.T},
+        ValueError,
+        r"student_weight must be \(V, 4\), H as student_hidden has it, got shape \(4, 11\)",
+    ),
+    "bias of another length": (
+        {"teacher_bias": B[:5]},
+        ValueError,
+        r"teacher_bias must be \(11,\), V as teacher_weight has it, got shape \(5,\)",
+    ),
+    "weight of another type": (
+        {"student_weight": W.bfloat16()},
+        TypeError,
+        "student_weight must be torch.float32 as student_hidden is, got torch.bfloat16; .*autocast",
+    ),
+    "integer weight": ({"student_weight": W.long()}, TypeError, "student_weight must be fp16, bf16, fp32 or fp64"),
+    "weight elsewhere": (
+        {"teacher_weight": W.to("meta")},
+        ValueError,
+        "teacher_weight must be on the student's device",
+    ),
+    "labels of another shape": ({"labels": L[0]}, ValueError, r"labels must have the shape \(2, 3\).*got \(3,\)"),
+    "unknown divergence": ({"divergence": "kl"}, ValueError, "divergence must be one of forward_kl"),
+    "negative soft-cap": ({"student_softcap": -1.0}, ValueError, "student_softcap must be None or > 0, got -1.0"),
+    "scale 0": ({"teacher_scale": 0.0}, ValueError, "teacher_scale must be a finite number > 0, got 0.0"),
+    "no tokens in a chunk": ({"chunk_tokens": 0}, ValueError, "chunk_tokens must be at least 1, got 0"),
+    "half a chunk": ({"chunk_tokens": 0.5}, TypeError, "chunk_tokens must be an integer, got float"),
+    "negative budget": ({"keep_bytes": -1}, ValueError, "keep_bytes must be at least 0, got -1"),
+}
+
+
+@pytest.mark.parametrize("case", HEAD_ERRORS)
+def test_loss_from_hidden_states(case):
+    changes, error, message = HEAD_ERRORS[case]
+    given = {"student_hidden": H, "student_weight": W, "teacher_hidden": H, "teacher_weight": W, "labels": L, **changes}
+    with pytest.raises(error, match=message):
+        linear_adakd_loss(**given)
 
 
 @pytest.mark.parametrize(
