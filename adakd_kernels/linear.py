@@ -389,8 +389,7 @@ class _ModuleHead(_Head):
         self.d_parameters = [torch.zeros_like(p, dtype=reference.accumulation_dtype(p)) for p in self.parameters]
 
     def _call(self, hidden: Tensor) -> Tensor:
-        # Without the cache of autocast: what it keeps from a call without a graph has none in the next call either.
-        with torch.autocast(hidden.device.type, enabled=self.autocast, cache_enabled=False):
+        with torch.autocast(hidden.device.type, enabled=self.autocast):
             return self.head(hidden)
 
     def product(self, hidden: Tensor, out: Tensor, graph: bool) -> None:

@@ -369,16 +369,20 @@ def test_head_that_is_a_module(options, hidden_grad):
 
 
 def test_module_under_autocast():
-    """What autocast keeps of a cast weight from the first phase has no graph."""
+    """The module casts, in both phases, although nothing else in them is under autocast."""
     case, head = Case(dtype=torch.float32, bias=False), nn.Linear(12, V, bias=False)
     with torch.no_grad():
         head.weight.copy_(case.weight)
-    options = {"temperature_scale": 0.0}
+    options, made = {"temperature_scale": 0.0}, []
+    head.register_forward_hook(lambda module, args, out: made.append(out.dtype))
+    exact = case.double()
+    (true,) = torch.autograd.grad(exact.from_logits(**options).loss, exact.weight)
     with torch.autocast(case.hidden.device.type, dtype=torch.bfloat16):
-        plain = torch.autograd.grad(case.from_hidden(**options).loss, case.weight)[0]
+        (eager,) = torch.autograd.grad(case.from_logits(**options).loss, case.weight)
         case.weight = head
         case.from_hidden(**options).loss.backward()
-    assert_close_as_eager(head.weight.grad, plain, plain.double(), ulps=2.0**17)  # two units of bf16
+    assert set(made) == {torch.bfloat16}
+    assert_close_as_eager(head.weight.grad, eager, true)
 
 
 def memory(tensor: Tensor) -> int:

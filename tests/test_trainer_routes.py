@@ -22,7 +22,7 @@ from .trainer_process import config
 
 pytestmark = pytest.mark.fast
 
-ARCHITECTURES = ["gpt2", "llama", "qwen2", "smollm2", "gemma2", "cohere", "granite"]
+ARCHITECTURES = ["gpt2", "llama", "qwen2", "smollm2", "gemma2", "cohere", "granite", "phi"]
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}  # fp64 throughout: only rounding
 
 

@@ -20,6 +20,8 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -56,7 +58,7 @@ def tiny_model(
     """A random causal language model in fp32; its weights follow from the arguments.
 
     'gpt2', 'llama', 'qwen2', 'smollm2' (a llama with a tied head), 'gemma2' (soft-capped), 'cohere' or 'granite'
-    (scaled).
+    (scaled), 'phi' (a head with a bias).
     """
     torch.manual_seed(seed)
     ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
@@ -78,6 +80,10 @@ def tiny_model(
         return CohereForCausalLM(CohereConfig(**sizes, **ids, logit_scale=0.25))
     if architecture == "granite":
         return GraniteForCausalLM(GraniteConfig(**sizes, **ids, logits_scaling=3.0))
+    if architecture == "phi":
+        model = PhiForCausalLM(PhiConfig(**sizes, **ids))
+        torch.nn.init.normal_(model.lm_head.bias)
+        return model
     return Qwen2ForCausalLM(Qwen2Config(**sizes, **ids))
 
 
