@@ -1,27 +1,52 @@
-"""How a kernel is launched: block and warps by type and vocabulary, accumulation type, strides of the rows."""
+"""How a kernel is launched: tile and warps by type and vocabulary, accumulation type, places of the rows."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
+from pathlib import Path
 
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 
+from ..divergences import DIVERGENCES
 from ..reference import accumulation_dtype
 
-# Itemsize of the wider logits -> (BLOCK_V, num_warps): eight entries a thread on NVIDIA (four in fp64), which is a load
-# of 16 bytes at 2 bytes an entry. With these no launched kernel spills on any target of the compile tests.
-_CONFIGS = {2: (2048, 8), 4: (1024, 4), 8: (1024, 8)}
+# A row that does not start at a multiple of this many entries is skewed: 16 bytes in 16 bits, the widest load.
+ALIGNED_ENTRIES = 8
+# Below this a row has few whole steps or none, which alone gain from starting at an aligned entry.
+_SHORT_ROW = 8192
+# Family of the target -> kernel -> class of the divergence -> itemsize of the wider logits -> tiles a step, warps.
+# Written by `python -m benchmarks.launch_table`, which says how they are chosen.
+LAUNCH_TABLE: dict[str, dict[str, dict[str, dict[str, dict[str, int]]]]] = json.loads(
+    Path(__file__).with_name("launch_table.json").read_text()
+)
 
 
-def launch_config(student: Tensor, teacher: Tensor, vocab: int) -> dict[str, int]:
-    """BLOCK_V and num_warps for rows of `vocab` entries; a vocabulary below the block takes a smaller one."""
-    block, warps = _CONFIGS[max(student.element_size(), teacher.element_size())]
-    while block > 32 and block // 2 >= vocab:
-        block, warps = block // 2, max(1, warps // 2)
-    return {"BLOCK_V": block, "num_warps": warps}
+def divergence_class(divergence: str) -> str:
+    """Divergences whose kernels are shaped alike share a row of the launch table."""
+    if DIVERGENCES[divergence].sweeps == 2:
+        return "two_sweeps"
+    return "both_kls" if divergence == "jeffreys" else "one_sweep"
+
+
+def launch_config(kernel: str, divergence: str, vocab: int, student: Tensor, teacher: Tensor) -> dict[str, int]:
+    """TILES (of a forward), LANES, VEC and num_warps; a vocabulary below half a step takes fewer warps."""
+    family, warp_size = "cuda", 32
+    if not knobs.runtime.interpret:
+        target = driver.active.get_current_target()
+        family, warp_size = target.backend, target.warp_size
+    itemsize = max(student.element_size(), teacher.element_size())
+    row = LAUNCH_TABLE[family][kernel][divergence_class(divergence)][str(itemsize)]
+    tiles, warps, vec = row.get("tiles", 1), row["warps"], 16 // itemsize
+    while warps > 1 and tiles * warps * warp_size * vec >= 2 * vocab:
+        warps //= 2
+    config = {"LANES": warps * warp_size, "VEC": vec, "num_warps": warps}
+    return config if kernel == "backward" else {"TILES": tiles, **config}
 
 
 def acc_type(student: Tensor, teacher: Tensor) -> tuple[torch.dtype, tl.dtype]:
@@ -35,12 +60,30 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def _row_strides(logits: Tensor) -> tuple[int, int]:
+    """Distance in entries of two batches, of two tokens; 0 where there is one."""
+    stride_b, stride_l = (s if size > 1 else 0 for s, size in zip(logits.stride()[:2], logits.shape[:2], strict=True))
+    return stride_b, stride_l
+
+
 def row_strides(logits: Tensor) -> tuple[int, int, int]:
     """(batch, token, unit): row (b, l) of a (B, L, V) tensor starts at entry (b·batch + l·token)·unit.
 
     The unit is fixed by the model (V, or a padded V), so it alone takes part in Triton's specialisation on
     divisibility; batch and token change with the batch and must not cause a recompilation.
     """
-    stride_b, stride_l = (s if size > 1 else 0 for s, size in zip(logits.stride()[:2], logits.shape[:2], strict=True))
+    stride_b, stride_l = _row_strides(logits)
     unit = math.gcd(stride_b, stride_l) or logits.shape[-1]
     return stride_b // unit, stride_l // unit, unit
+
+
+def skewed(vocab: int, *tensors: Tensor) -> bool:
+    """Whether the tensors' rows start off an aligned entry, all by the same number of entries.
+
+    Then a kernel reads and writes aligned tiles that begin before the row. Where the tensors disagree it cannot, and
+    the access is as narrow as the rows require. A short row has no whole tile that would gain from it.
+    """
+    strides = [_row_strides(x) for x in tensors]
+    alike = all((a - b) % ALIGNED_ENTRIES == 0 for other in strides for a, b in zip(strides[0], other, strict=True))
+    aligned = all(row_strides(x)[2] % 16 == 0 for x in tensors)  # what Triton itself takes note of
+    return vocab >= _SHORT_ROW and alike and not aligned

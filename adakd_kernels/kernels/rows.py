@@ -1,4 +1,8 @@
-"""What the kernels share: addressing a row, loading a tile of it, and its normaliser.
+"""What the kernels share: addressing a row, loading a tile of it, and the form of its normaliser.
+
+A tile is (LANES, VEC) entries, consecutive in memory: VEC are one load of 16 bytes, LANES the threads of a program. A
+step of a sweep takes one tile or two (TILES), so that what a lane pays for a step is shared by more entries. Every lane
+folds its own entries, and the lanes meet once, after the row: no loop has a reduction across threads, or a barrier.
 
 Logits are in the accumulation type; `scale` turns a difference of logits into a power of two (log2(e)/τ). Maxima start
 at a large finite negative number, NEG, so that a tile of nothing but −inf folds to zero sums.
@@ -7,43 +11,100 @@ at a large finite negative number, NEG, so that a tile of nothing but −inf fol
 import triton
 import triton.language as tl
 
+from .launch import ALIGNED_ENTRIES
+
 NEG = tl.constexpr(-1.0e30)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+ALIGNED = tl.constexpr(ALIGNED_ENTRIES)
 
 
 @triton.jit
-def row_start(n, L, stride_b, stride_l, unit):
-    """First entry of row n of a (B, L, V) tensor, see `launch.row_strides`; 64 bits, since N·V passes 2³¹."""
-    n = n.to(tl.int64)
-    return ((n // L) * stride_b + (n % L) * stride_l) * unit
+def row_start(n, L, stride_b, stride_l, unit, SKEWED: tl.constexpr):
+    """(start, skew): row n of a (B, L, V) tensor begins `skew` entries after `start`, see `launch.row_strides`.
 
-
-@triton.jit
-def load_tile(Row, start, V: tl.constexpr, BLOCK_V: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr):
-    """BLOCK_V entries of a row; −inf beyond V. Whole blocks carry no mask, so an odd V does not narrow their loads.
-
-    The masked block comes first in every sweep: what only it needs is then not held through the loop of the others.
+    A skewed row is read from the aligned entry at or before its first. 64 bits, since N·V passes 2³¹.
     """
-    offs_v = start + tl.arange(0, BLOCK_V)
-    if MASKED:
-        z = tl.load(Row + offs_v, mask=offs_v < V, other=-float("inf"))
+    n = n.to(tl.int64)
+    start = ((n // L) * stride_b + (n % L) * stride_l) * unit
+    skew = 0
+    if SKEWED:
+        skew = (start % ALIGNED).to(tl.int32)
+        start = start // ALIGNED * ALIGNED
+    return start, skew
+
+
+@triton.constexpr_function
+def whole_steps(V, STEP, SKEWED):
+    """(first, end) of the steps that lie inside the row whatever its skew, counted from its aligned start."""
+    first = STEP if SKEWED else 0
+    return first, max(first, V // STEP * STEP)
+
+
+@triton.constexpr_function
+def edge_entries(V, REACH, STEP, SKEWED):
+    """Entries of the steps beside the whole ones, to the end of a row of REACH >= V: STEP times their number."""
+    first, end = whole_steps(V, STEP, SKEWED)
+    last = REACH + (ALIGNED_ENTRIES - 1 if SKEWED else 0)
+    return first + max(0, -(-(last - end) // STEP)) * STEP
+
+
+@triton.jit
+def edge_start(i, V: tl.constexpr, STEP: tl.constexpr, SKEWED: tl.constexpr):
+    """Where the step begins that takes the edge entries from i on: at the aligned start, or after the whole steps."""
+    FIRST: tl.constexpr = whole_steps(V, STEP, SKEWED)[0]
+    END: tl.constexpr = whole_steps(V, STEP, SKEWED)[1]
+    return i + tl.where(i >= FIRST, END - FIRST, 0)
+
+
+@triton.jit
+def tile_offsets(start, LANES: tl.constexpr, VEC: tl.constexpr):
+    """(LANES, VEC) consecutive offsets."""
+    return start + tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+
+
+@triton.jit
+def inside(offs_v, skew, V: tl.constexpr, SKEWED: tl.constexpr):
+    """Which offsets from a row's aligned start are entries of it."""
+    mask = offs_v < skew + V
+    if SKEWED:
+        mask &= offs_v >= skew
+    return mask
+
+
+@triton.jit
+def load_tile(
+    Row, start, skew, V: tl.constexpr, SKEWED: tl.constexpr, EDGE: tl.constexpr, LANES: tl.constexpr,
+    VEC: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """A tile of a row; −inf outside the row. Whole steps carry no mask, so an odd V does not narrow their loads.
+
+    The edges come first in every sweep: what only they need is then not held through the loop of the others.
+    """
+    offs_v = tile_offsets(start, LANES, VEC)
+    if EDGE:
+        z = tl.load(Row + offs_v, mask=inside(offs_v, skew, V, SKEWED), other=-float("inf"))
     else:
         z = tl.load(Row + offs_v)
     return z.to(ACC)
 
 
 @triton.jit
-def log2_mass(z, m, scale):
-    """(z − m)·scale, bounded below so that differences of two of them, and their products with 0, stay finite."""
-    return tl.maximum((z - m) * scale, NEG)
+def store_zeros(Row, skew, V: tl.constexpr, SKEWED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
+    """A row of zeros."""
+    STEP: tl.constexpr = LANES * VEC
+    zeros = tl.zeros((LANES, VEC), Row.dtype.element_ty)
+    for i in range(0, edge_entries(V, V, STEP, SKEWED), STEP):
+        offs_v = tile_offsets(edge_start(i, V, STEP, SKEWED), LANES, VEC)
+        tl.store(Row + offs_v, zeros, mask=inside(offs_v, skew, V, SKEWED))
+    for start in range(whole_steps(V, STEP, SKEWED)[0], whole_steps(V, STEP, SKEWED)[1], STEP):
+        tl.store(Row + tile_offsets(start, LANES, VEC), zeros)
 
 
 @triton.jit
-def fold_normalizer(z, scale, m, l):
-    """Running maximum m and l = Σ 2^((z − m)·scale)."""
-    new_m = tl.maximum(m, tl.max(z, 0))
-    return new_m, l * tl.exp2((m - new_m) * scale) + tl.sum(tl.exp2((z - new_m) * scale), 0)
+def log2_mass(z, m, c, scale):
+    """(z − m)·scale − c, bounded below so that differences of two of them, and their products with 0, stay finite."""
+    return tl.maximum((z - m) * scale - c, NEG, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

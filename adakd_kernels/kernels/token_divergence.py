@@ -12,10 +12,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .divergence_terms import divergence_terms, sweep_kl, sweep_normalizers, sweep_terms
+from .divergence_terms import divergence_terms
 from .hellinger import sweep_hellinger
-from .launch import acc_type, launch_config, on_device, row_strides
-from .rows import LOG2E, load_tile, log2_mass, row_start, store_normalizer
+from .kl import sweep_kl
+from .launch import acc_type, launch_config, on_device, row_strides, skewed
+from .rows import (
+    LOG2E,
+    NEG,
+    edge_entries,
+    edge_start,
+    inside,
+    load_tile,
+    log2_mass,
+    row_start,
+    store_normalizer,
+    store_zeros,
+    tile_offsets,
+    whole_steps,
+)
+from .two_sweeps import sweep_normalizers, sweep_terms
 
 
 @triton.jit(do_not_specialize=["L", "stride_sb", "stride_sl", "stride_tb", "stride_tl"])
@@ -23,8 +38,8 @@ def token_divergence_fwd_kernel(
     S, T, Tau, Mask,                         # (B, L, Vs), (B, L, Vt) logits; (B·L,) temperature in ACC, bool
     D, SumG, MaxS, SumS, MaxT, SumT,         # (B·L,) results, in ACC
     L, stride_sb, stride_sl, unit_s, stride_tb, stride_tl, unit_t,
-    V: tl.constexpr, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
-    BLOCK_V: tl.constexpr, ACC: tl.constexpr,
+    V: tl.constexpr, SKEWED: tl.constexpr, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
+    ACC: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0)
     if tl.load(Mask + n) == 0:
@@ -33,20 +48,24 @@ def token_divergence_fwd_kernel(
         store_normalizer(MaxS, SumS, n, 0.0, 1.0)
         store_normalizer(MaxT, SumT, n, 0.0, 1.0)
         return
-    S += row_start(n, L, stride_sb, stride_sl, unit_s)
-    T += row_start(n, L, stride_tb, stride_tl, unit_t)
+    start_s, skew = row_start(n, L, stride_sb, stride_sl, unit_s, SKEWED)
+    start_t, _ = row_start(n, L, stride_tb, stride_tl, unit_t, SKEWED)
+    S += start_s
+    T += start_t
     scale = LOG2E / tl.load(Tau + n)
     if DIVERGENCE == "hellinger":
-        m_s, m_t, l_s, l_t, d = sweep_hellinger(S, T, scale, V, BLOCK_V, ACC)
+        m_s, m_t, l_s, l_t, d = sweep_hellinger(S, T, skew, scale, V, SKEWED, TILES, LANES, VEC, ACC)
         sum_g = 0.5 * d - 0.5
     elif DIVERGENCE == "forward_kl" or DIVERGENCE == "reverse_kl" or DIVERGENCE == "jeffreys":
-        m_s, m_t, l_s, l_t, d, sum_g = sweep_kl(S, T, scale, V, DIVERGENCE, BLOCK_V, ACC)
+        m_s, m_t, l_s, l_t, d, sum_g = sweep_kl(S, T, skew, scale, V, SKEWED, DIVERGENCE, TILES, LANES, VEC, ACC)
     else:
         # The normalisers are stored between the sweeps, so that the second one need not hold them.
-        m_s, m_t, l_s, l_t = sweep_normalizers(S, T, scale, V, BLOCK_V, ACC)
+        m_s, m_t, l_s, l_t = sweep_normalizers(S, T, skew, scale, V, SKEWED, TILES, LANES, VEC, ACC)
         store_normalizer(MaxS, SumS, n, m_s, l_s)
         store_normalizer(MaxT, SumT, n, m_t, l_t)
-        d, sum_g = sweep_terms(S, T, scale, m_s, m_t, l_s, l_t, V, DIVERGENCE, ALPHA, BETA, BLOCK_V, ACC)
+        d, sum_g = sweep_terms(
+            S, T, skew, scale, m_s, m_t, l_s, l_t, V, SKEWED, DIVERGENCE, ALPHA, BETA, LANES, VEC, ACC
+        )
         tl.store(D + n, d)
         tl.store(SumG + n, sum_g)
         return
@@ -57,21 +76,30 @@ def token_divergence_fwd_kernel(
 
 
 @triton.jit
-def grad_tile(
-    s, t, offs_v, scale, weight, sum_g, m_s, c_s, m_t, c_t, label, ce_weight, ce_max, ce_rcp_sum,
-    DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, WITH_CE: tl.constexpr,
+def write_grad(
+    S, T, Grad, start, skew, scale, weight, sum_g, m_s, c_s, m_t, c_t, label, ce_weight, ce_max, ce_c,
+    V: tl.constexpr, VS: tl.constexpr, SKEWED: tl.constexpr, EDGE: tl.constexpr, DIVERGENCE: tl.constexpr,
+    ALPHA: tl.constexpr, BETA: tl.constexpr, WITH_CE: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """(10) for a tile: weight/τ·(g − q Σg), 0 where either side is −inf; plus the gradient of the cross-entropy."""
-    x = log2_mass(s, m_s, scale)
-    y = log2_mass(t, m_t, scale)
-    _, g, q = divergence_terms(x, y, c_s, c_t, DIVERGENCE, ALPHA, BETA)
+    s = load_tile(S, start, skew, V, SKEWED, EDGE, LANES, VEC, ACC)
+    t = load_tile(T, start, skew, V, SKEWED, EDGE, LANES, VEC, ACC)
+    log_q = log2_mass(s, m_s, c_s, scale)
+    log_p = log2_mass(t, m_t, c_t, scale)
+    _, g, q = divergence_terms(log_q, log_p, DIVERGENCE, ALPHA, BETA)
     kept = (s != -float("inf")) & (t != -float("inf"))
     grad = tl.where(kept, weight * (g - q * sum_g), 0.0)
     if WITH_CE:
         grad = tl.where(weight != 0.0, grad, 0.0)  # the token may count for the cross-entropy alone
-        q_1 = tl.exp2((s - ce_max) * LOG2E) * ce_rcp_sum
-        grad += tl.where(ce_weight != 0.0, ce_weight * (q_1 - tl.where(offs_v == label, 1.0, 0.0)), 0.0)
-    return grad
+        q_1 = tl.exp2((s - ce_max) * LOG2E - ce_c)
+        grad += ce_weight * (q_1 - tl.where(tile_offsets(start, LANES, VEC) == label, 1.0, 0.0))
+    grad = grad.to(Grad.dtype.element_ty)
+    offs_v = tile_offsets(start, LANES, VEC)
+    if EDGE:
+        tl.store(Grad + offs_v, grad, mask=inside(offs_v, skew, VS, SKEWED))
+    else:
+        tl.store(Grad + offs_v, grad)
 
 
 @triton.jit(do_not_specialize=["L", "stride_sb", "stride_sl", "stride_tb", "stride_tl", "stride_gb", "stride_gl"])
@@ -81,27 +109,32 @@ def token_divergence_bwd_kernel(
     MaxS, SumS, MaxT, SumT,                  # (B·L,) normalisers at temperature τ
     Label, CeWeight, CeMax, CeSum,           # (B·L,) label, upstream gradient of the cross-entropy, normaliser at 1
     L, stride_sb, stride_sl, unit_s, stride_tb, stride_tl, unit_t, stride_gb, stride_gl, unit_g,
-    V: tl.constexpr, VS: tl.constexpr, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
-    WITH_CE: tl.constexpr, BLOCK_V: tl.constexpr, ACC: tl.constexpr,
+    V: tl.constexpr, VS: tl.constexpr, SKEWED: tl.constexpr, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr,
+    BETA: tl.constexpr, WITH_CE: tl.constexpr, ACC: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0)
-    S += row_start(n, L, stride_sb, stride_sl, unit_s)
-    T += row_start(n, L, stride_tb, stride_tl, unit_t)
-    Grad += row_start(n, L, stride_gb, stride_gl, unit_g)
+    start_s, skew = row_start(n, L, stride_sb, stride_sl, unit_s, SKEWED)
+    start_t, _ = row_start(n, L, stride_tb, stride_tl, unit_t, SKEWED)
+    start_g, _ = row_start(n, L, stride_gb, stride_gl, unit_g, SKEWED)
+    S += start_s
+    T += start_t
+    Grad += start_g
+    STEP: tl.constexpr = LANES * VEC
     weight = tl.load(Weight + n)
     label = -1
     ce_weight = tl.full((), 0.0, ACC)
     ce_max = ce_weight
-    ce_rcp_sum = ce_weight
+    ce_c = ce_weight
     if WITH_CE:
         label = tl.load(Label + n)
+        label = tl.where((label >= 0) & (label < VS), label + skew, -1).to(tl.int32)
         ce_weight = tl.load(CeWeight + n)
         ce_max = tl.load(CeMax + n)
-        ce_rcp_sum = 1.0 / tl.load(CeSum + n)
+        # A token that does not count for the cross-entropy has no normaliser: without mass, nothing overflows.
+        ce_c = tl.where(ce_weight != 0.0, tl.log2(tl.load(CeSum + n)), -NEG)
     if (weight == 0.0) & (ce_weight == 0.0):
-        for start in range(0, VS, BLOCK_V):
-            offs_v = start + tl.arange(0, BLOCK_V)
-            tl.store(Grad + offs_v, tl.zeros((BLOCK_V,), Grad.dtype.element_ty), mask=offs_v < VS)
+        store_zeros(Grad, skew, VS, SKEWED, LANES, VEC)
         return
     tau = tl.load(Tau + n)
     scale = LOG2E / tau
@@ -111,25 +144,17 @@ def token_divergence_bwd_kernel(
     m_t = tl.load(MaxT + n)
     c_s = tl.log2(tl.load(SumS + n))
     c_t = tl.log2(tl.load(SumT + n))
-    FULL: tl.constexpr = V // BLOCK_V * BLOCK_V
-    for start in range(FULL, VS, BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        s = load_tile(S, start, V, BLOCK_V, True, ACC)
-        t = load_tile(T, start, V, BLOCK_V, True, ACC)
-        grad = grad_tile(
-            s, t, offs_v, scale, weight, sum_g, m_s, c_s, m_t, c_t, label, ce_weight, ce_max, ce_rcp_sum,
-            DIVERGENCE, ALPHA, BETA, WITH_CE,
+    for i in range(0, edge_entries(V, VS, STEP, SKEWED), STEP):
+        start = edge_start(i, V, STEP, SKEWED)
+        write_grad(
+            S, T, Grad, start, skew, scale, weight, sum_g, m_s, c_s, m_t, c_t, label, ce_weight, ce_max, ce_c,
+            V, VS, SKEWED, True, DIVERGENCE, ALPHA, BETA, WITH_CE, LANES, VEC, ACC,
         )  # fmt: skip
-        tl.store(Grad + offs_v, grad.to(Grad.dtype.element_ty), mask=offs_v < VS)
-    for start in range(0, FULL, BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        s = load_tile(S, start, V, BLOCK_V, False, ACC)
-        t = load_tile(T, start, V, BLOCK_V, False, ACC)
-        grad = grad_tile(
-            s, t, offs_v, scale, weight, sum_g, m_s, c_s, m_t, c_t, label, ce_weight, ce_max, ce_rcp_sum,
-            DIVERGENCE, ALPHA, BETA, WITH_CE,
+    for start in range(whole_steps(V, STEP, SKEWED)[0], whole_steps(V, STEP, SKEWED)[1], STEP):
+        write_grad(
+            S, T, Grad, start, skew, scale, weight, sum_g, m_s, c_s, m_t, c_t, label, ce_weight, ce_max, ce_c,
+            V, VS, SKEWED, False, DIVERGENCE, ALPHA, BETA, WITH_CE, LANES, VEC, ACC,
         )  # fmt: skip
-        tl.store(Grad + offs_v, grad.to(Grad.dtype.element_ty))
 
 
 def token_divergence_fwd(
@@ -145,8 +170,8 @@ def token_divergence_fwd(
                 student, teacher, temperature.to(dtype).contiguous(), mask.contiguous(),
                 d, sum_g, max_s, sum_s, max_t, sum_t,
                 mask.shape[1], *row_strides(student), *row_strides(teacher),
-                V=vocab, DIVERGENCE=divergence, ALPHA=alpha, BETA=beta, ACC=acc,
-                **launch_config(student, teacher, vocab),
+                V=vocab, SKEWED=skewed(vocab, student, teacher), DIVERGENCE=divergence, ALPHA=alpha, BETA=beta, ACC=acc,
+                **launch_config("forward", divergence, vocab, student, teacher),
             )  # fmt: skip
     return d, sum_g, max_s, sum_s, max_t, sum_t
 
@@ -168,6 +193,7 @@ def token_divergence_bwd(
                 None if labels is None else labels.contiguous(),
                 None if ce_weight is None else ce_weight.to(dtype).contiguous(), ce_max, ce_sum,
                 weight.shape[1], *row_strides(student), *row_strides(teacher), *row_strides(out),
-                V=vocab, VS=student.shape[-1], DIVERGENCE=divergence, ALPHA=alpha, BETA=beta,
-                WITH_CE=labels is not None, ACC=acc, **launch_config(student, teacher, vocab),
+                V=vocab, VS=student.shape[-1], SKEWED=skewed(vocab, student, teacher, out), DIVERGENCE=divergence,
+                ALPHA=alpha, BETA=beta, WITH_CE=labels is not None, ACC=acc,
+                **launch_config("backward", divergence, vocab, student, teacher),
             )  # fmt: skip

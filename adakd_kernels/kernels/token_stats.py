@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .hellinger import sweep_hellinger
-from .launch import acc_type, launch_config, on_device, row_strides
+from .launch import acc_type, launch_config, on_device, row_strides, skewed
 from .rows import LOG2E, row_start, store_normalizer
 
 
@@ -18,7 +18,8 @@ def token_stats_fwd_kernel(
     S, T, Mask,                              # (B, L, Vs), (B, L, Vt) logits; (B·L,) bool
     H, MaxS, SumS, MaxT, SumT,               # (B·L,) results, in ACC
     L, stride_sb, stride_sl, unit_s, stride_tb, stride_tl, unit_t,
-    V: tl.constexpr, BLOCK_V: tl.constexpr, ACC: tl.constexpr,
+    V: tl.constexpr, SKEWED: tl.constexpr, ACC: tl.constexpr,
+    TILES: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0)
     if tl.load(Mask + n) == 0:
@@ -26,9 +27,11 @@ def token_stats_fwd_kernel(
         store_normalizer(MaxS, SumS, n, 0.0, 1.0)
         store_normalizer(MaxT, SumT, n, 0.0, 1.0)
         return
-    S += row_start(n, L, stride_sb, stride_sl, unit_s)
-    T += row_start(n, L, stride_tb, stride_tl, unit_t)
-    m_s, m_t, l_s, l_t, h = sweep_hellinger(S, T, tl.full((), LOG2E, ACC), V, BLOCK_V, ACC)
+    start_s, skew = row_start(n, L, stride_sb, stride_sl, unit_s, SKEWED)
+    start_t, _ = row_start(n, L, stride_tb, stride_tl, unit_t, SKEWED)
+    m_s, m_t, l_s, l_t, h = sweep_hellinger(
+        S + start_s, T + start_t, skew, tl.full((), LOG2E, ACC), V, SKEWED, TILES, LANES, VEC, ACC
+    )
     tl.store(H + n, h)
     store_normalizer(MaxS, SumS, n, m_s, l_s)
     store_normalizer(MaxT, SumT, n, m_t, l_t)
@@ -44,6 +47,7 @@ def token_stats_fwd(student: Tensor, teacher: Tensor, mask: Tensor) -> tuple[Ten
             token_stats_fwd_kernel[(mask.numel(),)](
                 student, teacher, mask.contiguous(), h, max_s, sum_s, max_t, sum_t,
                 mask.shape[1], *row_strides(student), *row_strides(teacher),
-                V=vocab, ACC=acc, **launch_config(student, teacher, vocab),
+                V=vocab, SKEWED=skewed(vocab, student, teacher), ACC=acc,
+                **launch_config("stats", "hellinger", vocab, student, teacher),
             )  # fmt: skip
     return h, max_s, sum_s, max_t, sum_t

@@ -1,0 +1,128 @@
+"""Rows that start off a multiple of 16 bytes, read and written in aligned steps, and what only kernels have."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from adakd_kernels import adakd_loss, ops, reference, token_difficulty, token_divergence
+
+from .cases import assert_close_as_eager, gradient, logits, temperatures
+from .conftest import INTERPRETING
+
+if not INTERPRETING:
+    pytest.skip("runs in Triton's interpreter: start with TRITON_INTERPRET=1", allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+from adakd_kernels.kernels.divergence_terms import log2_of_mixture, reciprocal
+from adakd_kernels.kernels.launch import skewed
+from adakd_kernels.ops.token_divergence import empty_gradient
+
+pytestmark = pytest.mark.interpret
+
+# Whole steps between two edges; a last step that only the most skewed rows need; all whole steps but the first.
+LONG_ODD = [8203, 3 * 4096 - 3, 2 * 4096 + 1]
+
+
+def between_nans(z):
+    """The six rows with NaN in the rows around each pair, all one right after the other, and which rows they are."""
+    mask = torch.tensor([False, True, True] * 3)
+    rows = torch.full((9, z.shape[-1]), torch.nan, dtype=z.dtype)
+    rows[mask] = z
+    return rows, mask
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "skew_reverse_kl"])
+@pytest.mark.parametrize("inplace", [False, True], ids=["new", "inplace"])
+@pytest.mark.parametrize("vocab", LONG_ODD)
+def test_rows_of_every_skew_between_rows_of_nan(vocab, inplace, divergence):
+    plain = [logits(6, vocab, dtype=torch.bfloat16, seed=seed) for seed in (1, 2)]
+    (student, mask), (teacher, _) = map(between_nans, plain)
+    assert skewed(vocab, student[None], teacher[None])
+    assert len({vocab * row % 8 for row in mask.nonzero().flatten().tolist()}) == 6
+    tau = temperatures(9)
+
+    def exact(s):
+        return reference.token_divergence(s, plain[1].double(), tau[mask], divergence)
+
+    def eager(s):
+        return reference.token_divergence(s, plain[1], tau[mask], divergence)
+
+    assert_close_as_eager(
+        token_difficulty(student, teacher, mask)[mask],
+        reference.squared_hellinger(*plain),
+        reference.squared_hellinger(*(z.double() for z in plain)),
+    )
+    leaf = student.requires_grad_()
+    value = token_divergence(leaf * 1.0, teacher, tau, divergence, mask, inplace=inplace)
+    assert_close_as_eager(value[mask], eager(plain[0]), exact(plain[0].double()))
+    value.sum().backward()
+    assert_close_as_eager(leaf.grad[mask], gradient(eager, plain[0]), gradient(exact, plain[0].double()))
+    written = ops.token_divergence_backward(
+        leaf.detach()[None], teacher[None], tau[None].float(), mask[None].float(), *(torch.ones(1, 9),) * 5,
+        None, None, None, None, divergence, 0.1, 0.0,
+    )[0]  # fmt: skip
+    assert torch.equal(written[~mask], torch.zeros(3, vocab, dtype=torch.bfloat16))
+
+
+def test_rows_that_start_apart_are_not_skewed_together():
+    odd = torch.empty(2, 5, 8203, dtype=torch.bfloat16)
+    padded = torch.empty(2, 5, 8208, dtype=torch.bfloat16)[..., :8203]
+    assert skewed(8203, odd, odd) and skewed(8203, padded[:, ::2, :], padded[:, ::2, :]) is False
+    assert not skewed(8203, odd, padded)
+    assert not skewed(8203, odd, odd[:, :1].expand(2, 5, 8203))
+    assert not skewed(8203, odd[:, :-1], torch.empty(2, 4, 8203))
+    assert skewed(8203, odd[:, :-1], odd[:, :-1])
+    assert not skewed(1003, odd[..., :1003], odd[..., :1003])
+
+
+@pytest.mark.parametrize("apart", [8203, 8204, 8208, 8211])
+def test_gradient_has_rows_that_start_as_the_students(apart):
+    student = torch.empty(2, 3, apart, dtype=torch.bfloat16)[..., :8203]
+    grad = empty_gradient(student)
+    assert grad.shape == student.shape
+    assert grad.is_contiguous() is (apart in (8203, 8211))
+    assert all((a - b) % 8 == 0 for a, b in zip(grad.stride()[:2], student.stride()[:2], strict=True))
+
+
+@triton.jit
+def terms_kernel(X, Log2, Reciprocal, N: tl.constexpr):
+    offs = tl.arange(0, N)
+    x = tl.load(X + offs)
+    tl.store(Log2 + offs, log2_of_mixture(x))
+    tl.store(Reciprocal + offs, reciprocal(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_logarithm_and_reciprocal_of_a_mixture(dtype):
+    """Close to 1 the logarithm is close to 0, and its error has to be, too."""
+    x = torch.cat((torch.linspace(1e-6, 1.0, 4096), 1.0 - torch.logspace(-7, -0.3, 4096))).to(dtype)
+    log2, rcp = torch.empty_like(x), torch.empty_like(x)
+    terms_kernel[(1,)](x, log2, rcp, N=len(x))
+    assert log2[x == 1.0].abs().sum() == 0
+    exact = x.double().log2()
+    some = exact != 0
+    assert_close_as_eager(log2[some] / exact[some], x.log2()[some] / exact[some], torch.ones_like(exact[some]))
+    assert_close_as_eager(rcp * x, (1.0 / x) * x, torch.ones_like(exact))
+
+
+def test_labels_of_skewed_rows_are_found():
+    """A cross-entropy whose labels stand at both ends of a row and on both sides of the first whole step."""
+    vocab = LONG_ODD[0]
+    student, teacher = (logits(6, vocab, dtype=torch.bfloat16, seed=seed) for seed in (3, 4))
+    labels = torch.tensor([0, vocab - 1, 4095, 4096, 2047, 17])
+
+    def ours(s):
+        return adakd_loss(s, teacher, labels, focus_ratio=0.5, ce_weight=0.9).loss
+
+    def eager(s):
+        return reference.adakd_loss(s, teacher, labels, focus_ratio=0.5, ce_weight=0.9)
+
+    def exact(s):
+        return reference.adakd_loss(s, teacher.double(), labels, focus_ratio=0.5, ce_weight=0.9)
+
+    grad = gradient(ours, student)
+    assert_close_as_eager(grad, gradient(eager, student), gradient(exact, student.double()))
+    assert (grad.gather(1, labels[:, None]) < 0).all()
