@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction
 from adakd_kernels.divergences import get_divergence
 from adakd_kernels.kernels.token_divergence import token_divergence_bwd, token_divergence_fwd
 from adakd_kernels.kernels.token_stats import token_stats_fwd
+from adakd_kernels.ops.token_divergence import empty_gradient
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -91,20 +92,38 @@ def launch(kernel: str, divergence: str, student: Tensor, teacher: Tensor, inpla
     """Call the launcher of "stats", "forward", "backward" or "backward_ce" (with cross-entropy) as the ops call it."""
     tokens = student.shape[:2]
     acc = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-    number = torch.empty(tokens, dtype=acc, device="meta")
-    mask = torch.empty(tokens, dtype=torch.bool, device="meta")
+    number = torch.ones(tokens, dtype=acc, device=student.device)
+    mask = torch.ones(tokens, dtype=torch.bool, device=student.device)
     alpha, beta = get_divergence(divergence).parameters
     if kernel == "stats":
         token_stats_fwd(student, teacher, mask)
     elif kernel == "forward":
         token_divergence_fwd(student, teacher, number, mask, divergence, alpha, beta)
     else:
-        out = student if inplace else torch.empty(student.shape, dtype=student.dtype, device="meta")
-        labels = torch.empty(tokens, dtype=torch.int64, device="meta")
-        cross_entropy = (labels, number, number, number) if kernel == "backward_ce" else (None,) * 4
+        out = student if inplace else empty_gradient(student)
+        labels = torch.zeros(tokens, dtype=torch.int64, device=student.device)
+        with_ce = kernel == "backward_ce"
+        of_ce = number if with_ce else None
         token_divergence_bwd(
-            student, teacher, out, number, number, number, *(number,) * 4, *cross_entropy, divergence, alpha, beta
-        )
+            student, teacher, out, number, number, number, number, number, number, number,
+            labels if with_ce else None, of_ce, of_ce, of_ce, divergence, alpha, beta,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What one round of an innermost loop consists of, for each thread."""
+
+    instructions: int
+    pipes: Counter[str]  # of NVIDIA, those that limit an SM: mufu, fma, alu, lsu; of AMD, mufu alone is told apart
+    shuffles: int
+    barriers: int
+    loads: Counter[int]  # instructions by width in bits, global memory only
+    stores: Counter[int]
+
+    @property
+    def load_bytes(self) -> int:
+        return sum(bits // 8 * n for bits, n in self.loads.items())
 
 
 @dataclass(frozen=True)
@@ -119,6 +138,24 @@ class Code:
     fp64: int  # instructions with a 64-bit float
     loads: Counter[int]  # instructions by width in bits, global memory only
     stores: Counter[int]
+    loops: list[Loop]  # innermost ones that touch global memory, in the order of the code
+    warps: int  # of a program
+    shared_bytes: int  # of a program
+
+    @property
+    def sweeps(self) -> list[Loop]:
+        """The loops over the whole steps of a row: those with the widest loads. The others are its edges, and zeros."""
+        widest = max((bits for loop in self.loops for bits in loop.loads), default=0)
+        return [loop for loop in self.loops if widest in loop.loads]
+
+    def occupancy(self) -> float:
+        """Share of the 64 warps of an SM of sm_90 that registers (65,536) and shared memory (228 KiB) leave room for.
+
+        Registers are given to a warp in units of 256; a program takes 1 KiB of shared memory beside its own.
+        """
+        of_a_warp = -(-self.registers * 32 // 256) * 256
+        programs = min(65_536 // (of_a_warp * self.warps), 228 * 1024 // (self.shared_bytes + 1024), 64 // self.warps)
+        return programs * self.warps / 64
 
 
 def read_code(kernel: CompiledKernel) -> Code:
@@ -143,63 +180,122 @@ class _Instruction(NamedTuple):
     name: str  # LDG
     modifiers: list[str]  # E, 128
     operands: str  # R4, [R2.64]
-    in_loop: bool
+
+
+def _innermost(loops: list[range]) -> list[range]:
+    """Loops in which no other one lies, in the order of the code."""
+    inner = [a for a in loops if not any(b != a and b.start >= a.start and b.stop <= a.stop for b in loops)]
+    return sorted(set(inner), key=lambda loop: loop.start)
 
 
 # Either a label, or an instruction such as  /*0a30*/  @!P0 LDG.E.128 R4, [R2.64] ;
 _SASS_LINE = re.compile(r"(\.L_x_\d+):|\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)((?:\.\w+)*)([^;]*);")
+# By the start of the name, the first that fits; the rest is alu. Uniform instructions and branches limit nothing here.
+_SASS_PIPES = {
+    "mufu": ("MUFU",),
+    "lsu": ("LD", "ST", "SHFL", "RED", "ATOM"),
+    "fma": ("FFMA", "FADD", "FMUL", "IMAD", "HFMA", "HADD", "HMUL"),
+    "other": ("BAR", "BRA", "NOP", "EXIT", "BSYNC", "BSSY", "WARPSYNC", "U"),
+}
+_SASS_BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
 
 
-def _instructions(sass: str) -> list[_Instruction]:
-    """The instructions in order. A loop is what lies between a label and a branch back to it."""
-    code: list[tuple[str, list[str], str]] = []
+def _instructions(sass: str) -> tuple[list[_Instruction], list[range]]:
+    """The instructions in order, and the loops. A loop is what lies between a label and a branch back to it."""
+    code: list[_Instruction] = []
     labels: dict[str, int] = {}
     loops: list[range] = []
     for label, name, modifiers, operands in _SASS_LINE.findall(sass):
         if label:
             labels[label] = len(code)
             continue
-        code.append((name, modifiers.split(".")[1:], operands))
+        code.append(_Instruction(name, modifiers.split(".")[1:], operands))
         target = re.search(r"\.L_x_\d+", operands)
-        if name == "BRA" and target and target[0] in labels:
+        # A branch to itself pads the end of the code.
+        if name == "BRA" and target and labels.get(target[0], len(code) - 1) < len(code) - 1:
             loops.append(range(labels[target[0]], len(code)))
     assert any(name == "EXIT" for name, *_ in code), "no instruction was recognised in the output of nvdisasm"
-    return [_Instruction(*line, any(i in loop for loop in loops)) for i, line in enumerate(code)]
+    return code, loops
+
+
+def _sass_widths(code: list[_Instruction], name: str) -> Counter[int]:
+    accesses = [i.modifiers for i in code if i.name == name]
+    return Counter(next((_SASS_BITS[m] for m in modifiers if m in _SASS_BITS), 32) for modifiers in accesses)
+
+
+def _sass_loop(body: list[_Instruction]) -> Loop:
+    def pipe(name: str) -> str:
+        return next((pipe for pipe, starts in _SASS_PIPES.items() if name.startswith(starts)), "alu")
+
+    return Loop(
+        instructions=len(body),
+        pipes=Counter(pipe(i.name) for i in body),
+        shuffles=sum(i.name in ("SHFL", "REDUX") for i in body),
+        barriers=sum(i.name == "BAR" for i in body),
+        loads=_sass_widths(body, "LDG"),
+        stores=_sass_widths(body, "STG"),
+    )
 
 
 def _read_cubin(kernel: CompiledKernel) -> Code:
     usage = _run_tool(knobs.nvidia.cuobjdump.path, "-res-usage", cubin=kernel.asm["cubin"])
     # The code section only, and without the analysis of data flow, which takes most of the time.
-    code = _instructions(_run_tool(knobs.nvidia.nvdisasm.path, "-c", "-ndf", cubin=kernel.asm["cubin"]))
-    bits = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
-
-    def widths(name: str) -> Counter[int]:
-        accesses = [i.modifiers for i in code if i.name == name]
-        return Counter(next((bits[m] for m in modifiers if m in bits), 32) for modifiers in accesses)
-
+    code, loops = _instructions(_run_tool(knobs.nvidia.nvdisasm.path, "-c", "-ndf", cubin=kernel.asm["cubin"]))
+    bodies = [_sass_loop([code[i] for i in loop]) for loop in _innermost(loops)]
+    spills = [any(i in loop for loop in loops) for i, it in enumerate(code) if it.name in ("LDL", "STL")]
     return Code(
         registers=_number(r"\bREG:(\d+)", usage),
         local_bytes=_number(r"\bSTACK:(\d+)", usage) + _number(r"\bLOCAL:(\d+)", usage),
-        spills=sum(i.name in ("LDL", "STL") for i in code),
-        spills_in_loops=sum(i.name in ("LDL", "STL") and i.in_loop for i in code),
+        spills=len(spills),
+        spills_in_loops=sum(spills),
         atomics=sum(i.name in ("ATOM", "ATOMG", "ATOMS", "RED", "REDG", "REDS") for i in code),
         fp64=len(re.findall(r"^\s*(?:@!?%\w+\s+)?[a-z][\w.]*\.f64\b", kernel.asm["ptx"], re.MULTILINE)),
-        loads=widths("LDG"),
-        stores=widths("STG"),
+        loads=_sass_widths(code, "LDG"),
+        stores=_sass_widths(code, "STG"),
+        loops=[body for body in bodies if body.loads or body.stores],
+        warps=kernel.metadata.num_warps,
+        shared_bytes=kernel.metadata.shared,
+    )
+
+
+_GCN_BITS = {"ubyte": 8, "sbyte": 8, "byte": 8, "ushort": 16, "sshort": 16, "short": 16,
+             "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}  # fmt: skip
+
+
+def _gcn_widths(ops: list[str], what: str) -> Counter[int]:
+    found = (re.match(rf"(?:global|buffer|flat)_{what}_(dword(?:x\d)?|[a-z]+)", op) for op in ops)
+    return Counter(_GCN_BITS[width[1]] for width in found if width)
+
+
+def _gcn_loop(ops: list[str]) -> Loop:
+    slow = re.compile(r"v_(exp|log|rcp|rsq|sqrt)_")
+    mufu = sum(bool(slow.match(op)) for op in ops)
+    return Loop(
+        instructions=len(ops),
+        pipes=Counter(mufu=mufu, other=len(ops) - mufu),
+        shuffles=sum(op.startswith(("ds_bpermute", "ds_swizzle")) or op.endswith("_dpp") for op in ops),
+        barriers=ops.count("s_barrier"),
+        loads=_gcn_widths(ops, "load"),
+        stores=_gcn_widths(ops, "store"),
     )
 
 
 def _read_amdgcn(kernel: CompiledKernel) -> Code:
     text = kernel.asm["amdgcn"]
-    ops = re.findall(r"^\s+([a-z]+_\w+)\b", text, re.MULTILINE)
+    ops: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[range] = []
+    # Either a label, or an instruction with its operands.
+    for label, op, operands in re.findall(r"^(?:(\.LBB\w+):|\s+([a-z]+_\w+)\b(.*))", text, re.MULTILINE):
+        if label:
+            labels[label] = len(ops)
+            continue
+        ops.append(op)
+        target = re.search(r"\.LBB\w+", operands)
+        if op.startswith(("s_cbranch", "s_branch")) and target and target[0] in labels:
+            loops.append(range(labels[target[0]], len(ops)))
     assert "s_endpgm" in ops, "no instruction was recognised in the assembly"
-    bits = {"ubyte": 8, "sbyte": 8, "byte": 8, "ushort": 16, "sshort": 16, "short": 16,
-            "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}  # fmt: skip
-
-    def widths(what: str) -> Counter[int]:
-        found = (re.match(rf"(?:global|buffer|flat)_{what}_(dword(?:x\d)?|[a-z]+)", op) for op in ops)
-        return Counter(bits[width[1]] for width in found if width)
-
+    bodies = [_gcn_loop([ops[i] for i in loop]) for loop in _innermost(loops)]
     spills = _number(r"\.vgpr_spill_count:\s+(\d+)", text) + sum(op.startswith("scratch_") for op in ops)
     return Code(
         registers=_number(r"\.vgpr_count:\s+(\d+)", text),
@@ -208,6 +304,9 @@ def _read_amdgcn(kernel: CompiledKernel) -> Code:
         spills_in_loops=spills,  # where they stand is not looked up
         atomics=sum("_atomic_" in op for op in ops),
         fp64=sum("_f64" in op for op in ops),
-        loads=widths("load"),
-        stores=widths("store"),
+        loads=_gcn_widths(ops, "load"),
+        stores=_gcn_widths(ops, "store"),
+        loops=[body for body in bodies if body.loads or body.stores],
+        warps=kernel.metadata.num_warps,
+        shared_bytes=kernel.metadata.shared,
     )
