@@ -16,7 +16,7 @@ WORKERS := -n $(JOBS)
 # Triton reads it when a kernel is defined; only the interpret tier may have it.
 unexport TRITON_INTERPRET
 
-.PHONY: help setup demo format lint types test test-fast test-native test-interpret test-compile test-gpu sanitize bench clean
+.PHONY: help setup demo format lint types test test-fast test-native test-interpret test-compile test-gpu sanitize bench kernels-table clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -94,6 +94,10 @@ test-gpu: setup ## the real kernels on a GPU; skips where there is none
 bench: setup ## measure speed and memory; not part of test
 	-$(PIP) install -q -c constraints.txt --no-deps liger-kernel orda-kernel
 	$(BIN)/python -m pytest benchmarks
+
+kernels-table: setup ## count in the compiled kernels and write the tables of docs/kernels.md; needs no GPU
+	$(PIP) install -q -c constraints.txt --no-deps liger-kernel
+	$(BIN)/python -m benchmarks.kernel_table
 
 clean: ## remove build products and caches; the virtual environment stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,0 +1,84 @@
+"""docs/kernels.md shows what the kernels compile to, and the launch table is what its command chooses."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+
+import pytest
+
+from .conftest import INTERPRETING
+
+pytest.importorskip("triton", reason="Triton is not installed; it has wheels for Linux only")
+if INTERPRETING:
+    pytest.skip("TRITON_INTERPRET is set, so nothing is compiled in this process", allow_module_level=True)
+
+import json
+
+from adakd_kernels.kernels.launch import LAUNCH_TABLE
+from benchmarks import kernel_table, launch_table
+from benchmarks.roofline import CLOCKS_A_BYTE, bracket
+from tests.compiled import Code, Loop
+
+pytestmark = pytest.mark.compile
+
+PAGE = kernel_table.PAGE.read_text()
+made_with = re.search(r"^Triton (\S+), bf16", PAGE, re.MULTILINE)
+same_triton = pytest.mark.skipif(
+    made_with is None or made_with[1] != importlib.metadata.version("triton"),
+    reason=f"the tables are those of Triton {made_with and made_with[1]}",
+)
+
+
+@same_triton
+@pytest.mark.parametrize("kernel, divergence", [("stats", "hellinger"), ("forward", "skew_reverse_kl"),
+                                                ("forward", "reverse_kl"), ("backward", "reverse_kl")])  # fmt: skip
+def test_tables_are_those_of_the_kernels(kernel, divergence):
+    assert kernel_table.row_of(kernel, divergence) in PAGE
+    assert kernel_table.row_of_targets(kernel, divergence, 50_257) in PAGE
+
+
+def test_every_kernel_has_a_row():
+    for kernel, divergence in kernel_table.KERNELS:
+        assert f"| {kernel_table.NAMES[kernel]} | `{divergence}` | " in PAGE
+
+
+def test_every_kernel_but_one_is_bound_by_memory():
+    rows = re.findall(r"^\| (\S.*?) \| `(\w+)` \|.*\| (\w+) \| ([\d.]+) … [\d.]+ \| \d+ … \d+ \|$", PAGE, re.MULTILINE)
+    assert len(rows) == len(kernel_table.KERNELS)
+    beyond = {(name, div) for name, div, bound, lower in rows if bound != "memory" or float(lower) > 1.15}
+    assert beyond == {("backward with CE", "skew_reverse_kl")}
+
+
+@pytest.mark.parametrize("name, of_class, itemsize", [("stats", "one_sweep", "2"), ("forward", "both_kls", "2")])
+def test_launch_table_is_what_the_counts_choose(name, of_class, itemsize):
+    chosen = launch_table.by_counts("cuda", name, of_class, itemsize)
+    assert chosen == LAUNCH_TABLE["cuda"][name][of_class][itemsize]
+    assert chosen["tiles"] == (1 if of_class == "both_kls" else 2)
+
+
+def test_the_clock_chooses_the_candidate_whose_slowest_divergence_is_fastest():
+    def measure(kernel, divergence, types, rows, vocab):
+        row = LAUNCH_TABLE["cuda"]["forward"]["two_sweeps"]["2"]  # the one under trial
+        return {(2, 8): 5.0, (1, 8): 3.0, (2, 4): 4.0, (1, 4): 6.0}[row["tiles"], row["warps"]] + (
+            9.0 if divergence == "alpha_beta" and row == {"tiles": 1, "warps": 8} else 0.0
+        )
+
+    before = json.dumps(LAUNCH_TABLE)
+    assert launch_table.by_clock("cuda", "forward", "two_sweeps", "2", measure=measure) == {"tiles": 2, "warps": 4}
+    assert json.dumps(LAUNCH_TABLE) == before
+
+
+def test_the_model_adds_up():
+    """One sweep of 16 entries a thread, 4 bytes each, at half of the SM's warps."""
+    loop = Loop(
+        instructions=16 * 64, pipes={"mufu": 32, "fma": 256, "alu": 128, "lsu": 4}, shuffles=0, barriers=0,
+        loads={128: 4}, stores={},
+    )  # fmt: skip
+    code = Code(64, 0, 0, 0, 0, 0, loads={}, stores={}, loops=[loop], warps=8, shared_bytes=0)
+    b = bracket(code, 4)
+    assert b.floor == 4 * CLOCKS_A_BYTE
+    assert (b.bound, b.lower) == ("issue", 64 / 128)
+    assert b.upper == b.floor / 0.9 + 64 / 128
+    low, high = b.microseconds(132, 1000)
+    assert low / high == pytest.approx(b.lower / b.upper) and low == pytest.approx(0.5 * 1000 / 1.755e3)
