@@ -208,9 +208,16 @@ def token_divergence(
     else:
         check_range("temperature", temperature, 0.0, float("inf"), "> 0", low_open=True, high_open=True)
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    tau = torch.as_tensor(temperature, dtype=dtype, device=student.device).expand(student.shape[:2])
+    tau = tensor_on(temperature, student.device, dtype).expand(student.shape[:2])
     inplace = inplace and not torch.compiler.is_compiling()
     return ops.token_losses(student, teacher, tau, mask, div, inplace=inplace)[0].view(batch)
+
+
+def tensor_on(value: float | Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """As a tensor. A number is filled in: the copy that `torch.as_tensor` makes of it would wait for the device."""
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=dtype)
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def measure_difficulty(
@@ -241,7 +248,7 @@ def loss_counts(
     n = valid.sum()
     if num_items is None:
         return n.clamp_min(1).to(dtype), focus_count(focus_ratio, n).to(dtype)
-    items = torch.as_tensor(num_items, device=n.device)
+    items = tensor_on(num_items, n.device)
     items = torch.where(items == 0, 1, items)
     return items.to(dtype), (items.to(exact_dtype(items.device)) * focus_ratio).to(dtype)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .adaptive import ExactModule, LossAdaptiveFocus
 from .divergences import Divergence, get_divergence
-from .functional import AdaKDOutput, adakd_loss
+from .functional import AdaKDOutput, adakd_loss, tensor_on
 
 __all__ = ["AdaKDLoss"]
 
@@ -115,7 +115,7 @@ class AdaKDLoss(ExactModule):
             self._loss_sum += total / out.selected.sum().clamp_min(1)
             self._loss_count += 1.0
         else:
-            items = torch.as_tensor(num_items, device=total.device)
+            items = tensor_on(num_items, total.device)
             self._loss_sum += total / (focus_ratio * torch.where(items == 0, 1, items))
             self._loss_count.fill_(1.0)
 
