@@ -1,0 +1,179 @@
+"""What measuring and testing ask of a device, for a GPU and, so that the same code runs without one, for the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Gpu:
+    """The current CUDA or ROCm device."""
+
+    device = "cuda"
+    compiler = "inductor"
+
+    def describe(self) -> dict[str, Any]:
+        properties = torch.cuda.get_device_properties()
+        return {
+            "machine": properties.name,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "runtime": torch.version.cuda or torch.version.hip,
+        }
+
+    def size(self, real: int, small: int) -> int:
+        """The size that a test or a benchmark is about; on the CPU the small one."""
+        return real
+
+    def free_bytes(self) -> int:
+        return torch.cuda.mem_get_info()[0]
+
+    def milliseconds(self, function: Callable[[], Any]) -> float:
+        """Time of a call on the device."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    def peak_bytes(self, function: Callable[[], Any]) -> int:
+        """The most memory that a call holds beside what was held before."""
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    @contextlib.contextmanager
+    def refusing_to_wait(self) -> Iterator[None]:
+        """Inside, whatever makes the host wait for the device raises an error."""
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    @contextlib.contextmanager
+    def side_stream(self) -> Iterator[None]:
+        """A stream of its own that is late: what runs on another one meanwhile finds the inputs unwritten."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+            yield
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def capture(self, function: Callable[[], tuple[torch.Tensor, ...]]) -> Callable[[], tuple[torch.Tensor, ...]]:
+        """A CUDA graph of the call, which reads and writes the same memory at each replay."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = function()
+
+        def replay() -> tuple[torch.Tensor, ...]:
+            graph.replay()
+            return results
+
+        return replay
+
+
+class Cpu:
+    """Stands in for a GPU. It measures what it says, and for what only a GPU has it does the nearest thing."""
+
+    device = "cpu"
+    compiler = "aot_eager"  # traces as inductor does, and needs no C++ compiler
+
+    def describe(self) -> dict[str, Any]:
+        return {"machine": f"{platform.machine()} {platform.processor()}".strip(), "threads": torch.get_num_threads()}
+
+    def size(self, real: int, small: int) -> int:
+        return small
+
+    def free_bytes(self) -> int:
+        return 2**62
+
+    def milliseconds(self, function: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        function()
+        return (time.perf_counter() - start) * 1e3
+
+    def peak_bytes(self, function: Callable[[], Any]) -> int:
+        gc.collect()  # what is freed meanwhile counts against what the call allocates
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            function()
+        held = peak = 0
+        for event in recorded.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                peak = max(peak, held)
+        return peak
+
+    @contextlib.contextmanager
+    def refusing_to_wait(self) -> Iterator[None]:
+        """Refuses what would wait on a GPU: values read by the host, shapes that depend on them, numbers sent over."""
+
+        def refuse(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(data: Any, *args: Any, **kwargs: Any) -> Any:
+                if not isinstance(data, torch.Tensor):
+                    raise RuntimeError(f"torch.{name} of {data!r} would copy it to the device and wait")
+                return function(data, *args, **kwargs)
+
+            return call
+
+        with contextlib.ExitStack() as stack:
+            for name in ("tensor", "as_tensor"):
+                stack.enter_context(mock.patch.object(torch, name, refuse(name, getattr(torch, name))))
+            stack.enter_context(_NothingWaits())
+            yield
+
+    def side_stream(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def capture(self, function: Callable[[], tuple[torch.Tensor, ...]]) -> Callable[[], tuple[torch.Tensor, ...]]:
+        results = function()
+
+        def replay() -> tuple[torch.Tensor, ...]:
+            for result, value in zip(results, function(), strict=True):
+                result.copy_(value)
+            return results
+
+        return replay
+
+
+class _NothingWaits(TorchDispatchMode):
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "item", "equal", "unique", "is_nonzero")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        namespace, _, name = func._schema.name.partition("::")
+        by_mask = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if namespace == "aten" and (by_mask or name.startswith(self.WAITS)):
+            raise RuntimeError(f"{func} would wait for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def device_of(device_type: str) -> Gpu | Cpu:
+    return Gpu() if device_type == "cuda" else Cpu()
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile."""
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return {"median": statistics.median(values), "p20": fifths[0], "p80": fifths[3]}
