@@ -16,7 +16,8 @@ WORKERS := -n $(JOBS)
 # Triton reads it when a kernel is defined; only the interpret tier may have it.
 unexport TRITON_INTERPRET
 
-.PHONY: help setup demo format lint types test test-fast test-native test-interpret test-compile test-gpu sanitize bench kernels-table clean
+.PHONY: help setup demo format lint types test test-fast test-native test-interpret test-compile test-gpu sanitize bench \
+  bench-gpu kernels-table clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -94,6 +95,9 @@ test-gpu: setup ## the real kernels on a GPU; skips where there is none
 bench: setup ## measure speed and memory; not part of test
 	-$(PIP) install -q -c constraints.txt --no-deps liger-kernel orda-kernel
 	$(BIN)/python -m pytest benchmarks
+
+bench-gpu: setup ## measure on a GPU beside the peers installed, one JSON line a result: make -s bench-gpu > results.jsonl
+	@$(BIN)/python -m benchmarks.bench_gpu
 
 kernels-table: setup ## count in the compiled kernels and write the tables of docs/kernels.md; needs no GPU
 	$(PIP) install -q -c constraints.txt --no-deps liger-kernel
