@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import adakd_kernels
-from adakd_kernels import adakd_loss, ops, reference, token_divergence
+from adakd_kernels import adakd_loss, linear_adakd_loss, ops, reference, token_divergence
 
 from .devices import Cpu, Gpu, device_of, quantiles
 
@@ -129,6 +129,14 @@ def orda_kl_of_states(
     return distillation_loss(hidden, head, labels, teacher, student_ce_weight=0.0, kl_weight=1.0).loss
 
 
+def our_kl_of_states(
+    hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor, labels: Tensor
+) -> Tensor:
+    return linear_adakd_loss(
+        hidden, head, teacher_hidden, teacher_head, labels, divergence="forward_kl", temperature_scale=0.0
+    ).loss
+
+
 def jobs(device: Gpu | Cpu) -> dict[str, Job]:
     compiled = partial(torch.compile, backend=device.compiler)
     logits = partial(random_logits, device=device.device)
@@ -165,6 +173,7 @@ def jobs(device: Gpu | Cpu) -> dict[str, Job]:
                 "torch.compile": compiled(partial(from_logits, eager_kl)),
                 "liger": liger_kl_of_states,
                 "orda": orda_kl_of_states,
+                "adakd": our_kl_of_states,
                 "adakd after the head": partial(from_logits, partial(our_kl, inplace=True)),
             },
             passes=None,
