@@ -46,8 +46,8 @@ ADAKD_INLINE Floats exp2(Floats x) {
 }
 
 ADAKD_INLINE Floats log2(Floats x) {
-  constexpr int32_t kThreeQuarters = 0x3f400000;
-  const Ints exponent = ((Ints)x - kThreeQuarters) >> 23;
+  constexpr uint32_t kThreeQuarters = 0x3f400000;
+  const Ints exponent = (Ints)((Uints)x - kThreeQuarters) >> 23;
   const Floats mantissa = (Floats)((Uints)x - ((Uints)exponent << 23));
   const Floats f = mantissa - 1.0f;
   return fma(f, polynomial(f, kLog2), __builtin_convertvector(exponent, Floats));

@@ -99,14 +99,13 @@ ADAKD_INLINE bool all_finite(Floats a, Floats b) {
   return !(_mm512_fpclass_ps_mask(a, kNotFinite) | _mm512_fpclass_ps_mask(b, kNotFinite));
 #else
   // The exponent of a number that is not finite is all ones, so adding one to it carries into the sign.
-  const Ints carried = (((Ints)a & 0x7f800000) + 0x00800000) | (((Ints)b & 0x7f800000) + 0x00800000);
+  const Uints carried = (((Uints)a & 0x7f800000u) + 0x00800000u) | (((Uints)b & 0x7f800000u) + 0x00800000u);
 #if defined(__AVX2__)
   return _mm256_movemask_ps((__m256)carried) == 0;
 #else
-  Ints any = carried;
-  int32_t sign = 0;
-  for (int i = 0; i < kLanes<Floats>; ++i) sign |= any[i];
-  return sign >= 0;
+  uint32_t any = 0;
+  for (int i = 0; i < kLanes<Floats>; ++i) any |= carried[i];
+  return any < 0x80000000u;
 #endif
 #endif
 }
