@@ -65,17 +65,20 @@ test: test-gpu test-fast test-native test-interpret test-compile ## run every ti
 test-fast: setup ## plain torch on the CPU
 	ADAKD_NATIVE=0 OMP_NUM_THREADS=1 $(PYTEST) $(WORKERS) -m fast
 
+# Fails where the C++ kernels are not built.
+INSTRUCTION_SETS := $(BIN)/python -c 'from adakd_kernels.ops.native import instruction_sets; print(*instruction_sets())'
+
 # MALLOC_PERTURB_ fills memory that nobody has written yet.
 test-native: setup ## the C++ kernels, with every instruction set that this processor has
-	@for isa in $$($(BIN)/python -c 'from adakd_kernels.ops.native import instruction_sets; print(*instruction_sets())'); do \
+	@isas=$$($(INSTRUCTION_SETS)) || exit; for isa in $$isas; do \
 	  echo "ADAKD_ISA=$$isa"; \
 	  ADAKD_NATIVE=1 ADAKD_ISA=$$isa MALLOC_PERTURB_=1 OMP_NUM_THREADS=1 $(PYTEST) $(WORKERS) -m native || exit; \
 	done
 
-# -s: a report goes straight to the terminal. Only what the kernels allocate is watched for leaks by nobody: they do not.
+# -s lets a report through to the terminal. Python itself leaks at its end, and the kernels allocate nothing.
 sanitize: setup ## the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	ADAKD_NATIVE=1 ADAKD_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize
-	@for isa in $$($(BIN)/python -c 'from adakd_kernels.ops.native import instruction_sets; print(*instruction_sets())'); do \
+	@isas=$$($(INSTRUCTION_SETS)) || exit; for isa in $$isas; do \
 	  echo "ADAKD_ISA=$$isa"; \
 	  LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 ADAKD_ISA=$$isa \
 	    ADAKD_NATIVE=build/sanitize/adakd_kernels/_native.so OMP_NUM_THREADS=1 $(PYTEST) -q -s -m native || exit; \

@@ -50,16 +50,9 @@ def test_exp2_keeps_its_error_bound():
     for x in (octave - 1.5, octave * 2**-6, -octave * 2**-6, spread):
         error = np.abs(mapped("adakd_exp2", x) / np.exp2(x.astype(np.float64)) - 1.0)
         assert error.max() <= bound("kExp2Error"), (x[error.argmax()], error.max())
-    special = np.array([-INF, -1e30, -128.0, -0.0, 0.0, 1.0, -3.0, math.nan], np.float32)
-    assert (
-        np.array_equal(
-            mapped("adakd_exp2", special)[2:],
-            np.array([0.0, 1.0, 1.0, 2.0, 0.125, math.nan], np.float32),
-            equal_nan=True,
-        )
-        or mapped("adakd_exp2", special)[2] < 2.0**-126
-    )  # a subnormal where the processor computes them
-    assert (mapped("adakd_exp2", special)[:2] == 0.0).all()
+    special = mapped("adakd_exp2", np.array([-INF, -1e30, -0.0, 0.0, 1.0, -3.0, math.nan], np.float32))
+    assert np.array_equal(special, np.array([0.0, 0.0, 1.0, 1.0, 2.0, 0.125, math.nan], np.float32), equal_nan=True)
+    assert 0.0 <= mapped("adakd_exp2", np.array([-128.0], np.float32))[0] < 2.0**-126  # subnormal or flushed
 
 
 def test_log2_keeps_its_error_bound():
@@ -195,6 +188,7 @@ def test_any_input_gives_what_the_reference_gives(problem):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="a sanitizer keeps freed memory")
 def test_memory_beside_logits_and_gradient_is_small():
     """At the size where it matters: under 4 MB, however long the rows."""
     code = """

@@ -104,9 +104,8 @@ template <class S> inline void store_ignored(const Normalizers& out, int64_t n) 
   static_cast<S*>(out.sum_s)[n] = static_cast<S*>(out.sum_t)[n] = 1;
 }
 
-// Takes two rows through a fold, block by block. The fold has
-//   maxima<V>(s, t, n): what `add` would find as maxima, for the first block;
-//   add<V, kGuarded>(s, t, n): adds n entries; false if they have to be added with guards instead.
+// Takes two rows through a fold, block by block. The fold has add<kGuarded, V>(s, t, n), which adds n entries and is
+// false, having added none, if they need guards.
 template <class V, class Fold> inline void sweep(const Row& s, const Row& t, int64_t vocab, Fold& fold) {
   alignas(64) Scalar<V> wide_s[kBlock], wide_t[kBlock];
   constexpr int kStep = 2 * kLanes<V>;
