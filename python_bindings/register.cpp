@@ -127,7 +127,10 @@ void expect_to_write(const Tensor& x) {
   constexpr uintptr_t kPage = uintptr_t{2} << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(x.data_ptr()) + kPage - 1) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(x.data_ptr()) + x.numel() * x.element_size()) / kPage * kPage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (begin >= end || madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) != 0) return;
+  torch::stable::parallel_for(0, static_cast<int64_t>((end - begin) / kPage), 1, [begin](int64_t first, int64_t last) {
+    for (int64_t page = first; page < last; ++page) *reinterpret_cast<volatile char*>(begin + page * kPage) = 0;
+  });
 #endif
 }
 

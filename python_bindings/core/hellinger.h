@@ -29,7 +29,7 @@ struct HellingerFold {
     const V m_s = broadcast<V>(static_cast<Scalar<V>>(s.origin() * (kFused<V> ? half : 1.0)));
     const V m_t = broadcast<V>(static_cast<Scalar<V>>(t.origin() * (kFused<V> ? half : 1.0)));
     const V minus_kappa = broadcast<V>(-kappa);
-    Total total_s, total_t, total_d, total_e;
+    Total<V> total_s, total_t, total_d, total_e;
     Pair<V> sum_s{}, sum_t{}, sum_d{}, sum_e{};
     V max_s = broadcast<V>(-kInfinity), max_t = max_s;
     const auto entry = [&](V zs, V zt, V& ss, V& tt, V& dd, V& ee) ADAKD_INLINE_LAMBDA {

@@ -127,37 +127,46 @@ ADAKD_INLINE Doubles log2(Doubles x) {
 // ones: one load, and no shuffle; store_pair is its inverse.
 template <class V> struct Pair { V first, second; };
 
-// A sum of vectors in double, lane by lane. Floats are added to it a few at a time: in a long sum of floats every small
-// mass is rounded against the one large mass of a confident token, and the token's gradient is a difference from that.
-struct Total {
-  Doubles low{}, high{};
+// By halves: a loop over lanes would be a chain of dependent operations.
+template <int n> ADAKD_INLINE double sum_of(const double* x) {
+  if constexpr (n == 1) {
+    return x[0];
+  } else {
+    return sum_of<n / 2>(x) + sum_of<n / 2>(x + n / 2);
+  }
+}
+
+// A sum of the vectors of a block, lane by lane: a few are added to one another, then to the others. A long chain of float
+// sums would round every small mass against the one large mass of a confident token, and the token's gradient is a
+// difference from that. Blocks are added in double.
+template <class V> struct Total {
+  Pair<V> sum{};
 
   // Adds the lanes of both vectors, and leaves zeros in them.
-  ADAKD_INLINE void take(Pair<Floats>& x) {
-    typedef float Halves __attribute__((vector_size(kBytes / 2)));
-    const Floats both = x.first + x.second;
-    Halves half[2];
-    std::memcpy(half, &both, sizeof both);
-    low += __builtin_convertvector(half[0], Doubles);
-    high += __builtin_convertvector(half[1], Doubles);
-    x.first = x.second = Floats{};
-  }
-  ADAKD_INLINE void take(Pair<Doubles>& x) {
-    low += x.first + x.second;
-    x.first = x.second = Doubles{};
+  ADAKD_INLINE void take(Pair<V>& x) {
+    sum.first += x.first;
+    sum.second += x.second;
+    x.first = x.second = V{};
   }
   ADAKD_INLINE double value() const {
-    const Doubles both = low + high;
-    double total = 0.0;
-    for (int i = 0; i < kLanes<Doubles>; ++i) total += both[i];
-    return total;
+    double lanes[kLanes<V>];
+    for (int i = 0; i < kLanes<V>; ++i) lanes[i] = static_cast<double>(sum.first[i]) + sum.second[i];
+    return sum_of<kLanes<V>>(lanes);
   }
 };
 
+template <int n, class S> ADAKD_INLINE S max_of(const S* x) {
+  if constexpr (n == 1) {
+    return x[0];
+  } else {
+    const S a = max_of<n / 2>(x), b = max_of<n / 2>(x + n / 2);
+    return a > b ? a : b;
+  }
+}
 template <class V> ADAKD_INLINE Scalar<V> max_lanes(V x) {
-  Scalar<V> largest = x[0];
-  for (int i = 1; i < kLanes<V>; ++i) largest = x[i] > largest ? x[i] : largest;
-  return largest;
+  Scalar<V> lanes[kLanes<V>];
+  std::memcpy(lanes, &x, sizeof x);
+  return max_of<kLanes<V>>(lanes);
 }
 
 template <class V> ADAKD_INLINE V load(const Scalar<V>* p) {

@@ -8,7 +8,7 @@ namespace adakd {
 namespace ADAKD_ISA {
 
 // A row is taken a block at a time: both sides of a block stay in the first-level cache if it has to be read again.
-constexpr int kBlock = 2048;
+constexpr int kBlock = 4096;
 constexpr float kInfinity = __builtin_inff();
 constexpr double kLn2 = 0.69314718055994530942;
 constexpr double kLog2e = 1.44269504088896340736;
@@ -137,7 +137,7 @@ template <class V, class Fold> inline void sweep(const Row& s, const Row& t, int
 
 // Calls step(offset) for every pair of vectors of a block of n entries, and flush() after every few of them.
 template <class V, class Step, class Flush> ADAKD_INLINE void for_each_pair(int n, Step step, Flush flush) {
-  constexpr int kStep = 2 * kLanes<V>, kChain = 8 * kStep;
+  constexpr int kStep = 2 * kLanes<V>, kChain = 16 * kStep;
   for (int begin = 0; begin < n; begin += kChain) {
     const int end = begin + kChain < n ? begin + kChain : n;
     for (int i = begin; i < end; i += kStep) step(i);

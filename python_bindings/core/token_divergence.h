@@ -34,17 +34,17 @@ template <bool kForward, bool kReverse> struct KLFold {
 
   template <bool kGuarded, class V, class T> Sums sums(const T* ps, const T* pt, int n) const {
     const V k = constant<V>(scale), m_s = constant<V>(s.origin()), m_t = constant<V>(t.origin()), zero = V{};
-    const V minus_infinity = broadcast<V>(-kInfinity);
-    Total total_s, total_t, total_rs, total_rt, total_ks, total_kt;
+    const V minus_infinity = broadcast<V>(-kInfinity), one = constant<V>(1.0);
+    Total<V> total_s, total_t, total_rs, total_rt, total_ks, total_kt;
     Pair<V> sum_s{}, sum_t{}, ratio_s{}, ratio_t{}, kept_s{}, kept_t{};
     V max_s = minus_infinity, max_t = minus_infinity;
     const auto entry = [&](V zs, V zt, V& ss, V& tt, V& rs, V& rt, V& ks, V& kt) ADAKD_INLINE_LAMBDA {
       max_s = max(max_s, zs);
       max_t = max(max_t, zt);
       const V from_s = difference<kGuarded>(zs, m_s), from_t = difference<kGuarded>(zt, m_t);
-      const V a = exp2(from_s * k), b = exp2(from_t * k), gap = (from_s - from_t) * k;
-      ss += a;
-      tt += b;
+      const V a = exp2(from_s * k), b = exp2(from_t * k), gap = from_s - from_t;
+      ss = fma(a, one, ss);
+      tt = fma(b, one, tt);
       if (kGuarded) {
         const V a_kept = zt != minus_infinity ? a : zero, b_kept = zs != minus_infinity ? b : zero;
         ks += a_kept;
@@ -72,7 +72,7 @@ template <bool kForward, bool kReverse> struct KLFold {
           if (kGuarded) total_ks.take(kept_s);
           if (kGuarded) total_kt.take(kept_t);
         });
-    Sums x{total_s.value(), total_t.value(), 0.0, 0.0, total_rs.value(), total_rt.value(),
+    Sums x{total_s.value(), total_t.value(), 0.0, 0.0, scale * total_rs.value(), scale * total_rt.value(),
            {max_lanes(max_s), max_lanes(max_t)}};
     x.keep_s = kGuarded ? total_ks.value() : x.s;
     x.keep_t = kGuarded ? total_kt.value() : x.t;
@@ -139,7 +139,7 @@ struct NormalizerFold {
 
   template <class V, class T> Sums sums(const T* ps, const T* pt, int n) const {
     const V k = constant<V>(scale), m_s = constant<V>(s.origin()), m_t = constant<V>(t.origin());
-    Total total_s, total_t;
+    Total<V> total_s, total_t;
     Pair<V> sum_s{}, sum_t{};
     V max_s = broadcast<V>(-kInfinity), max_t = max_s;
     for_each_pair<V>(
@@ -210,7 +210,7 @@ template <class D> struct TermsFold {
     const Divergence divergence(parameters);
     const Frame<V> frame(scale, m_s, sum_s, m_t, sum_t);
     const V minus_infinity = broadcast<V>(-kInfinity), zero = V{};
-    Total total_f, total_g;
+    Total<V> total_f, total_g;
     Pair<V> sum_f{}, sum_g{};
     bool finite = true;
     const auto entry = [&](V zs, V zt, V& ff, V& gg) ADAKD_INLINE_LAMBDA {
@@ -286,7 +286,10 @@ template <class V> void token_divergence_row(const DivergenceCall& call, int64_t
       with_divergence(call.divergence, [&](auto tag) {
         using D = decltype(tag);
         if constexpr (D::template Of<V>::kTwoSweeps) {
-          TermsFold<D> terms{fold.scale, fold.s.anchor, fold.s.sum, fold.t.anchor, fold.t.sum, call.alpha, call.beta};
+          // From the normalisers as they are kept: so the backward finds the same sign of a log-ratio next to 0.
+          const auto kept = [n](const void* array) -> double { return static_cast<const S*>(array)[n]; };
+          TermsFold<D> terms{fold.scale,           kept(call.out.max_s), kept(call.out.sum_s), kept(call.out.max_t),
+                             kept(call.out.sum_t), call.alpha,           call.beta};
           sweep<V>(s, t, rows.vocab, terms);
           d_row = terms.f;
           sum_g_row = terms.g;
