@@ -2,7 +2,8 @@
 
 Phase 1 computes the logits of each labelled token and keeps a few numbers: difficulty, normaliser, cross-entropy.
 Selection and temperatures follow over the whole batch. Phase 2 computes the logits of the selected tokens again, their
-divergence, writes the gradient over them and folds it into those of hidden states and head (docs/kernels.md).
+divergence, writes the gradient over them and folds it into those of hidden states and head. Where every token counts
+at one temperature, no token waits for the others, and both phases are one (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ from .ops.token_divergence import OnceDifferentiable
 
 __all__ = ["LinearAdaKDLoss", "linear_adakd_loss"]
 
-CHUNK_BYTES = {"cpu": 96 * 2**20}
+CHUNK_BYTES = {"cpu": 112 * 2**20}
 """Bytes for the logits of one chunk, by device type; 1 GiB for those that are not here."""
-TEACHER_PART = 4
+TEACHER_PART = 2
 """The teacher's buffer holds one row for so many rows of the student's, whose gradient is worth more rows at a time."""
-BLOCK_BYTES = {"cpu": 8 * 2**20}
+BLOCK_BYTES = {"cpu": 2**20}
 """Bytes of the part of the head's gradient that is computed at a time; 128 MiB for devices that are not here."""
 
 Head = Tensor | Callable[[Tensor], Tensor]
@@ -82,15 +83,16 @@ def linear_adakd_loss(
     Args:
         student_hidden: (B, L, Hˢ) or (N, Hˢ), what the head is applied to; fp16, bf16, fp32 or fp64.
         student_weight: (Vˢ, Hˢ) of the hidden states' type, or an `nn.Module` that makes logits of hidden states: its
-            parameters get gradients. A module runs twice on a token, and once more with a graph of its own.
+            parameters get gradients. A module runs twice on a token that counts, the second time with a graph of its
+            own; once where every token counts at one temperature.
         teacher_hidden: (B, L, Hᵗ) or (N, Hᵗ); Hᵗ and its type may differ.
         teacher_weight: (Vᵗ, Hᵗ) of the teacher's hidden states' type, or a callable.
         labels: (B, L) or (N,) int64: the token that each position predicts.
         student_bias, teacher_bias: (V,), for a head that is a weight.
         student_softcap, teacher_softcap: cap > 0, or None.
         student_scale, teacher_scale: scale > 0.
-        chunk_tokens: rows of the student's logits at a time; a quarter as many of the teacher's. None: what fits in
-            96 MiB on a CPU and in 1 GiB elsewhere.
+        chunk_tokens: rows of the student's logits at a time; half as many of the teacher's. None: what fits in
+            112 MiB on a CPU and in 1 GiB elsewhere.
         keep_bytes: bytes for logits that are kept between the phases instead of being computed again: those of the
             hardest tokens. Without effect where the student's head is a module that gets gradients.
         divergence, focus_ratio, temperature_scale, base_temperature, difficulty, ce_weight, num_items, ignore_index,
@@ -139,17 +141,35 @@ def linear_adakd_loss(
             counted = labels != ignore_index
             n, k = torch.stack((counted.sum(), focus_count(focus_ratio, counted.sum()))).tolist()  # the one wait
             tokens = (~counted).to(torch.uint8).argsort(stable=True)[:n]
-            logits = _Logits(student, teacher, tokens, n if ce_weight else min(k, n), chunk_tokens, keep_bytes)
-            stats = logits.statistics(labels[tokens], difficulty, with_ce=ce_weight != 0.0)
-            selected = select_tokens(stats.difficulty, focus_ratio, stats.valid)
-            tau = inverse_difficulty_temperature(stats.difficulty, selected, temperature_scale, base_temperature)
-            tau = tau.where(stats.valid, base_temperature)
-            items, count = loss_counts(stats.valid, focus_ratio, num_items, tau.dtype)
-            # The gradient of a sum, not of a mean: fp16 has no room below 6e-8. A power of two rounds nothing.
-            unit = items / torch.frexp(items).mantissa
-            weight = (unit * (1.0 - ce_weight) / count) * tau.square() * selected
-            weight_ce = (unit * ce_weight / items) * stats.valid if ce_weight else None
-            token_div = logits.divergence(stats, _Selection(tau, selected, weight, weight_ce), div)
+            known = not (isinstance(focus_ratio, Tensor) or isinstance(temperature_scale, Tensor))
+            at_once = known and bool(focus_ratio == 1.0 and temperature_scale == 0.0)
+            rows, keep_bytes = (n, 0) if at_once else (n if ce_weight else min(k, n), keep_bytes)
+            logits = _Logits(student, teacher, tokens, rows, chunk_tokens, keep_bytes)
+
+            def counts(valid: Tensor) -> tuple[Tensor, Tensor]:
+                return loss_counts(valid, focus_ratio, num_items, logits.accumulation_dtype)
+
+            def select(hard: Tensor, valid: Tensor, items: Tensor, count: Tensor) -> _Selection:
+                selected = select_tokens(hard, focus_ratio, valid)
+                tau = inverse_difficulty_temperature(hard, selected, temperature_scale, base_temperature)
+                tau = tau.where(valid, base_temperature)
+                unit = _power_of_two(items)
+                weight = (unit * (1.0 - ce_weight) / count) * tau.square() * selected
+                return _Selection(tau, selected, weight, (unit * ce_weight / items) * valid if ce_weight else None)
+
+            first_phase = (labels[tokens], difficulty, ce_weight != 0.0)
+            if at_once:
+                # Which rows are empty is not known before all are there: until then each labelled token counts.
+                taken = counts(torch.ones_like(tokens, dtype=torch.bool))
+                stats, token_div = logits.at_once(*first_phase, lambda hard, valid: select(hard, valid, *taken), div)
+            else:
+                stats = logits.statistics(*first_phase)
+            items, count = counts(stats.valid)
+            selection = select(stats.difficulty, stats.valid, items, count)
+            if not at_once:
+                taken, token_div = (items, count), logits.divergence(stats, selection, div)
+            tau, selected = selection.tau, selection.selected
+            factor = student_scale / _power_of_two(taken[0]) * (taken[1] / count)
             token_loss = tau.square() * token_div
             loss = token_loss.sum() / count
             if ce_weight:
@@ -166,7 +186,7 @@ def linear_adakd_loss(
             spread(selected, False),
         )
     if any(needs):
-        loss = _WithGradient.apply(loss, student_scale / unit, student.gradients(), *inputs)  # type: ignore[no-untyped-call]
+        loss = _WithGradient.apply(loss, factor, student.gradients(), *inputs)  # type: ignore[no-untyped-call]
     return AdaKDOutput(loss, *per_token)
 
 
@@ -433,6 +453,12 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
+def _power_of_two(items: Tensor) -> Tensor:
+    """Near `items`. What is computed is the gradient of a sum over so many, not of a mean: fp16 has no room below 6e-8,
+    and a power of two rounds nothing."""
+    return items / torch.frexp(items).mantissa
+
+
 class _Statistics(NamedTuple):
     """What phase 1 leaves of each labelled token."""
 
@@ -453,6 +479,11 @@ class _Selection(NamedTuple):
     weight_ce: Tensor | None
 
 
+def _rows(of: Any, part: Tensor | slice) -> Any:
+    """A tuple of tensors, of some tokens."""
+    return type(of)(*(None if x is None else x[part] for x in of))
+
+
 class _Logits:
     """The logits of both models, a chunk of tokens at a time, in buffers that are used again.
 
@@ -469,6 +500,9 @@ class _Logits:
         self.chunk = chunk_tokens or _chunk_rule(CHUNK_BYTES.get(device.type, 2**30), bytes_s, bytes_t)
         self.part = -(-self.chunk // TEACHER_PART)
         self.differentiates = any(grad is not None for grad in student.gradients())
+        self.accumulation_dtype = torch.promote_types(
+            *(reference.accumulation_dtype(torch.empty(0, dtype=head.dtype)) for head in (student, teacher))
+        )
         graph = self.differentiates and isinstance(student, _ModuleHead)
         self.kept = 0 if graph else min(rows, keep_bytes // (bytes_s + bytes_t))
         self.replaces = self.kept > 0 and rows < n
@@ -484,17 +518,20 @@ class _Logits:
         self.kept_s, self.kept_t = rows_of(student, self.kept + spare), rows_of(teacher, self.kept + spare)
         self.kept_tokens = torch.arange(self.kept + spare, device=device)
 
-    def statistics(self, labels: Tensor, difficulty: str, with_ce: bool) -> _Statistics:
-        """Phase 1."""
-        n, device = labels.numel(), labels.device
-        acc = reference.accumulation_dtype(self.raw_s, self.z_t)
+    def statistics(
+        self, labels: Tensor, difficulty: str, with_ce: bool, finish: Callable[..., None] | None = None
+    ) -> _Statistics:
+        """Phase 1. `finish(stats, i, j, raw, z_s, z_t)` is called for tokens i to j when their statistics are there and
+        leaves the gradient in `raw`, if any is asked for."""
+        n, device, acc = labels.numel(), labels.device, self.accumulation_dtype
+        differentiates = finish is not None and self.differentiates
         hard, max_s, sum_s, ce = (torch.empty(n, dtype=acc, device=device) for _ in range(4))
         stats = _Statistics(labels, hard, torch.empty(n, dtype=torch.bool, device=device), max_s, sum_s, ce)
         spans = _spans(0, self.kept, self.chunk), _spans(self.kept, n, self.chunk)
         for kept in (True, False):
             for a, b in spans[not kept]:
                 raw = self.kept_s[a:b] if kept else self.raw_s[: b - a]
-                self.student.raw(self.tokens[a:b], raw)
+                self.student.raw(self.tokens[a:b], raw, graph=differentiates)
                 for i, j in _spans(a, b, self.part):
                     z_t = self.kept_t[i:j] if kept else self.z_t[: j - i]
                     self.teacher.raw(self.tokens[i:j], z_t)
@@ -503,7 +540,24 @@ class _Logits:
                     self._measure(stats, i, j, z_s, z_t, difficulty, with_ce)
                     if self.replaces and not kept:
                         self._keep_hardest(stats, i, j, raw[i - a : j - a], z_t)
+                    if finish is not None:
+                        finish(stats, i, j, raw[i - a : j - a], z_s, z_t)
+                if differentiates:
+                    self.student.fold(self.tokens[a:b], raw)
         return stats
+
+    def at_once(
+        self, labels: Tensor, difficulty: str, with_ce: bool, select: Callable[[Tensor, Tensor], _Selection],
+        div: Divergence,
+    ) -> tuple[_Statistics, Tensor]:  # fmt: skip
+        """Both phases in one: `select(difficulty, valid)` of some tokens depends on no others."""
+        result = torch.zeros(labels.numel(), dtype=self.accumulation_dtype, device=labels.device)
+
+        def finish(stats: _Statistics, i: int, j: int, raw: Tensor, z_s: Tensor, z_t: Tensor) -> None:
+            stats = _rows(stats, slice(i, j))
+            result[i:j] = self._part_divergence(stats, select(stats.difficulty, stats.valid), raw, z_s, z_t, div)
+
+        return self.statistics(labels, difficulty, with_ce, finish), result
 
     def _measure(
         self, stats: _Statistics, i: int, j: int, z_s: Tensor, z_t: Tensor, difficulty: str, with_ce: bool
@@ -559,18 +613,26 @@ class _Logits:
             else:
                 z_t = kept_t[i:j]
             z_s = self.student.capped(raw[i:j], self.z_s[: j - i])
-            values = [None if x is None else x[part].unsqueeze(0) for x in (*selection, *stats)]
-            tau, selected, weight, weight_ce, labels, _, _, max_s, sum_s, _ = values
-            z_s, z_t, args = z_s.unsqueeze(0), z_t.unsqueeze(0), (div.name, *div.parameters)
-            d, *saved = ops.token_divergence(z_s, z_t, tau, selected, *args)
-            result.index_copy_(0, part, d[0])
-            if self.differentiates:
-                ce = (None,) * 4 if weight_ce is None else (labels, weight_ce, max_s, sum_s)
-                ops.token_divergence_backward_(z_s, z_t, tau, weight, *saved, *ce, *args)
-                if self.student.softcap is not None:
-                    torch.ops.aten.tanh_backward(z_s[0], raw[i:j], grad_input=raw[i:j])
+            d = self._part_divergence(_rows(stats, part), _rows(selection, part), raw[i:j], z_s, z_t, div)
+            result.index_copy_(0, part, d)
         if self.differentiates:
             self.student.fold(self.tokens[of], raw)
+
+    def _part_divergence(
+        self, stats: _Statistics, selection: _Selection, raw: Tensor, z_s: Tensor, z_t: Tensor, div: Divergence
+    ) -> Tensor:
+        """D of some tokens, and the gradient of their raw logits over these."""
+        values = [None if x is None else x.unsqueeze(0) for x in (*selection, *stats)]
+        tau, selected, weight, weight_ce, labels, _, _, max_s, sum_s, _ = values
+        z_s, z_t, args = z_s.unsqueeze(0), z_t.unsqueeze(0), (div.name, *div.parameters)
+        d, *saved = ops.token_divergence(z_s, z_t, tau, selected, *args)
+        if self.differentiates:
+            ce = (None,) * 4 if weight_ce is None else (labels, weight_ce, max_s, sum_s)
+            ops.token_divergence_backward_(z_s, z_t, tau, weight, *saved, *ce, *args)
+            if self.student.softcap is not None:
+                torch.ops.aten.tanh_backward(z_s[0], raw, grad_input=raw)
+        divergence: Tensor = d[0]
+        return divergence
 
 
 def _chunk_rule(budget: int, bytes_s: int, bytes_t: int) -> int:

@@ -19,6 +19,8 @@ pytestmark = [pytest.mark.fast, pytest.mark.gpu]  # and the tests of the kernels
 
 EXACT = {"rtol": 1e-9, "atol": 1e-13}
 V, V_T = 61, 67
+AT_ONCE = {"temperature_scale": 0.0}
+"""Every token counts at one temperature: one phase instead of two."""
 ROW = (V + V) * 8
 """Bytes of one token's logits of both models over the common vocabulary, in fp64."""
 
@@ -87,6 +89,7 @@ def assert_equal_routes(case: Case, **options: Any) -> None:
 def test_every_divergence(divergence):
     assert_equal_routes(Case(), divergence=divergence, focus_ratio=0.6, base_temperature=1.3)
     assert_equal_routes(Case(), divergence=divergence, ce_weight=0.3, focus_ratio=0.4, keep_bytes=6 * ROW)
+    assert_equal_routes(Case(), divergence=divergence, base_temperature=1.3, **AT_ONCE)
 
 
 OPTIONS = {
@@ -102,6 +105,11 @@ OPTIONS = {
     "num_items as a tensor": {"num_items": torch.tensor(0.25), "ce_weight": 0.1},
     "share as a tensor": {"focus_ratio": torch.tensor(0.29, dtype=torch.float64)},
     "other ignore_index": {"ignore_index": 7},
+    "at once": {"base_temperature": 1.3, "ce_weight": 0.3, **AT_ONCE},
+    "at once with num_items": {"num_items": 40, "difficulty": "cross_entropy", "ce_weight": 0.3, **AT_ONCE},
+    "at once with scale and soft-cap": {"student_scale": 0.3, "student_softcap": 1.5, "keep_bytes": 999, **AT_ONCE},
+    "one temperature for a share": {"focus_ratio": 0.5, **AT_ONCE},
+    "one temperature for a share that is a tensor": {"focus_ratio": torch.tensor(1.0), **AT_ONCE},
 }
 
 
@@ -118,7 +126,7 @@ def test_every_option(name):
 @pytest.mark.parametrize("keep", [0, 1, 4, 7, 16, 17, 1000])
 def test_chunks_and_kept_logits(chunk_tokens, keep):
     """17 labelled tokens, of which 8 are selected; some chunk sizes divide neither."""
-    for options in ({"focus_ratio": 0.5}, {"focus_ratio": 0.5, "ce_weight": 0.3}, {"student_softcap": 1.5}):
+    for options in ({"focus_ratio": 0.5}, {"focus_ratio": 0.5, "ce_weight": 0.3}, {"student_softcap": 1.5}, AT_ONCE):
         assert_equal_routes(Case(), chunk_tokens=chunk_tokens, keep_bytes=keep * ROW + 5, **options)
 
 
@@ -153,13 +161,14 @@ def test_few_tokens_that_count(valid, keep):
     case = Case()
     case.labels.fill_(-100)
     case.labels[1, :valid] = 3
-    for options in ({"focus_ratio": 0.3}, {"ce_weight": 0.5}, {"focus_ratio": 0.3, "num_items": 0}):
+    for options in ({"focus_ratio": 0.3}, {"ce_weight": 0.5}, {"focus_ratio": 0.3, "num_items": 0}, AT_ONCE):
         assert_equal_routes(case, keep_bytes=keep * ROW, **options)
-    out = case.from_hidden(focus_ratio=0.3)
-    assert out.selected.sum() == min(valid, 1)
+    assert case.from_hidden(focus_ratio=0.3).selected.sum() == min(valid, 1)
     if valid == 0:
-        assert out.loss == 0.0
-        assert all((grad == 0).all() for grad in torch.autograd.grad(out.loss, case.leaves()))
+        for options in ({"focus_ratio": 0.3}, AT_ONCE):
+            out = case.from_hidden(**options)
+            assert out.loss == 0.0
+            assert all((grad == 0).all() for grad in torch.autograd.grad(out.loss, case.leaves()))
 
 
 @pytest.mark.interpret
@@ -174,15 +183,20 @@ def test_rows_that_are_empty_or_nan(keep):
     with torch.no_grad():
         case.hidden[1, 3] = math.nan
     assert case.from_hidden(keep_bytes=keep * ROW, focus_ratio=0.5).loss.isnan()
+    assert case.from_hidden(**AT_ONCE).loss.isnan()
 
 
 def assert_equal_routes_without_weight(case: Case, keep: int) -> None:
     """The weight's gradient is 0·∞ in both routes where hidden states are infinite."""
     case.weight.requires_grad_(False)
-    for ce_weight in (0.0, 0.3):
-        ours = case.from_hidden(keep_bytes=keep * ROW, focus_ratio=0.9, ce_weight=ce_weight)
-        expected = case.from_logits(focus_ratio=0.9, ce_weight=ce_weight)
-        assert ours.selected.sum() == 14 and not ours.selected[1, 2]
+    for selected, options in (
+        (14, {"focus_ratio": 0.9}),
+        (14, {"focus_ratio": 0.9, "ce_weight": 0.3}),
+        (16, AT_ONCE),
+        (16, {"ce_weight": 0.3, **AT_ONCE}),
+    ):
+        ours, expected = case.from_hidden(keep_bytes=keep * ROW, **options), case.from_logits(**options)
+        assert ours.selected.sum() == selected and not ours.selected[1, 2]
         for a, b in zip(ours, expected, strict=True):
             torch.testing.assert_close(a, b, **EXACT)
         torch.testing.assert_close(
@@ -268,10 +282,11 @@ def test_micro_batches_add_up_to_the_batch():
 @pytest.mark.interpret
 @pytest.mark.parametrize("options", [{}, {"student_softcap": 2.0, "ce_weight": 0.3}], ids=["plain", "soft-cap and CE"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=name_of)
-def test_as_exact_as_the_logits_route(dtype, options):
+@pytest.mark.parametrize("share", [1.0, torch.tensor(1.0)], ids=["at once", "two phases"])
+def test_as_exact_as_the_logits_route(share, dtype, options):
     """Both routes against fp64, by the tolerance rule; one temperature, so that all compute the same function."""
     case = Case(dtype=dtype)
-    options = {"temperature_scale": 0.0, "divergence": "forward_kl", **options}
+    options = {"focus_ratio": share, "divergence": "forward_kl", **AT_ONCE, **options}
     results = []
     for of, route in ((case, "from_hidden"), (case, "from_logits"), (case.double(), "from_logits")):
         out = getattr(of, route)(**options)
@@ -345,7 +360,7 @@ class LoRAHead(nn.Module):
 
 @pytest.mark.interpret
 @pytest.mark.parametrize(
-    "options", [{"focus_ratio": 0.5, "keep_bytes": 3 * ROW}, {"ce_weight": 0.3, "student_softcap": 1.5}]
+    "options", [{"focus_ratio": 0.5, "keep_bytes": 3 * ROW}, {"ce_weight": 0.3, "student_softcap": 1.5}, AT_ONCE]
 )
 @pytest.mark.parametrize("hidden_grad", [False, True])
 def test_head_that_is_a_module(options, hidden_grad):
@@ -413,8 +428,8 @@ class Calls(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("keep", [0, 5])
-@pytest.mark.parametrize("share", [0.5, torch.tensor(0.5)])
-def test_one_wait_for_the_device(monkeypatch, share, keep):
+@pytest.mark.parametrize("options", [{"focus_ratio": 0.5}, {"focus_ratio": torch.tensor(0.5)}, AT_ONCE])
+def test_one_wait_for_the_device(monkeypatch, options, keep):
     """Reading two numbers is the only one; what the reference body of an operator does is not counted."""
     case = Case()
     read: list[int] = []
@@ -422,7 +437,7 @@ def test_one_wait_for_the_device(monkeypatch, share, keep):
     monkeypatch.setattr(Tensor, "tolist", lambda self: read.append(self.numel()) or tolist(self))
     _without_operators(monkeypatch)
     with Calls() as calls:
-        out = case.from_hidden(focus_ratio=share, ce_weight=0.2, keep_bytes=keep * ROW)
+        out = case.from_hidden(**options, ce_weight=0.2, keep_bytes=keep * ROW)
     out.loss.backward()
     assert read == [2] and calls.waits() == 0
 
@@ -471,6 +486,14 @@ def test_kept_logits_are_not_computed_again(monkeypatch, keep, rows):
     assert sum(computed) == 2 * rows
 
 
+def test_at_once_computes_each_row_once(monkeypatch):
+    computed = []
+    addmm = torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda b, h, w, out: computed.append(len(h)) or addmm(b, h, w, out=out))
+    Case().from_hidden(**AT_ONCE)
+    assert sum(computed) == 2 * 17
+
+
 @pytest.mark.interpret
 def test_runs_agree_bit_for_bit():
     case = Case(dtype=torch.bfloat16)
@@ -481,13 +504,14 @@ def test_runs_agree_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_gradcheck(unpoisoned):
+@pytest.mark.parametrize("share", [1.0, torch.tensor(1.0)], ids=["at once", "two phases"])
+def test_gradcheck(unpoisoned, share):
     case = Case()
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return linear_adakd_loss(
             hidden, weight, case.hidden_t, case.weight_t, case.labels, student_bias=bias, chunk_tokens=4,
-            temperature_scale=0.0, ce_weight=0.2, student_softcap=3.0, student_scale=0.8,
+            focus_ratio=share, ce_weight=0.2, student_softcap=3.0, student_scale=0.8, **AT_ONCE,
         ).loss  # fmt: skip
 
     inputs = (case.hidden, case.weight, case.bias)
