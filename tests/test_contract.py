@@ -363,6 +363,14 @@ def test_gradient_rows_sum_to_zero_and_a_permutation_permutes(divergence):
     assert torch.allclose(permuted_grad, grad[:, order], rtol=1e-10, atol=1e-15)
 
 
+def test_total_variation_has_one_sign_in_both_directions():
+    """Where p and q nearly meet, rounding decides on the sign; were it not the same, a gradient would not sum to 0."""
+    student = logits(1, 100, 24, seed=8, scale=20.0)
+    teacher = student.where(logits(1, 100, 24, seed=9, scale=1.0) > 0.0, student - 1.0)
+    found = gradient(lambda s: token_divergence(s, teacher, 0.8, "total_variation"), student)
+    assert found.double().sum(-1).abs().max() < 4 * torch.finfo(torch.float32).eps
+
+
 def test_weight_zero_is_as_if_the_row_were_absent():
     student, teacher = logits(5, 1003, seed=36), logits(5, 1003, seed=37)
     student[2] = math.nan  # would be seen if the row were read
