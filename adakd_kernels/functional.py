@@ -73,8 +73,7 @@ def adakd_loss(
         ignore_index: label of tokens that do not count.
         shift: labels are aligned with the inputs, as transformers has them: position i predicts labels[i + 1].
         inplace: the backward writes the gradient over the student's logits instead of a new (B, L, Vˢ) tensor. They
-        must
-            not be needed afterwards, and there is no second backward. Ignored under `torch.compile`.
+            must not be needed afterwards, and there is no second backward. Ignored under `torch.compile`.
 
     Returns:
         AdaKDOutput(loss, token_loss, difficulty, temperature, selected). With no valid token the loss is 0 and its

@@ -135,14 +135,13 @@ def test_hellinger_of_a_confident_token_outside_the_first_tile(noise):
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=name_of)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=name_of)
-def test_equal_rows_give_zero_and_a_constant_changes_nothing(divergence, dtype):
-    teacher = logits(3, 5003, dtype=dtype, seed=8)
+def test_equal_rows_give_zero_and_a_constant_changes_nothing(divergence):
+    teacher = logits(3, 5003, seed=8)
     teacher[2] = 1.0  # uniform: every entry rounds the same way
     for constant in (0.0, 64.0, -1024.0):
         # the constant is added to the values that fp32 holds exactly
-        student = ((teacher.float() * 64).round() / 64 + constant).to(torch.float32)
-        same = ((teacher.float() * 64).round() / 64).to(torch.float32)
+        same = (teacher * 64).round() / 64
+        student = same + constant
         value = token_divergence(student, same, 0.7, divergence)
         assert value.abs().max() <= 1e-6
         grad = gradient(lambda s, same=same: token_divergence(s, same, 0.7, divergence), student)
@@ -390,15 +389,15 @@ def test_gradcheck(divergence, unpoisoned):
     student = logits(1, 3, 7, dtype=torch.float64, seed=38, scale=1.0, grad=True)
     teacher = logits(1, 3, 9, dtype=torch.float64, seed=39, scale=1.0)
     tau, mask = temperatures(1, 3), torch.tensor([[True, True, False]])
-    assert torch.autograd.gradcheck(lambda s: token_divergence(s, teacher, tau, divergence, mask), (student,))
+
+    def check(function):
+        # entry by entry, but in the interpreter, which pays for each evaluation, along one direction
+        interpreted = ops.backend("cpu").name == "triton-interpreter"
+        assert torch.autograd.gradcheck(function, (student,), fast_mode=interpreted)
+
+    check(lambda s: token_divergence(s, teacher, tau, divergence, mask))
 
     # with every token selected and one temperature nothing is detached, so the whole loss is differentiated
     labels = torch.tensor([[1, -100, 5]])
-    assert torch.autograd.gradcheck(
-        lambda s: (
-            adakd_loss(
-                s, teacher, labels, divergence=divergence, temperature_scale=0.0, base_temperature=0.8, ce_weight=0.25
-            ).loss
-        ),
-        (student,),
-    )
+    options = {"divergence": divergence, "temperature_scale": 0.0, "base_temperature": 0.8, "ce_weight": 0.25}
+    check(lambda s: adakd_loss(s, teacher, labels, **options).loss)

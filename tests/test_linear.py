@@ -84,7 +84,6 @@ def assert_equal_routes(case: Case, **options: Any) -> None:
         torch.testing.assert_close(grad, plain, **EXACT)
 
 
-@pytest.mark.interpret
 @pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=name_of)
 def test_every_divergence(divergence):
     assert_equal_routes(Case(), divergence=divergence, focus_ratio=0.6, base_temperature=1.3)
@@ -113,8 +112,13 @@ OPTIONS = {
 }
 
 
-@pytest.mark.interpret
-@pytest.mark.parametrize("name", OPTIONS)
+INTERPRETED = ("scale and soft-cap", "num_items", "at once", "one temperature for a share")
+"""A few: the kernels' own tests interpret them in every way, and here it takes its time."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.interpret] * (name in INTERPRETED)) for name in OPTIONS]
+)
 def test_every_option(name):
     case = Case()
     if name == "other ignore_index":
@@ -171,8 +175,7 @@ def test_few_tokens_that_count(valid, keep):
             assert all((grad == 0).all() for grad in torch.autograd.grad(out.loss, case.leaves()))
 
 
-@pytest.mark.interpret
-@pytest.mark.parametrize("keep", [0, 3, 1000])
+@pytest.mark.parametrize("keep", [0, pytest.param(3, marks=pytest.mark.interpret), 1000])
 def test_rows_that_are_empty_or_nan(keep):
     """A token whose logits are all −inf is ignored although it has a label, and NaN is loud."""
     case = Case(bias=False)
