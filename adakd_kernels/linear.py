@@ -160,16 +160,16 @@ def linear_adakd_loss(
             first_phase = (labels[tokens], difficulty, ce_weight != 0.0)
             if at_once:
                 # Which rows are empty is not known before all are there: until then each labelled token counts.
-                taken = counts(torch.ones_like(tokens, dtype=torch.bool))
-                stats, token_div = logits.at_once(*first_phase, lambda hard, valid: select(hard, valid, *taken), div)
+                assumed = counts(torch.ones_like(tokens, dtype=torch.bool))
+                stats, token_div = logits.at_once(*first_phase, lambda hard, valid: select(hard, valid, *assumed), div)
             else:
                 stats = logits.statistics(*first_phase)
             items, count = counts(stats.valid)
             selection = select(stats.difficulty, stats.valid, items, count)
             if not at_once:
-                taken, token_div = (items, count), logits.divergence(stats, selection, div)
+                assumed, token_div = (items, count), logits.divergence(stats, selection, div)
             tau, selected = selection.tau, selection.selected
-            factor = student_scale / _power_of_two(taken[0]) * (taken[1] / count)
+            factor = student_scale / _power_of_two(assumed[0]) * (assumed[1] / count)
             token_loss = tau.square() * token_div
             loss = token_loss.sum() / count
             if ce_weight:

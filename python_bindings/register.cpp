@@ -121,7 +121,8 @@ Six token_divergence(const Tensor& student, const Tensor& teacher, const Tensor&
 }
 
 // Asks for large pages under memory that is about to be written for the first time: clearing it page by page as it is
-// touched takes the system about as long as computing what goes into it.
+// touched takes the system about as long as computing what goes into it. Each page is touched here by one thread: two
+// that meet at one would both clear it.
 void expect_to_write(const Tensor& x) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t{2} << 20;

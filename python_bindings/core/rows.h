@@ -7,7 +7,7 @@
 namespace adakd {
 namespace ADAKD_ISA {
 
-// A row is taken a block at a time: both sides of a block stay in the first-level cache if it has to be read again.
+// A row is taken a block at a time: both sides of a block stay in the nearest caches if it has to be read again.
 constexpr int kBlock = 4096;
 constexpr float kInfinity = __builtin_inff();
 constexpr double kLn2 = 0.69314718055994530942;

@@ -43,6 +43,7 @@ template <bool kForward, bool kReverse> struct KLFold {
       max_t = max(max_t, zt);
       const V from_s = difference<kGuarded>(zs, m_s), from_t = difference<kGuarded>(zt, m_t);
       const V a = exp2(from_s * k), b = exp2(from_t * k), gap = from_s - from_t;
+      // Sums by multiply-adds: AMD's units for additions are the busier ones here, with exp2's rounding and scaling.
       ss = fma(a, one, ss);
       tt = fma(b, one, tt);
       if (kGuarded) {
