@@ -75,12 +75,14 @@ test-native: setup ## the C++ kernels, with every instruction set that this proc
 	  ADAKD_NATIVE=1 ADAKD_ISA=$$isa MALLOC_PERTURB_=1 OMP_NUM_THREADS=1 $(PYTEST) $(WORKERS) -m native || exit; \
 	done
 
+# libstdc++ comes along because Python does not load it at its start, and an exception of torch would meet no handler.
 # -s lets a report through to the terminal. Python itself leaks at its end, and the kernels allocate nothing.
 sanitize: setup ## the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	ADAKD_NATIVE=1 ADAKD_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize
-	@isas=$$($(INSTRUCTION_SETS)) || exit; for isa in $$isas; do \
+	@isas=$$($(INSTRUCTION_SETS)) || exit; cxx="$${CXX:-c++}"; \
+	first="$$($$cxx -print-file-name=libasan.so) $$($$cxx -print-file-name=libstdc++.so)"; for isa in $$isas; do \
 	  echo "ADAKD_ISA=$$isa"; \
-	  LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 ADAKD_ISA=$$isa \
+	  LD_PRELOAD="$$first" ASAN_OPTIONS=detect_leaks=0 ADAKD_ISA=$$isa \
 	    ADAKD_NATIVE=build/sanitize/adakd_kernels/_native.so OMP_NUM_THREADS=1 $(PYTEST) -q -s -m native || exit; \
 	done
 
