@@ -497,7 +497,8 @@ class _Logits:
         self.student, self.teacher, self.tokens, self.rows = student, teacher, tokens, rows
         n, device = tokens.numel(), tokens.device
         bytes_s, bytes_t = (head.vocab * head.dtype.itemsize for head in (student, teacher))
-        self.chunk = chunk_tokens or _chunk_rule(CHUNK_BYTES.get(device.type, 2**30), bytes_s, bytes_t)
+        part_bytes = bytes_t + (bytes_s if student.softcap is not None else 0)
+        self.chunk = chunk_tokens or _chunk_rule(CHUNK_BYTES.get(device.type, 2**30), bytes_s, part_bytes)
         self.part = -(-self.chunk // TEACHER_PART)
         self.differentiates = any(grad is not None for grad in student.gradients())
         self.accumulation_dtype = torch.promote_types(
@@ -635,9 +636,9 @@ class _Logits:
         return divergence
 
 
-def _chunk_rule(budget: int, bytes_s: int, bytes_t: int) -> int:
-    """Rows of the student's logits that fit in the budget with the teacher's part: a multiple of 64, 64 at least."""
-    rows = int(budget / (bytes_s + bytes_t / TEACHER_PART))
+def _chunk_rule(budget: int, bytes_s: int, part_bytes: int) -> int:
+    """Rows of the student's logits that fit in the budget with the buffers of a part: a multiple of 64, 64 at least."""
+    rows = int(budget / (bytes_s + part_bytes / TEACHER_PART))
     return max(64, rows // 64 * 64)
 
 

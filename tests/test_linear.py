@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adakd_kernels import AdaKDLoss, AdaKDOutput, LinearAdaKDLoss, adakd_loss, linear_adakd_loss
+from adakd_kernels import AdaKDLoss, AdaKDOutput, LinearAdaKDLoss, adakd_loss, linear, linear_adakd_loss
 
 from .cases import ONE_OF_EACH, assert_close_as_eager, logits, name_of, tokens
 
@@ -477,6 +477,16 @@ def test_no_tensor_is_larger_than_a_chunk(monkeypatch, keep):
     assert chunk * vocab <= largest <= (max(chunk, keep) + 1) * vocab
     large = [shape for _, shape in calls.made if math.prod(shape) >= vocab]
     assert len(large) <= 4, large
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_buffers_of_a_chunk_fit_in_the_budget(monkeypatch, softcap):
+    budget, n, vocab = 1_000_000, 512, 1000
+    hidden, weight = logits(1, n, 4), logits(vocab, 4)
+    monkeypatch.setitem(linear.CHUNK_BYTES, hidden.device.type, budget)
+    student, teacher = (linear._make_head(hidden, weight, None, cap, 1.0, vocab) for cap in (softcap, None))
+    made = linear._Logits(student, teacher, torch.arange(n, device=hidden.device), n, None, 0)
+    assert budget / 2 <= made.raw_s.nbytes + made.z_s.nbytes + made.z_t.nbytes <= budget
 
 
 @pytest.mark.parametrize("keep, rows", [(0, 17 + 8), (3, 17 + 5), (8, 17), (100, 17)])
