@@ -141,6 +141,7 @@ def linear_adakd_loss(
             counted = labels != ignore_index
             n, k = torch.stack((counted.sum(), focus_count(focus_ratio, counted.sum()))).tolist()  # the one wait
             tokens = (~counted).to(torch.uint8).argsort(stable=True)[:n]
+            # Of numbers only: to read the value of a tensor would be another wait.
             known = not (isinstance(focus_ratio, Tensor) or isinstance(temperature_scale, Tensor))
             at_once = known and bool(focus_ratio == 1.0 and temperature_scale == 0.0)
             rows, keep_bytes = (n, 0) if at_once else (n if ce_weight else min(k, n), keep_bytes)
@@ -501,9 +502,6 @@ class _Logits:
         self.chunk = chunk_tokens or _chunk_rule(CHUNK_BYTES.get(device.type, 2**30), bytes_s, part_bytes)
         self.part = -(-self.chunk // TEACHER_PART)
         self.differentiates = any(grad is not None for grad in student.gradients())
-        self.accumulation_dtype = torch.promote_types(
-            *(reference.accumulation_dtype(torch.empty(0, dtype=head.dtype)) for head in (student, teacher))
-        )
         graph = self.differentiates and isinstance(student, _ModuleHead)
         self.kept = 0 if graph else min(rows, keep_bytes // (bytes_s + bytes_t))
         self.replaces = self.kept > 0 and rows < n
@@ -514,6 +512,7 @@ class _Logits:
 
         self.raw_s, self.z_t = rows_of(student, min(self.chunk, left)), rows_of(teacher, min(self.part, left))
         self.z_s = rows_of(student, min(self.part, n) if student.softcap is not None else 0)
+        self.accumulation_dtype = reference.accumulation_dtype(self.raw_s, self.z_t)
         # One row more takes what is not kept, so that the number of rows that enter need not be known.
         spare = int(self.replaces)
         self.kept_s, self.kept_t = rows_of(student, self.kept + spare), rows_of(teacher, self.kept + spare)

@@ -1,8 +1,9 @@
 """The loss from hidden states against the loss from logits and against peers: time, and memory in a process of its own.
 
-Heads are included on both sides: the logits route takes 4 matrix products of N x H x V, the hidden route 2 + 4r. The
-peers differentiate every token and have no difficulty, selection or temperature of a token, so they stand beside our
-losses with share 1 and one temperature: Liger's fused-linear JSD, and ORDA's torch backend at reverse KL.
+Heads are included on both sides: the logits route takes 4 matrix products of N x H x V, the hidden route 2 + 4r, or 4
+where every token counts at one temperature. The peers differentiate every token and have no difficulty, selection or
+temperature of a token, so they stand beside our losses with share 1 and one temperature: Liger's fused-linear JSD, and
+ORDA's torch backend at reverse KL.
 """
 
 from __future__ import annotations

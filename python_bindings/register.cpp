@@ -123,7 +123,7 @@ Six token_divergence(const Tensor& student, const Tensor& teacher, const Tensor&
 // Asks for large pages under memory that is about to be written for the first time: clearing it page by page as it is
 // touched takes the system about as long as computing what goes into it. Each page is touched here by one thread: two
 // that meet at one would both clear it.
-void expect_to_write(const Tensor& x) {
+void touch_in_large_pages(const Tensor& x) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t{2} << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(x.data_ptr()) + kPage - 1) / kPage * kPage;
@@ -173,7 +173,7 @@ Tensor token_divergence_backward(const Tensor& student, const Tensor& teacher, c
                                  const std::optional<Tensor>& ce_sum, const std::string& divergence, double alpha,
                                  double beta) {
   Tensor out = torch::stable::new_empty(student, student.sizes());
-  expect_to_write(out);
+  touch_in_large_pages(out);
   write_gradient(out, student, teacher, temperature, weight, sum_g, max_s, sum_s, max_t, sum_t, labels, ce_weight,
                  ce_max, ce_sum, divergence, alpha, beta);
   return out;

@@ -489,22 +489,20 @@ def test_buffers_of_a_chunk_fit_in_the_budget(monkeypatch, softcap):
     assert budget / 2 <= made.raw_s.nbytes + made.z_s.nbytes + made.z_t.nbytes <= budget
 
 
-@pytest.mark.parametrize("keep, rows", [(0, 17 + 8), (3, 17 + 5), (8, 17), (100, 17)])
-def test_kept_logits_are_not_computed_again(monkeypatch, keep, rows):
+@pytest.mark.parametrize(
+    "options, rows",
+    [
+        *(({"focus_ratio": 0.5, "keep_bytes": keep * ROW}, 17 + 8 - min(keep, 8)) for keep in (0, 3, 8, 100)),
+        (AT_ONCE, 17),
+    ],
+)
+def test_logits_are_not_computed_again_without_need(monkeypatch, options, rows):
     """With a share of 0.5, 8 of the 17 tokens are selected; each that is kept is one row less in the second phase."""
     computed = []
     addmm = torch.addmm
     monkeypatch.setattr(torch, "addmm", lambda b, h, w, out: computed.append(len(h)) or addmm(b, h, w, out=out))
-    Case().from_hidden(focus_ratio=0.5, keep_bytes=keep * ROW)
+    Case().from_hidden(**options)
     assert sum(computed) == 2 * rows
-
-
-def test_at_once_computes_each_row_once(monkeypatch):
-    computed = []
-    addmm = torch.addmm
-    monkeypatch.setattr(torch, "addmm", lambda b, h, w, out: computed.append(len(h)) or addmm(b, h, w, out=out))
-    Case().from_hidden(**AT_ONCE)
-    assert sum(computed) == 2 * 17
 
 
 @pytest.mark.interpret
