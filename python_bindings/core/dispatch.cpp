@@ -37,6 +37,15 @@ bool has_avx512() {
 #endif
 }
 
+bool is_intel() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 const Kernels* choose() {
   const char* const wanted = std::getenv("ADAKD_ISA");
   const auto taken = [wanted](const Kernels& k) {
@@ -50,6 +59,8 @@ const Kernels* choose() {
 }
 
 }  // namespace
+
+const int prefetch_distance = is_intel() ? 2048 : 0;
 
 const Kernels* kernels() {
   static const Kernels* const chosen = choose();

@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels.h"
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #elif defined(__SSE2__)
@@ -199,9 +201,17 @@ ADAKD_INLINE void end_of_stream() {
 #endif
 }
 
-ADAKD_INLINE Pair<Floats> load_pair(const float* p) { return {load<Floats>(p), load<Floats>(p + kLanes<Floats>)}; }
+// Logits come from memory, once, and in order; asks for those that are needed some steps later (prefetch_distance).
+ADAKD_INLINE void expect_later(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + prefetch_distance); }
+
+ADAKD_INLINE Pair<Floats> load_pair(const float* p) {
+  expect_later(p);
+  if (kBytes == 64) expect_later(p + kLanes<Floats>);
+  return {load<Floats>(p), load<Floats>(p + kLanes<Floats>)};
+}
 ADAKD_INLINE Pair<Doubles> load_pair(const double* p) { return {load<Doubles>(p), load<Doubles>(p + kLanes<Doubles>)}; }
 ADAKD_INLINE Pair<Floats> load_pair(const Bf16* p) {
+  expect_later(p);
   Uints both;
   std::memcpy(&both, p, sizeof both);
   return {(Floats)(both << 16), (Floats)(both & 0xffff0000u)};
