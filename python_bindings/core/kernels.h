@@ -81,8 +81,8 @@ struct Kernels {
   void (*log2)(const float* x, float* y, int64_t n);
 };
 
-// How many bytes ahead of a load the kernels ask for memory. Intel's own prefetchers fall behind two rows that are read
-// side by side, and the kernels then wait for memory most of the time; AMD's keep up, and are better left alone.
+// How many bytes ahead of a load the kernels ask for memory: 0 except on Intel, where they would otherwise wait for memory
+// most of the time. On AMD they are faster without (docs/kernels.md).
 extern const int prefetch_distance;
 
 // The kernels for this processor, or for the instruction set that the environment variable ADAKD_ISA names: avx512, avx2

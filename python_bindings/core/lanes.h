@@ -201,17 +201,20 @@ ADAKD_INLINE void end_of_stream() {
 #endif
 }
 
-// Logits come from memory, once, and in order; asks for those that are needed some steps later (prefetch_distance).
-ADAKD_INLINE void expect_later(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + prefetch_distance); }
+// Logits come from memory, once, and in order: asks for those of a later step. There need not be any, for a prefetch
+// never faults.
+ADAKD_INLINE void prefetch_after(const void* p) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + prefetch_distance));
+}
 
 ADAKD_INLINE Pair<Floats> load_pair(const float* p) {
-  expect_later(p);
-  if (kBytes == 64) expect_later(p + kLanes<Floats>);
+  prefetch_after(p);
+  if (kBytes == 64) prefetch_after(p + kLanes<Floats>);  // the pair's second line
   return {load<Floats>(p), load<Floats>(p + kLanes<Floats>)};
 }
 ADAKD_INLINE Pair<Doubles> load_pair(const double* p) { return {load<Doubles>(p), load<Doubles>(p + kLanes<Doubles>)}; }
 ADAKD_INLINE Pair<Floats> load_pair(const Bf16* p) {
-  expect_later(p);
+  prefetch_after(p);
   Uints both;
   std::memcpy(&both, p, sizeof both);
   return {(Floats)(both << 16), (Floats)(both & 0xffff0000u)};
