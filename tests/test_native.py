@@ -68,8 +68,10 @@ def test_every_half_is_read_exactly():
     """Subnormal ones too, although the kernels flush subnormal results."""
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
     finite = every[every.isfinite()].view(1, -1, 1)
-    max_s = ops.token_stats(finite, finite.flip(1), torch.ones(finite.shape[:2], dtype=torch.bool))[1]
-    assert torch.equal(max_s, finite[..., 0].float())
+    mask = torch.ones(finite.shape[:2], dtype=torch.bool)
+    for entries in (1, 64):  # one by one, and by pairs of vectors
+        rows = finite.expand(-1, -1, entries).contiguous()
+        assert torch.equal(ops.token_stats(rows, rows.flip(1), mask)[1], finite[..., 0].float())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -92,7 +94,7 @@ def test_threads_do_not_change_a_bit(divergence, dtype):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=name_of)
 @pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=name_of)
 def test_where_a_row_lies_in_memory_does_not_change_a_bit(divergence, dtype):
     """Streaming stores need whole lines, so the ends of a row take another path: they must give the same numbers."""

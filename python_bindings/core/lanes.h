@@ -220,6 +220,22 @@ ADAKD_INLINE Pair<Floats> load_pair(const Bf16* p) {
   return {(Floats)(both << 16), (Floats)(both & 0xffff0000u)};
 }
 
+// Whether the processor converts vectors of fp16; else they are converted one by one (widen, narrow).
+#if defined(__F16C__)
+constexpr bool kConvertsHalf = true;
+ADAKD_INLINE Pair<Floats> load_pair(const Half* p) {
+  prefetch_after(p);
+#if defined(ADAKD_AVX512)
+  const auto widened = [](const Half* from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); };
+#else
+  const auto widened = [](const Half* from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); };
+#endif
+  return {widened(p), widened(p + kLanes<Floats>)};
+}
+#else
+constexpr bool kConvertsHalf = false;
+#endif
+
 template <bool kStream> ADAKD_INLINE void store_pair(float* p, Pair<Floats> x) {
   if (kStream) {
     stream(p, (Uints)x.first);
@@ -234,16 +250,30 @@ ADAKD_INLINE Uints rounded_to_bf16(Floats x) {
   const Uints bits = (Uints)x;
   return bits + ((bits >> 16) & 1u) + 0x7fffu;
 }
-template <bool kStream> ADAKD_INLINE void store_pair(Bf16* p, Pair<Floats> x) {
-  const Uints both = (rounded_to_bf16(x.first) >> 16) | (rounded_to_bf16(x.second) & 0xffff0000u);
+template <bool kStream> ADAKD_INLINE void store_both(void* p, Uints both) {
   if (kStream) {
     stream(p, both);
   } else {
     std::memcpy(p, &both, sizeof both);
   }
 }
+template <bool kStream> ADAKD_INLINE void store_pair(Bf16* p, Pair<Floats> x) {
+  store_both<kStream>(p, (rounded_to_bf16(x.first) >> 16) | (rounded_to_bf16(x.second) & 0xffff0000u));
+}
+#if defined(__F16C__)
+template <bool kStream> ADAKD_INLINE void store_pair(Half* p, Pair<Floats> x) {
+  constexpr int kToEven = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+#if defined(ADAKD_AVX512)
+  const __m512i low = _mm512_castsi256_si512(_mm512_cvtps_ph(x.first, kToEven));
+  store_both<kStream>(p, (Uints)_mm512_inserti64x4(low, _mm512_cvtps_ph(x.second, kToEven), 1));
+#else
+  const __m128i low = _mm256_cvtps_ph(x.first, kToEven), high = _mm256_cvtps_ph(x.second, kToEven);
+  store_both<kStream>(p, (Uints)_mm256_set_m128i(high, low));
+#endif
+}
+#endif
 
-// Conversions of single logits, for the ends of rows and for what is neither fp32 nor bf16 on both sides.
+// Conversions of single logits, for the ends of rows and for pairs of rows that no pair of vectors is loaded from.
 ADAKD_INLINE float widen(float x) { return x; }
 ADAKD_INLINE double widen(double x) { return x; }
 ADAKD_INLINE float widen(Bf16 x) {

@@ -29,9 +29,18 @@ inline char* row_start(const Logits& z, int64_t n, int64_t tokens) {
 
 inline Row row_of(const Logits& z, int64_t n, int64_t tokens) { return {row_start(z, n, tokens), z.type}; }
 
-// The type of both rows' entries where a kernel reads them as they are; other pairs are widened block by block first.
-template <class V> inline bool read_directly(const Row& s, const Row& t) {
-  return sizeof(Scalar<V>) == 4 && s.type == t.type && (s.type == Type::kFloat || s.type == Type::kBf16);
+// Calls use(entry) with an entry of both rows' type where a kernel reads them as they are, and gives what it gives; else
+// `otherwise`: such pairs are widened block by block first.
+template <class V, class Use, class Result> inline Result directly(const Row& s, const Row& t, Result otherwise, Use use) {
+  if constexpr (sizeof(Scalar<V>) == 4) {
+    if (s.type != t.type) return otherwise;
+    if (s.type == Type::kFloat) return use(float{});
+    if (s.type == Type::kBf16) return use(Bf16{});
+    if constexpr (kConvertsHalf) {
+      if (s.type == Type::kHalf) return use(Half{});
+    }
+  }
+  return otherwise;
 }
 
 template <class T, class S> inline void widen_entries(const char* data, int64_t start, int n, S* out) {
@@ -109,22 +118,17 @@ template <class S> inline void store_ignored(const Normalizers& out, int64_t n) 
 template <class V, class Fold> inline void sweep(const Row& s, const Row& t, int64_t vocab, Fold& fold) {
   alignas(64) Scalar<V> wide_s[kBlock], wide_t[kBlock];
   constexpr int kStep = 2 * kLanes<V>;
-  const bool direct = read_directly<V>(s, t);
   for (int64_t start = 0; start < vocab;) {
     const int64_t left = vocab - start;
     int n = static_cast<int>(left < kBlock ? left : kBlock);
     bool added = false;
-    if constexpr (sizeof(Scalar<V>) == 4) {
-      if (direct && n >= kStep) {
+    if (n >= kStep) {
+      added = directly<V>(s, t, false, [&](auto entry) {
+        using T = decltype(entry);
         n -= n % kStep;
-        if (s.type == Type::kFloat) {
-          added = fold.template add<false, V>(reinterpret_cast<const float*>(s.data) + start,
-                                              reinterpret_cast<const float*>(t.data) + start, n);
-        } else {
-          added = fold.template add<false, V>(reinterpret_cast<const Bf16*>(s.data) + start,
-                                              reinterpret_cast<const Bf16*>(t.data) + start, n);
-        }
-      }
+        return fold.template add<false, V>(reinterpret_cast<const T*>(s.data) + start,
+                                           reinterpret_cast<const T*>(t.data) + start, n);
+      });
     }
     if (!added) {
       widen_block<V>(s, start, n, wide_s);

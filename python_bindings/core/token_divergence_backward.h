@@ -71,19 +71,21 @@ template <class V, class G> void gradient_row(const G& gradient, const OneRow& r
   using S = Scalar<V>;
   alignas(64) S wide_s[kBlock], wide_t[kBlock], wide_out[kBlock];
   constexpr int kStep = 2 * kLanes<V>;
-  const bool direct = row.finite && read_directly<V>(row.s, row.t);
+  const bool direct = row.finite && directly<V>(row.s, row.t, false, [](auto) { return true; });
   const auto guarded = [&](int64_t start, int n) {
     widen_block<V>(row.s, start, n, wide_s);
     gradient.guarded(wide_s, wide_t, wide_out, widen_block<V>(row.t, start, n, wide_t));
     if (start <= row.label && row.label < start + n) wide_out[row.label - start] -= static_cast<S>(row.ce_weight);
     narrow_block(wide_out, n, row.s.type, row.out, start);
   };
-  const auto fast = [&](auto type, int64_t start, int n) {
-    using T = decltype(type);
-    const T* s = reinterpret_cast<const T*>(row.s.data) + start;
-    const T* t = reinterpret_cast<const T*>(row.t.data) + start;
-    T* out = reinterpret_cast<T*>(row.out) + start;
-    return row.in_place ? gradient.template fast<false>(s, t, out, n) : gradient.template fast<true>(s, t, out, n);
+  const auto fast = [&](int64_t start, int n) {
+    return directly<V>(row.s, row.t, 0, [&](auto entry) {
+      using T = decltype(entry);
+      const T* s = reinterpret_cast<const T*>(row.s.data) + start;
+      const T* t = reinterpret_cast<const T*>(row.t.data) + start;
+      T* out = reinterpret_cast<T*>(row.out) + start;
+      return row.in_place ? gradient.template fast<false>(s, t, out, n) : gradient.template fast<true>(s, t, out, n);
+    });
   };
   int64_t start = 0;
   if (direct) {
@@ -96,12 +98,10 @@ template <class V, class G> void gradient_row(const G& gradient, const OneRow& r
   while (start < row.vocab) {
     const int64_t left = row.vocab - start;
     int n = static_cast<int>(left < kBlock ? left : kBlock), done = 0;
-    if constexpr (sizeof(S) == 4) {
-      if (direct && n >= kStep) {
-        n -= n % kStep;
-        const bool labelled = start <= row.label && row.label < start + n;
-        if (!labelled) done = row.s.type == Type::kFloat ? fast(float{}, start, n) : fast(Bf16{}, start, n);
-      }
+    if (direct && n >= kStep) {
+      n -= n % kStep;
+      const bool labelled = start <= row.label && row.label < start + n;
+      if (!labelled) done = fast(start, n);
     }
     if (done < n) guarded(start + done, n - done);
     start += n;
