@@ -104,7 +104,8 @@ def test_logarithm_and_reciprocal_of_a_mixture(dtype):
     assert log2[x == 1.0].abs().sum() == 0
     exact = x.double().log2()
     some = exact != 0
-    assert_close_as_eager(log2[some] / exact[some], x.log2()[some] / exact[some], torch.ones_like(exact[some]))
+    ours, eager = ((y[some] / exact[some]).to(dtype) for y in (log2, x.log2()))
+    assert_close_as_eager(ours, eager, torch.ones_like(exact[some]), ulps=1.0)
     assert_close_as_eager(rcp * x, (1.0 / x) * x, torch.ones_like(exact))
 
 
