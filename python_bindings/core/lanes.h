@@ -220,7 +220,7 @@ ADAKD_INLINE Pair<Floats> load_pair(const Bf16* p) {
   return {(Floats)(both << 16), (Floats)(both & 0xffff0000u)};
 }
 
-// Whether the processor converts vectors of fp16; else they are converted one by one (widen, narrow).
+// Whether the instruction set converts vectors of fp16; else logits are converted one by one (widen, narrow).
 #if defined(__F16C__)
 constexpr bool kConvertsHalf = true;
 ADAKD_INLINE Pair<Floats> load_pair(const Half* p) {
@@ -236,39 +236,34 @@ ADAKD_INLINE Pair<Floats> load_pair(const Half* p) {
 constexpr bool kConvertsHalf = false;
 #endif
 
-template <bool kStream> ADAKD_INLINE void store_pair(float* p, Pair<Floats> x) {
+template <bool kStream> ADAKD_INLINE void store_bits(void* p, Uints bits) {
   if (kStream) {
-    stream(p, (Uints)x.first);
-    stream(p + kLanes<Floats>, (Uints)x.second);
+    stream(p, bits);
   } else {
-    store(p, x.first);
-    store(p + kLanes<Floats>, x.second);
+    std::memcpy(p, &bits, sizeof bits);
   }
+}
+template <bool kStream> ADAKD_INLINE void store_pair(float* p, Pair<Floats> x) {
+  store_bits<kStream>(p, (Uints)x.first);
+  store_bits<kStream>(p + kLanes<Floats>, (Uints)x.second);
 }
 // To the nearest bf16, ties to even; x is finite.
 ADAKD_INLINE Uints rounded_to_bf16(Floats x) {
   const Uints bits = (Uints)x;
   return bits + ((bits >> 16) & 1u) + 0x7fffu;
 }
-template <bool kStream> ADAKD_INLINE void store_both(void* p, Uints both) {
-  if (kStream) {
-    stream(p, both);
-  } else {
-    std::memcpy(p, &both, sizeof both);
-  }
-}
 template <bool kStream> ADAKD_INLINE void store_pair(Bf16* p, Pair<Floats> x) {
-  store_both<kStream>(p, (rounded_to_bf16(x.first) >> 16) | (rounded_to_bf16(x.second) & 0xffff0000u));
+  store_bits<kStream>(p, (rounded_to_bf16(x.first) >> 16) | (rounded_to_bf16(x.second) & 0xffff0000u));
 }
 #if defined(__F16C__)
 template <bool kStream> ADAKD_INLINE void store_pair(Half* p, Pair<Floats> x) {
   constexpr int kToEven = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 #if defined(ADAKD_AVX512)
   const __m512i low = _mm512_castsi256_si512(_mm512_cvtps_ph(x.first, kToEven));
-  store_both<kStream>(p, (Uints)_mm512_inserti64x4(low, _mm512_cvtps_ph(x.second, kToEven), 1));
+  store_bits<kStream>(p, (Uints)_mm512_inserti64x4(low, _mm512_cvtps_ph(x.second, kToEven), 1));
 #else
   const __m128i low = _mm256_cvtps_ph(x.first, kToEven), high = _mm256_cvtps_ph(x.second, kToEven);
-  store_both<kStream>(p, (Uints)_mm256_set_m128i(high, low));
+  store_bits<kStream>(p, (Uints)_mm256_set_m128i(high, low));
 #endif
 }
 #endif

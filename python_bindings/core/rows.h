@@ -29,8 +29,8 @@ inline char* row_start(const Logits& z, int64_t n, int64_t tokens) {
 
 inline Row row_of(const Logits& z, int64_t n, int64_t tokens) { return {row_start(z, n, tokens), z.type}; }
 
-// Calls use(entry) with an entry of both rows' type where a kernel reads them as they are, and gives what it gives; else
-// `otherwise`: such pairs are widened block by block first.
+// Where a kernel reads both rows as they are: use(entry), with an entry of their type. Other pairs of rows are widened
+// block by block first: `otherwise`.
 template <class V, class Use, class Result> inline Result directly(const Row& s, const Row& t, Result otherwise, Use use) {
   if constexpr (sizeof(Scalar<V>) == 4) {
     if (s.type != t.type) return otherwise;
@@ -125,7 +125,7 @@ template <class V, class Fold> inline void sweep(const Row& s, const Row& t, int
     if (n >= kStep) {
       added = directly<V>(s, t, false, [&](auto entry) {
         using T = decltype(entry);
-        n -= n % kStep;
+        n -= n % kStep;  // the rest of the row is a block of its own, and widened
         return fold.template add<false, V>(reinterpret_cast<const T*>(s.data) + start,
                                            reinterpret_cast<const T*>(t.data) + start, n);
       });
