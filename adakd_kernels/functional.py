@@ -228,7 +228,9 @@ def measure_difficulty(
     else:
         ones = torch.ones(mask.shape, dtype=torch.float32, device=mask.device)
         div = DIVERGENCES[difficulty]()
-        hard, _, max_s, sum_s, _, sum_t = ops.token_divergence(student, teacher, ones, mask, div.name, *div.parameters)
+        hard, _, max_s, sum_s, _, sum_t, *_ = ops.token_divergence(
+            student, teacher, ones, mask, div.name, *div.parameters
+        )
     valid = mask & (sum_s != 0) & (sum_t != 0)
     if difficulty == "cross_entropy" and labels is not None:
         hard = ops.token_cross_entropy(student, teacher, labels, valid, max_s, sum_s)

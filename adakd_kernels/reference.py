@@ -49,10 +49,18 @@ def common_vocabulary(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _log_softmax(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Normalizer]:
-    """(1) in logs and the normaliser; an empty row stays −inf where torch would give NaN."""
+    """(1) in logs and the normaliser; an empty row stays −inf where torch would give NaN.
+
+    The logarithm of a finite logit is finite: one that leaves the type's range is half of its lowest number, so that
+    differences of two stay finite too. Its derivative is 1/τ as that of any other.
+    """
     empty = (logits == -math.inf).all(-1)
     z_max, z_sum = normalizer(logits.masked_fill(empty.unsqueeze(-1), 0.0), temperature)
-    log_p = (logits - z_max.unsqueeze(-1)) / temperature.unsqueeze(-1) - z_sum.log().unsqueeze(-1)
+    tau = temperature.unsqueeze(-1)
+    log_p = (logits - z_max.unsqueeze(-1)) / tau - z_sum.log().unsqueeze(-1)
+    lowest = 0.5 * torch.finfo(logits.dtype).min
+    below = (log_p < lowest) & (logits != -math.inf)
+    log_p = torch.where(below, lowest + (logits - logits.detach()) / tau, log_p)
     return log_p, Normalizer(z_max.masked_fill(empty, -math.inf), z_sum.masked_fill(empty, 0.0))
 
 
@@ -136,13 +144,34 @@ def _total(log_p: Tensor, log_q: Tensor, div: Divergence) -> Tensor:
     return total.masked_fill((log_q == -math.inf).all(-1) | (log_p == -math.inf).all(-1), 0.0)
 
 
-def _gradient(log_p: Tensor, log_q: Tensor, div: Divergence) -> tuple[Tensor, Tensor]:
-    """g of every entry that counts, 0 elsewhere, and Σ g of every row."""
-    g = _entries(GRADIENTS[div.name], log_p, log_q, div)
-    sum_g = g.sum(-1)
-    if div.name in _G_WITHOUT_Q:
-        sum_g = sum_g - log_q.exp().masked_fill(_counted(log_p, log_q), 0.0).sum(-1)
-    return g, sum_g
+class _Gradient(NamedTuple):
+    """τ·∂D/∂zˢ of every entry (N, V), Σ g of every row, the student's most likely entry, and the first there."""
+
+    entries: Tensor
+    sum_g: Tensor
+    peak: Tensor
+    peak_grad: Tensor
+
+
+def _gradient(log_p: Tensor, log_q: Tensor, div: Divergence) -> _Gradient:
+    """Equation (10) but for its weight, with the free constant c·q of g so that g + c·q is 0 at the student's peak.
+
+    At a peak of mass near 1, g and q·Σ g cancel; there, q·Σ (g + c·q) runs over the other entries only, and keeps its
+    relative accuracy (docs/maths.md, section 4). A peak that does not count, for the teacher has −inf there, is −1.
+    """
+    counted = _counted(log_p, log_q)
+    g, q = _entries(GRADIENTS[div.name], log_p, log_q, div), log_q.exp()
+    top = log_q.argmax(-1, keepdim=True)
+    peak_counts = counted.gather(-1, top)
+    c = torch.where(peak_counts, -g.gather(-1, top) / q.gather(-1, top), 0.0)
+    # 0 times c·q is NaN where that is NaN, so that it is seen.
+    others = (g + c * q).masked_fill(~counted, 0.0).scatter(-1, top, 0.0 * c)
+    left_out = q.masked_fill(counted, 0.0).sum(-1, keepdim=True)
+    total = others.sum(-1, keepdim=True) + (c - float(div.name in _G_WITHOUT_Q)) * left_out
+    entries = (others - q * total).masked_fill(~counted, 0.0)
+    peak = top.where(peak_counts, -1)
+    peak_grad = entries.gather(-1, top).where(peak_counts, 0.0)
+    return _Gradient(entries, *(x.squeeze(-1) for x in (total - c, peak, peak_grad)))
 
 
 def _prepare(student: Tensor, teacher: Tensor, temperature: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,14 +192,29 @@ def token_divergence(
     return _total(_log_softmax(z_t, tau)[0], _log_softmax(z_s, tau)[0], get_divergence(divergence))
 
 
+class TokenSums(NamedTuple):
+    """What is kept of every row: D, the normalisers of student and teacher at τ, and what equation (10) needs.
+
+    `peak` is the student's most likely entry, −1 where the teacher has −inf there, and `peak_grad` τ·∂D/∂zˢ at it.
+    """
+
+    d: Tensor
+    sum_g: Tensor
+    of_student: Normalizer
+    of_teacher: Normalizer
+    peak: Tensor
+    peak_grad: Tensor
+
+
 def token_sums(
     student: Tensor, teacher: Tensor, temperature: Tensor | float, divergence: str | Divergence
-) -> tuple[Tensor, Tensor, Normalizer, Normalizer]:
-    """What is kept of every row: D, Σ g of equation (10), and the normalisers of student and teacher at τ."""
+) -> TokenSums:
+    """`TokenSums` of every row."""
     z_s, z_t, tau = _prepare(student, teacher, temperature)
     div = get_divergence(divergence)
     (log_q, of_student), (log_p, of_teacher) = _log_softmax(z_s, tau), _log_softmax(z_t, tau)
-    return _total(log_p, log_q, div), _gradient(log_p, log_q, div)[1], of_student, of_teacher
+    _, sum_g, peak, peak_grad = _gradient(log_p, log_q, div)
+    return TokenSums(_total(log_p, log_q, div), sum_g, of_student, of_teacher, peak, peak_grad)
 
 
 def token_divergence_grad(
@@ -183,11 +227,10 @@ def token_divergence_grad(
     """Equation (10) without autograd: weight · ∂D/∂zˢ in the student's shape and type."""
     z_s, z_t, tau = _prepare(student, teacher, temperature)
     log_q, log_p = _log_softmax(z_s, tau)[0], _log_softmax(z_t, tau)[0]
-    g, sum_g = _gradient(log_p, log_q, get_divergence(divergence))
     scale = torch.as_tensor(weight, dtype=z_s.dtype, device=z_s.device).expand(z_s.shape[:-1]) / tau
-    entries = scale.unsqueeze(-1) * (g - log_q.exp() * sum_g.unsqueeze(-1))
+    entries = scale.unsqueeze(-1) * _gradient(log_p, log_q, get_divergence(divergence)).entries
     grad = torch.zeros(student.shape, dtype=student.dtype, device=student.device)
-    grad[..., : entries.shape[-1]] = entries.masked_fill(~_counted(log_p, log_q), 0.0).to(student.dtype)
+    grad[..., : entries.shape[-1]] = entries.to(student.dtype)
     return grad
 
 

@@ -1,7 +1,7 @@
 """`adakd::token_divergence`, its backward (out of place and in place), and the autograd function over them.
 
-Between forward and backward only per-token numbers live, next to the logits themselves: temperature, Σg and the two
-normalisers. Probabilities are rebuilt.
+Between forward and backward only per-token numbers live, next to the logits themselves: temperature, Σg, the two
+normalisers, and the gradient of the student's most likely entry. Probabilities are rebuilt.
 """
 
 from __future__ import annotations
@@ -24,44 +24,54 @@ def _divergence(name: str, alpha: float, beta: float) -> Divergence:
     return cls(**{field.name: given[field.name] for field in dataclasses.fields(cls)})
 
 
+Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 @torch.library.custom_op("adakd::token_divergence", mutates_args=())
 def token_divergence(
     student: Tensor, teacher: Tensor, temperature: Tensor, mask: Tensor, divergence: str, alpha: float, beta: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """D(p^τ, q^τ) of every token, and what its gradient needs.
 
     Args:
         student: (B, L, Vˢ) logits.
         teacher: (B, L, Vᵗ) logits; the first min(Vˢ, Vᵗ) entries of both count.
         temperature: (B, L) τ > 0, a constant for the gradient.
-        mask: (B, L) bool; other tokens give (0, 0, 0, 1, 0, 1) and their rows are not read.
+        mask: (B, L) bool; other tokens give (0, 0, 0, 1, 0, 1, −1, 0) and their rows are not read.
         divergence: a name of `DIVERGENCES`; alpha and beta are its parameters.
 
     Returns:
-        (D, Σg, max_s, sum_s, max_t, sum_t), each (B, L) in the accumulation type: equations (1), (7) and (10).
+        (D, Σg, max_s, sum_s, max_t, sum_t, peak, peak_grad), each (B, L) in the accumulation type: equations (1), (7)
+        and (10). `peak` is int64, the student's most likely entry or −1, and `peak_grad` is τ·∂D/∂zˢ at it, which the
+        backward takes instead of (10): where the token is confident, (10) cancels there (docs/maths.md, section 4).
     """
     dtype = reference.accumulation_dtype(student, teacher)
-    out = [torch.full(mask.shape, fill, dtype=dtype, device=mask.device) for fill in (0.0, 0.0, 0.0, 1.0, 0.0, 1.0)]
-    div = _divergence(divergence, alpha, beta)
-    d, sum_g, of_student, of_teacher = reference.token_sums(student[mask], teacher[mask], temperature[mask], div)
-    for result, value in zip(out, (d, sum_g, *of_student, *of_teacher), strict=True):
+    fills = (0.0, 0.0, 0.0, 1.0, 0.0, 1.0, -1, 0.0)
+    dtypes = [dtype] * 6 + [torch.int64, dtype]
+    out = [torch.full(mask.shape, x, dtype=kind, device=mask.device) for x, kind in zip(fills, dtypes, strict=True)]
+    sums = reference.token_sums(student[mask], teacher[mask], temperature[mask], _divergence(divergence, alpha, beta))
+    values = (sums.d, sums.sum_g, *sums.of_student, *sums.of_teacher, sums.peak, sums.peak_grad)
+    for result, value in zip(out, values, strict=True):
         result[mask] = value
-    return out[0], out[1], out[2], out[3], out[4], out[5]
+    return out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7]
 
 
 @token_divergence.register_fake
 def _(
     student: Tensor, teacher: Tensor, temperature: Tensor, mask: Tensor, divergence: str, alpha: float, beta: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Sums:
     dtype = reference.accumulation_dtype(student, teacher)
-    d, sum_g, max_s, sum_s, max_t, sum_t = (torch.empty(mask.shape, dtype=dtype, device=mask.device) for _ in range(6))
-    return d, sum_g, max_s, sum_s, max_t, sum_t
+    d, sum_g, max_s, sum_s, max_t, sum_t, peak_grad = (
+        torch.empty(mask.shape, dtype=dtype, device=mask.device) for _ in range(7)
+    )
+    peak = torch.empty(mask.shape, dtype=torch.int64, device=mask.device)
+    return d, sum_g, max_s, sum_s, max_t, sum_t, peak, peak_grad
 
 
 @register_triton(token_divergence)
 def _(
     student: Tensor, teacher: Tensor, temperature: Tensor, mask: Tensor, divergence: str, alpha: float, beta: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Sums:
     from ..kernels.token_divergence import token_divergence_fwd
 
     return token_divergence_fwd(student, teacher, temperature, mask, divergence, alpha, beta)
@@ -88,6 +98,8 @@ def token_divergence_backward(
     sum_s: Tensor,
     max_t: Tensor,
     sum_t: Tensor,
+    peak: Tensor,
+    peak_grad: Tensor,
     labels: Tensor | None,
     ce_weight: Tensor | None,
     ce_max: Tensor | None,
@@ -101,7 +113,7 @@ def token_divergence_backward(
     Args:
         student, teacher, temperature, divergence, alpha, beta: as in `token_divergence`.
         weight: (B, L) gradient of the loss in D; a token of weight 0 is not read, its gradient is 0.
-        sum_g, max_s, sum_s, max_t, sum_t: (B, L) results of `token_divergence`.
+        sum_g, max_s, sum_s, max_t, sum_t, peak, peak_grad: (B, L) results of `token_divergence`.
         labels, ce_weight, ce_max, ce_sum: (B, L) label, gradient of the loss in the cross-entropy, and the student's
             normaliser at temperature 1; all or none.
 
@@ -165,6 +177,8 @@ def token_divergence_backward_(
     sum_s: Tensor,
     max_t: Tensor,
     sum_t: Tensor,
+    peak: Tensor,
+    peak_grad: Tensor,
     labels: Tensor | None,
     ce_weight: Tensor | None,
     ce_max: Tensor | None,
@@ -175,8 +189,8 @@ def token_divergence_backward_(
 ) -> None:
     """`token_divergence_backward` with the gradient written over the student's logits."""
     grad = token_divergence_backward(
-        student, teacher, temperature, weight, sum_g, max_s, sum_s, max_t, sum_t, labels, ce_weight, ce_max, ce_sum,
-        divergence, alpha, beta,
+        student, teacher, temperature, weight, sum_g, max_s, sum_s, max_t, sum_t, peak, peak_grad, labels, ce_weight,
+        ce_max, ce_sum, divergence, alpha, beta,
     )  # fmt: skip
     student.copy_(grad)
 
@@ -251,13 +265,11 @@ class TokenLosses(torch.autograd.Function):
         inplace: bool,
     ) -> tuple[Tensor, Tensor | None]:
         name, (alpha, beta) = divergence.name, divergence.parameters
-        d, sum_g, max_s, sum_s, max_t, sum_t = token_divergence(student, teacher, temperature, mask, name, alpha, beta)
+        d, *saved = token_divergence(student, teacher, temperature, mask, name, alpha, beta)
         cross_entropy = None
         if labels is not None and ce_mask is not None and ce_max is not None and ce_sum is not None:
             cross_entropy = token_cross_entropy(student, teacher, labels, ce_mask, ce_max, ce_sum)
-        ctx.save_for_backward(
-            student, teacher, temperature, mask, sum_g, max_s, sum_s, max_t, sum_t, labels, ce_mask, ce_max, ce_sum
-        )
+        ctx.save_for_backward(student, teacher, temperature, mask, *saved, labels, ce_mask, ce_max, ce_sum)
         ctx.op_args = (name, alpha, beta)
         ctx.inplace = inplace
         ctx.overwritten = False
@@ -272,12 +284,12 @@ class TokenLosses(torch.autograd.Function):
                 "the first backward wrote the gradient over the student's logits (inplace=True), so there is no second "
                 "one; call the loss with inplace=False to use retain_graph=True"
             )
-        student, teacher, temperature, mask, *normalizers, labels, ce_mask, ce_max, ce_sum = ctx.saved_tensors
+        student, teacher, temperature, mask, *sums, labels, ce_mask, ce_max, ce_sum = ctx.saved_tensors
         weight = grad_d.where(mask, 0.0)
         ce_weight = None
         if labels is not None and ce_mask is not None and grad_ce is not None:
             ce_weight = grad_ce.where(ce_mask, 0.0)
-        args = (teacher, temperature, weight, *normalizers, labels, ce_weight, ce_max, ce_sum, *ctx.op_args)
+        args = (teacher, temperature, weight, *sums, labels, ce_weight, ce_max, ce_sum, *ctx.op_args)
         with torch.no_grad():
             if ctx.inplace:
                 token_divergence_backward_(student, *args)

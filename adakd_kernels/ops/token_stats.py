@@ -26,8 +26,8 @@ def token_stats(student: Tensor, teacher: Tensor, mask: Tensor) -> tuple[Tensor,
     """
     dtype = reference.accumulation_dtype(student, teacher)
     out = [torch.full(mask.shape, fill, dtype=dtype, device=mask.device) for fill in (0.0, 0.0, 1.0, 0.0, 1.0)]
-    hellinger, _, of_student, of_teacher = reference.token_sums(student[mask], teacher[mask], 1.0, "hellinger")
-    for result, value in zip(out, (hellinger, *of_student, *of_teacher), strict=True):
+    sums = reference.token_sums(student[mask], teacher[mask], 1.0, "hellinger")
+    for result, value in zip(out, (sums.d, *sums.of_student, *sums.of_teacher), strict=True):
         result[mask] = value
     return out[0], out[1], out[2], out[3], out[4]
 
