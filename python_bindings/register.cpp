@@ -22,7 +22,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Eight = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 const adakd::Kernels& kernels() {
@@ -101,11 +101,12 @@ Five token_stats(const Tensor& student, const Tensor& teacher, const Tensor& mas
   return {hellinger, max_s, sum_s, max_t, sum_t};
 }
 
-Six token_divergence(const Tensor& student, const Tensor& teacher, const Tensor& temperature, const Tensor& mask,
-                     const std::string& divergence, double alpha, double beta) {
+Eight token_divergence(const Tensor& student, const Tensor& teacher, const Tensor& temperature, const Tensor& mask,
+                       const std::string& divergence, double alpha, double beta) {
   const ScalarType type = accumulation_type(student, teacher);
   const auto fresh = [&] { return torch::stable::new_empty(student, mask.sizes(), type); };
   Tensor d = fresh(), sum_g = fresh(), max_s = fresh(), sum_s = fresh(), max_t = fresh(), sum_t = fresh();
+  Tensor peak = torch::stable::new_empty(student, mask.sizes(), ScalarType::Long), peak_grad = fresh();
   const Tensor tau = numbers(temperature, type), counts = torch::stable::contiguous(mask);
   const adakd::DivergenceCall call{rows_of(student, teacher),
                                    divergence_of(divergence),
@@ -115,9 +116,11 @@ Six token_divergence(const Tensor& student, const Tensor& teacher, const Tensor&
                                    static_cast<const bool*>(counts.data_ptr()),
                                    d.data_ptr(),
                                    sum_g.data_ptr(),
+                                   static_cast<int64_t*>(peak.data_ptr()),
+                                   peak_grad.data_ptr(),
                                    {max_s.data_ptr(), sum_s.data_ptr(), max_t.data_ptr(), sum_t.data_ptr()}};
   for_each_token(kernels().token_divergence, call, mask.numel());
-  return {d, sum_g, max_s, sum_s, max_t, sum_t};
+  return {d, sum_g, max_s, sum_s, max_t, sum_t, peak, peak_grad};
 }
 
 // Asks for large pages under memory that is about to be written for the first time: clearing it page by page as it is
@@ -137,9 +140,10 @@ void touch_in_large_pages(const Tensor& x) {
 
 void write_gradient(const Tensor& out, const Tensor& student, const Tensor& teacher, const Tensor& temperature,
                     const Tensor& weight, const Tensor& sum_g, const Tensor& max_s, const Tensor& sum_s,
-                    const Tensor& max_t, const Tensor& sum_t, const std::optional<Tensor>& labels,
-                    const std::optional<Tensor>& ce_weight, const std::optional<Tensor>& ce_max,
-                    const std::optional<Tensor>& ce_sum, const std::string& divergence, double alpha, double beta) {
+                    const Tensor& max_t, const Tensor& sum_t, const Tensor& peak, const Tensor& peak_grad,
+                    const std::optional<Tensor>& labels, const std::optional<Tensor>& ce_weight,
+                    const std::optional<Tensor>& ce_max, const std::optional<Tensor>& ce_sum,
+                    const std::string& divergence, double alpha, double beta) {
   const ScalarType type = accumulation_type(student, teacher);
   const auto optional_numbers = [type](const std::optional<Tensor>& x) {
     return x.has_value() ? std::optional<Tensor>(numbers(*x, type)) : std::nullopt;
@@ -147,6 +151,7 @@ void write_gradient(const Tensor& out, const Tensor& student, const Tensor& teac
   const Tensor tau = numbers(temperature, type), w = numbers(weight, type), g = numbers(sum_g, type);
   const Tensor m_s = numbers(max_s, type), l_s = numbers(sum_s, type);
   const Tensor m_t = numbers(max_t, type), l_t = numbers(sum_t, type);
+  const Tensor top = numbers(peak, ScalarType::Long), top_grad = numbers(peak_grad, type);
   const auto ce_w = optional_numbers(ce_weight), ce_m = optional_numbers(ce_max), ce_l = optional_numbers(ce_sum);
   const auto ids = labels.has_value() ? std::optional<Tensor>(numbers(*labels, ScalarType::Long)) : std::nullopt;
   const adakd::GradientCall call{rows_of(student, teacher),
@@ -159,6 +164,8 @@ void write_gradient(const Tensor& out, const Tensor& student, const Tensor& teac
                                  w.data_ptr(),
                                  g.data_ptr(),
                                  {m_s.data_ptr(), l_s.data_ptr(), m_t.data_ptr(), l_t.data_ptr()},
+                                 static_cast<const int64_t*>(top.data_ptr()),
+                                 top_grad.data_ptr(),
                                  static_cast<const int64_t*>(data_of(ids)),
                                  data_of(ce_w),
                                  data_of(ce_m),
@@ -168,25 +175,26 @@ void write_gradient(const Tensor& out, const Tensor& student, const Tensor& teac
 
 Tensor token_divergence_backward(const Tensor& student, const Tensor& teacher, const Tensor& temperature,
                                  const Tensor& weight, const Tensor& sum_g, const Tensor& max_s, const Tensor& sum_s,
-                                 const Tensor& max_t, const Tensor& sum_t, const std::optional<Tensor>& labels,
+                                 const Tensor& max_t, const Tensor& sum_t, const Tensor& peak,
+                                 const Tensor& peak_grad, const std::optional<Tensor>& labels,
                                  const std::optional<Tensor>& ce_weight, const std::optional<Tensor>& ce_max,
                                  const std::optional<Tensor>& ce_sum, const std::string& divergence, double alpha,
                                  double beta) {
   Tensor out = torch::stable::new_empty(student, student.sizes());
   touch_in_large_pages(out);
-  write_gradient(out, student, teacher, temperature, weight, sum_g, max_s, sum_s, max_t, sum_t, labels, ce_weight,
-                 ce_max, ce_sum, divergence, alpha, beta);
+  write_gradient(out, student, teacher, temperature, weight, sum_g, max_s, sum_s, max_t, sum_t, peak, peak_grad,
+                 labels, ce_weight, ce_max, ce_sum, divergence, alpha, beta);
   return out;
 }
 
 void token_divergence_backward_(Tensor student, const Tensor& teacher, const Tensor& temperature, const Tensor& weight,
                                 const Tensor& sum_g, const Tensor& max_s, const Tensor& sum_s, const Tensor& max_t,
-                                const Tensor& sum_t, const std::optional<Tensor>& labels,
-                                const std::optional<Tensor>& ce_weight, const std::optional<Tensor>& ce_max,
-                                const std::optional<Tensor>& ce_sum, const std::string& divergence, double alpha,
-                                double beta) {
-  write_gradient(student, student, teacher, temperature, weight, sum_g, max_s, sum_s, max_t, sum_t, labels, ce_weight,
-                 ce_max, ce_sum, divergence, alpha, beta);
+                                const Tensor& sum_t, const Tensor& peak, const Tensor& peak_grad,
+                                const std::optional<Tensor>& labels, const std::optional<Tensor>& ce_weight,
+                                const std::optional<Tensor>& ce_max, const std::optional<Tensor>& ce_sum,
+                                const std::string& divergence, double alpha, double beta) {
+  write_gradient(student, student, teacher, temperature, weight, sum_g, max_s, sum_s, max_t, sum_t, peak, peak_grad,
+                 labels, ce_weight, ce_max, ce_sum, divergence, alpha, beta);
 }
 
 }  // namespace

@@ -12,14 +12,44 @@
 namespace adakd {
 namespace ADAKD_ISA {
 
+// The parameters and what they lack of 1. The larger of two weights is taken from the smaller: so neither loses digits, and
+// they add up to 1.
 template <class V> struct Parameters {
-  V alpha, beta;
+  V alpha, rest_of_alpha, beta, rest_of_beta;
+  V both, low_of_both;  // α + β, and what its rounding left out
+  bool lopsided;        // a mixture of them is next to one of its parts
+
+  Parameters(double alpha, double beta) {
+    split(alpha, this->alpha, rest_of_alpha);
+    split(beta, this->beta, rest_of_beta);
+    both = constant<V>(alpha + beta);
+    low_of_both = constant<V>(alpha + beta - static_cast<Scalar<V>>(alpha + beta));
+    lopsided = is_lopsided(alpha) || is_lopsided(beta);
+  }
+
+  // The same numbers, rounded as they are, for one entry.
+  Parameters<double> in_double() const {
+    Parameters<double> x(0.0, 0.0);
+    x.alpha = alpha[0], x.rest_of_alpha = rest_of_alpha[0], x.beta = beta[0], x.rest_of_beta = rest_of_beta[0];
+    x.both = both[0], x.low_of_both = low_of_both[0], x.lopsided = lopsided;
+    return x;
+  }
+
+ private:
+  static void split(double x, V& part, V& rest) {
+    part = constant<V>(x);
+    rest = constant<V>(1.0 - x);
+    if (0.5 < x && x < 1.0) part = constant<V>(1.0) - rest;
+    if (x <= 0.5) rest = constant<V>(1.0) - part;
+  }
+  static bool is_lopsided(double x) { return x != 0.0 && !(0.01 < x && x < 0.99); }
 };
 
 // What the classes share. kTwoSweeps: f and g need the normalisers first. kWithoutQ: g leaves out the term q, which
 // cancels in (10) while every entry counts; where entries are left out, their mass comes off Σg instead.
+// kSign: of a log-ratio, g takes nothing but the sign.
 template <class V> struct Terms {
-  static constexpr bool kTwoSweeps = false, kWithoutQ = false;
+  static constexpr bool kTwoSweeps = false, kWithoutQ = false, kSign = false;
   const Parameters<V>& parameters;
   explicit Terms(const Parameters<V>& parameters) : parameters(parameters) {}
 };
@@ -29,20 +59,30 @@ template <class V> struct Entry {
   V log_q, log_p, gap;
 };
 
-template <class V> ADAKD_INLINE V constant(double x) { return broadcast<V>(static_cast<Scalar<V>>(x)); }
-
 // p and q over the larger of them, and that one.
 template <class V> struct Ratios {
-  V top, r_p, r_q;
+  V top, low, r_p, r_q;
 
   ADAKD_INLINE explicit Ratios(const Entry<V>& at) {
-    const V one = constant<V>(1.0), low = exp2(-absolute(at.gap));
+    const V one = constant<V>(1.0);
+    low = exp2(-absolute(at.gap));
     const Mask<V> q_above = at.gap > 0;
     top = exp2(max(at.log_q, at.log_p));
     r_p = q_above ? low : one;
     r_q = q_above ? one : low;
   }
 };
+
+// log2 of a mixture over the larger of its parts: 1 less `weight`, of the smaller part, times what that lacks of 1.
+template <class V> ADAKD_INLINE V log2_of_mixture(V mix, V weight, const Ratios<V>& r, bool lopsided) {
+  V result = log2(mix);
+  if (lopsided) {
+    // Next to 1, `mix` has few digits of what it lacks: what its rounding left out is added.
+    const V one = constant<V>(1.0);
+    result += constant<V>(kLog2e) * (weight * (r.low - one) - (mix - one));
+  }
+  return result;
+}
 
 template <class V> struct ForwardKL : Terms<V> {
   using Terms<V>::Terms;
@@ -74,7 +114,7 @@ template <class V> struct Hellinger : Terms<V> {
 };
 
 template <class V> struct TotalVariation : Terms<V> {
-  static constexpr bool kTwoSweeps = true;
+  static constexpr bool kTwoSweeps = true, kSign = true;
   using Terms<V>::Terms;
   static ADAKD_INLINE V sign(const Entry<V>& at) {
     const V one = constant<V>(1.0), zero = V{};
@@ -97,8 +137,9 @@ template <class V> struct JensenShannon : Terms<V> {
   using Terms<V>::parameters;
   // log2(q/m), and log2 m over the larger of p and q.
   ADAKD_INLINE V log_q_over_mixture(const Entry<V>& at, const Ratios<V>& r, V& log_mix) const {
-    const V beta = parameters.beta;
-    log_mix = log2(fma(beta, r.r_p, (constant<V>(1.0) - beta) * r.r_q));
+    const V mix = fma(parameters.beta, r.r_p, parameters.rest_of_beta * r.r_q);
+    const V smaller = at.gap > 0 ? parameters.beta : parameters.rest_of_beta;
+    log_mix = log2_of_mixture(mix, smaller, r, parameters.lopsided);
     return min(V{}, at.gap) - log_mix;
   }
   ADAKD_INLINE void terms(const Entry<V>& at, V& f, V& g) const {
@@ -106,13 +147,13 @@ template <class V> struct JensenShannon : Terms<V> {
     V log_mix;
     const V q_term = log_q_over_mixture(at, r, log_mix), p_term = min(V{}, -at.gap) - log_mix;
     const V scale = constant<V>(kLn2) * r.top;
-    g = (constant<V>(1.0) - parameters.beta) * scale * r.r_q * q_term;
+    g = parameters.rest_of_beta * scale * r.r_q * q_term;
     f = fma(parameters.beta * scale * r.r_p, p_term, g);
   }
   ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {
     const Ratios<V> r(at);
     V log_mix;
-    const V weight = w * (constant<V>(1.0) - parameters.beta) * constant<V>(kLn2);
+    const V weight = w * parameters.rest_of_beta * constant<V>(kLn2);
     return r.top * r.r_q * fma(weight, log_q_over_mixture(at, r, log_mix), -w_sum_g);
   }
 };
@@ -123,14 +164,15 @@ template <class V> struct SkewForwardKL : Terms<V> {
   using Terms<V>::parameters;
   ADAKD_INLINE void terms(const Entry<V>& at, V& f, V& g) const {
     const Ratios<V> r(at);
-    const V rest = constant<V>(1.0) - parameters.alpha;
+    const V rest = parameters.rest_of_alpha;
     const V mix = fma(parameters.alpha, r.r_p, rest * r.r_q), p = r.top * r.r_p;
-    f = constant<V>(kLn2) * p * (min(V{}, -at.gap) - log2(mix));
+    const V smaller = at.gap > 0 ? parameters.alpha : rest;
+    f = constant<V>(kLn2) * p * (min(V{}, -at.gap) - log2_of_mixture(mix, smaller, r, parameters.lopsided));
     g = -rest * p * (r.r_q / mix);
   }
   ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {
     const Ratios<V> r(at);
-    const V rest = constant<V>(1.0) - parameters.alpha;
+    const V rest = parameters.rest_of_alpha;
     const V mix = fma(parameters.alpha, r.r_p, rest * r.r_q);
     return -(r.top * r.r_q) * fma(w * rest, r.r_p / mix, w_sum_g);
   }
@@ -142,8 +184,9 @@ template <class V> struct SkewReverseKL : Terms<V> {
   using Terms<V>::parameters;
   // log2(q/m)·ln 2 and α·q/m.
   ADAKD_INLINE void parts(const Entry<V>& at, const Ratios<V>& r, V& log_ratio, V& share) const {
-    const V mix = fma(parameters.alpha, r.r_q, (constant<V>(1.0) - parameters.alpha) * r.r_p);
-    log_ratio = constant<V>(kLn2) * (min(V{}, at.gap) - log2(mix));
+    const V mix = fma(parameters.alpha, r.r_q, parameters.rest_of_alpha * r.r_p);
+    const V smaller = at.gap > 0 ? parameters.rest_of_alpha : parameters.alpha;
+    log_ratio = constant<V>(kLn2) * (min(V{}, at.gap) - log2_of_mixture(mix, smaller, r, parameters.lopsided));
     share = parameters.alpha * (r.r_q / mix);
   }
   ADAKD_INLINE void terms(const Entry<V>& at, V& f, V& g) const {
@@ -168,19 +211,20 @@ template <class V> struct AlphaBeta : Terms<V> {
   using Terms<V>::parameters;
   // p^(α+β), q^(α+β) and p^α·q^β, each over the first result.
   ADAKD_INLINE V powers(const Entry<V>& at, V& p_ab, V& q_ab, V& mixed) const {
-    const V alpha = parameters.alpha, beta = parameters.beta, both = alpha + beta, one = constant<V>(1.0);
+    const V both = parameters.both, one = constant<V>(1.0);
     const Mask<V> q_above = at.gap > 0;
     const V low = exp2(-both * absolute(at.gap));
-    mixed = exp2(q_above ? -alpha * at.gap : beta * at.gap);
+    mixed = exp2(q_above ? -parameters.alpha * at.gap : parameters.beta * at.gap);
     p_ab = q_above ? low : one;
     q_ab = q_above ? one : low;
-    return exp2(both * max(at.log_q, at.log_p));
+    const V top = max(at.log_q, at.log_p);
+    return exp2(fma(parameters.low_of_both, top, both * top));
   }
   ADAKD_INLINE void terms(const Entry<V>& at, V& f, V& g) const {
     const V alpha = parameters.alpha, beta = parameters.beta, one = constant<V>(1.0);
     V p_ab, q_ab, mixed;
     const V scale = powers(at, p_ab, q_ab, mixed);
-    f = scale * fma(alpha, p_ab - mixed, beta * (q_ab - mixed)) * (one / (alpha * beta * (alpha + beta)));
+    f = scale * fma(alpha, p_ab - mixed, beta * (q_ab - mixed)) * (one / (alpha * beta * parameters.both));
     g = scale * (q_ab - mixed) * (one / alpha);
   }
   ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {

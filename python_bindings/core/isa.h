@@ -1,4 +1,5 @@
 // The kernels of one instruction set. Compiled once for each, with ADAKD_ISA naming it.
+#include "token_divergence.h"
 #include "token_divergence_backward.h"
 #include "token_stats.h"
 

@@ -57,6 +57,8 @@ struct DivergenceCall {
   const void* temperature;
   const bool* mask;
   void *d, *sum_g;
+  int64_t* peak;
+  void* peak_grad;
   Normalizers out;
 };
 
@@ -68,6 +70,8 @@ struct GradientCall {
   int64_t student_vocab;  // entries from `vocab` on get gradient 0
   const void *temperature, *weight, *sum_g;
   Normalizers in;
+  const int64_t* peak;
+  const void* peak_grad;
   const int64_t* labels;  // null: no cross-entropy
   const void *ce_weight, *ce_max, *ce_sum;
 };

@@ -43,6 +43,8 @@ typedef int64_t Longs __attribute__((vector_size(kBytes)));
 template <class V> struct Traits;
 template <> struct Traits<Floats> { using Scalar = float; using Mask = Ints; static constexpr int size = kBytes / 4; };
 template <> struct Traits<Doubles> { using Scalar = double; using Mask = Longs; static constexpr int size = kBytes / 8; };
+// One double, for what a row has one of: the divergences' formulas take it as they take vectors.
+template <> struct Traits<double> { using Scalar = double; using Mask = bool; static constexpr int size = 1; };
 template <class V> using Scalar = typename Traits<V>::Scalar;
 template <class V> using Mask = typename Traits<V>::Mask;
 template <class V> constexpr int kLanes = Traits<V>::size;
@@ -51,6 +53,7 @@ struct Bf16 { uint16_t bits; };
 struct Half { uint16_t bits; };
 
 template <class V> ADAKD_INLINE V broadcast(Scalar<V> x) { return x - V{}; }  // x - 0 keeps the sign of a zero
+template <class V> ADAKD_INLINE V constant(double x) { return broadcast<V>(static_cast<Scalar<V>>(x)); }
 
 // a·b + c, in one rounding where the processor has it (kFused).
 #if defined(__AVX2__)
@@ -93,6 +96,31 @@ ADAKD_INLINE Doubles min(Doubles a, Doubles b) { return a < b ? a : b; }
 
 ADAKD_INLINE Floats absolute(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
 ADAKD_INLINE Doubles absolute(Doubles x) { return (Doubles)((Longs)x & 0x7fffffffffffffff); }
+
+inline double fma(double a, double b, double c) { return a * b + c; }
+inline double max(double a, double b) { return a > b ? a : b; }
+inline double min(double a, double b) { return a < b ? a : b; }
+inline double absolute(double x) { return std::fabs(x); }
+inline double exp2(double x) { return std::exp2(x); }
+inline double log2(double x) { return std::log2(x); }
+
+// Whether any lane of a comparison holds.
+ADAKD_INLINE bool any(Ints mask) {
+#if defined(ADAKD_AVX512)
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+  int32_t some = 0;
+  for (int i = 0; i < kLanes<Floats>; ++i) some |= mask[i];
+  return some != 0;
+#endif
+}
+ADAKD_INLINE bool any(Longs mask) {
+  int64_t some = 0;
+  for (int i = 0; i < kLanes<Doubles>; ++i) some |= mask[i];
+  return some != 0;
+}
 
 // Whether every lane of both is neither infinite nor NaN.
 ADAKD_INLINE bool all_finite(Floats a, Floats b) {

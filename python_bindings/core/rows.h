@@ -1,6 +1,8 @@
 // What the kernels share: where a row lies, reading a piece of it in another type, and the running normaliser of a row.
 #pragma once
 
+#include <limits>
+
 #include "exp_log.h"
 #include "kernels.h"
 
@@ -12,8 +14,8 @@ constexpr int kBlock = 4096;
 constexpr float kInfinity = __builtin_inff();
 constexpr double kLn2 = 0.69314718055994530942;
 constexpr double kLog2e = 1.44269504088896340736;
-// Where an entry may be -inf, differences of logits are kept above this, so that their products with 0 stay finite.
-constexpr float kLowest = -1.0e30f;
+// Differences of fp64 logits are kept above this, so that their sums and their products with 0 stay finite.
+constexpr double kLowest = -1.0e290;
 
 struct Row {
   const char* data;
@@ -65,6 +67,17 @@ template <class V> inline int widen_block(const Row& row, int64_t start, int n, 
   return padded;
 }
 
+// One logit.
+inline double entry_of(const Row& row, int64_t i) {
+  switch (row.type) {
+    case Type::kFloat: return widen(reinterpret_cast<const float*>(row.data)[i]);
+    case Type::kBf16: return widen(reinterpret_cast<const Bf16*>(row.data)[i]);
+    case Type::kHalf: return widen(reinterpret_cast<const Half*>(row.data)[i]);
+    case Type::kDouble: return reinterpret_cast<const double*>(row.data)[i];
+  }
+  __builtin_unreachable();
+}
+
 template <class T, class S> inline void narrow_entries(const S* from, int n, char* data, int64_t start) {
   T* p = reinterpret_cast<T*>(data) + start;
   for (int i = 0; i < n; ++i) narrow(from[i], &p[i]);
@@ -79,8 +92,25 @@ template <class S> inline void narrow_block(const S* from, int n, Type type, cha
   }
 }
 
-// Powers of two in a unit of logits at temperature τ, as the kernel's type has it.
-template <class V> inline double scale_of(double tau) { return static_cast<Scalar<V>>(kLog2e / tau); }
+// The temperature of a token. Subnormal ones read as 0 while FlushSubnormals lives, and 1/τ would not be finite.
+template <class S> inline double temperature_of(const void* temperatures, int64_t n) {
+  constexpr double kLeast = std::numeric_limits<S>::min();
+  const double tau = static_cast<const S*>(temperatures)[n];
+  return tau < kLeast ? kLeast : tau;
+}
+
+// Powers of two in a unit of logits at temperature τ, as the kernel's type has it: never 0, whose product with -inf is NaN.
+template <class V> inline double scale_of(double tau) {
+  constexpr double kLeast = std::numeric_limits<Scalar<V>>::min();
+  const double scale = kLog2e / tau;
+  return scale < kLeast ? kLeast : static_cast<Scalar<V>>(scale);
+}
+
+// A number in the type that it is stored in: the largest finite one stands for those beyond. NaN stays NaN.
+template <class S> inline S saturated(double x) {
+  constexpr double kMost = std::numeric_limits<S>::max();
+  return static_cast<S>(x > kMost ? kMost : x < -kMost ? -kMost : x);
+}
 
 // Σ exp of a row so far, relative to an anchor: a logit of the row near its maximum. -inf while none is finite.
 struct Side {
@@ -99,6 +129,11 @@ struct Side {
     anchor = to;
     return factor;
   }
+  // The mass of one logit.
+  double mass(double logit, double scale) const {
+    return logit == -kInfinity ? 0.0 : std::exp2((logit - origin()) * scale);
+  }
+  void include(double logit) { max = logit > max ? logit : max; }
 };
 
 // Max and sum of a row as they are kept; an empty row is (-inf, 0). `scale` as in the fold of the sum.
@@ -113,31 +148,125 @@ template <class S> inline void store_ignored(const Normalizers& out, int64_t n) 
   static_cast<S*>(out.sum_s)[n] = static_cast<S*>(out.sum_t)[n] = 1;
 }
 
-// Takes two rows through a fold, block by block. The fold has add<kGuarded, V>(s, t, n), which adds n entries and is
-// false, having added none, if they need guards.
-template <class V, class Fold> inline void sweep(const Row& s, const Row& t, int64_t vocab, Fold& fold) {
-  alignas(64) Scalar<V> wide_s[kBlock], wide_t[kBlock];
-  constexpr int kStep = 2 * kLanes<V>;
-  for (int64_t start = 0; start < vocab;) {
-    const int64_t left = vocab - start;
-    int n = static_cast<int>(left < kBlock ? left : kBlock);
-    bool added = false;
-    if (n >= kStep) {
-      added = directly<V>(s, t, false, [&](auto entry) {
-        using T = decltype(entry);
-        n -= n % kStep;  // the rest of the row is a block of its own, and widened
-        return fold.template add<false, V>(reinterpret_cast<const T*>(s.data) + start,
-                                           reinterpret_cast<const T*>(t.data) + start, n);
-      });
-    }
-    if (!added) {
-      widen_block<V>(s, start, n, wide_s);
-      const int padded = widen_block<V>(t, start, n, wide_t);
-      fold.template add<true, V>(wide_s, wide_t, padded);
-    }
-    start += n;
+// The student's most likely entry, or one that is next to it: the only entry that may be confident. What a fold adds up
+// for the gradient leaves it out, and so keeps the accuracy of what lies beside it (docs/maths.md, section 4).
+struct Peak {
+  int64_t index = -1;
+  double s = -kInfinity, t = -kInfinity;  // its logits
+
+  bool exists() const { return index >= 0; }
+  // Whether it is an entry of D: the teacher may have -inf there.
+  bool counts() const { return exists() && t != -kInfinity; }
+  // Whether a logit lies so far above that it may be confident: then it is the peak. An eighth of its mass is beside it
+  // otherwise, and nothing cancels.
+  bool passed_by(double logit, double scale) const {
+    return logit > s && (!exists() || !((logit - s) * scale <= 3.0));
   }
-}
+};
+
+// What a row gives: D and what its gradient needs besides the normalisers.
+struct RowResult {
+  double d = 0.0, sum_g = 0.0;
+  int64_t peak = -1;  // the entry whose gradient is peak_grad instead of (10)'s; -1: none
+  double peak_grad = 0.0;
+
+  // From c, for which g + c·q is 0 at the peak, the peak's q, and Σ(g + c·q) over the other entries.
+  void set_gradient(int64_t index, double q, double c, double others) {
+    sum_g = others - c;
+    peak = index;
+    peak_grad = -q * others;
+  }
+};
+
+// What became of a block that a fold was asked to add.
+enum class Added {
+  kYes,
+  kNotInThisType,  // a sum is not finite: an entry at -inf needs guards, or the numbers leave the type's range
+  kNewPeak,        // nothing was added: the block's largest logit passes the peak
+};
+
+// Takes two rows through a fold, block by block. The fold has add<kGuarded, V>(s, t, n), and, where it keeps a peak,
+// take_peak(peak) and passing, the logit of the new one. A block goes to it as it lies in memory; then, if need be,
+// widened and with guards; then in double, which holds every difference of logits of the other types.
+template <class V, class Fold> class Sweep {
+ public:
+  Sweep(const Row& s, const Row& t, Fold& fold) : s_(s), t_(t), fold_(fold) {}
+
+  void range(int64_t begin, int64_t end) {
+    for (int64_t start = begin; start < end;) {
+      const int64_t left = end - start;
+      int n = static_cast<int>(left < kBlock ? left : kBlock);
+      Added added = Added::kNotInThisType;
+      if (n >= kStep) {
+        added = directly<V>(s_, t_, added, [&](auto entry) {
+          using T = decltype(entry);
+          n -= n % kStep;  // the rest of the row is a block of its own, and widened
+          return fold_.template add<false, V>(reinterpret_cast<const T*>(s_.data) + start,
+                                              reinterpret_cast<const T*>(t_.data) + start, n);
+        });
+      }
+      if (added == Added::kNotInThisType) added = widened(start, n, -1);
+      if constexpr (Fold::kPeak) {
+        if (added == Added::kNewPeak) with_new_peak(start, n);
+      }
+      start += n;
+    }
+  }
+
+  // A range that holds the peak, but for the peak.
+  void around(int64_t begin, int64_t end, int64_t peak) {
+    const int64_t first = begin + (peak - begin) / kStep * kStep, last = first + kStep < end ? first + kStep : end;
+    range(begin, first);
+    widened(first, static_cast<int>(last - first), peak);
+    range(last, end);
+  }
+
+ private:
+  static constexpr int kStep = 2 * kLanes<V>;
+
+  Added widened(int64_t start, int n, int64_t left_out) {
+    const Added added = widened_to<V>(start, n, left_out);
+    if constexpr (sizeof(Scalar<V>) == 4) {
+      if (added == Added::kNotInThisType) return widened_to<Doubles>(start, n, left_out);
+    }
+    return added;
+  }
+
+  // Not inlined: its arrays would be on the stack of every call.
+  template <class W> __attribute__((noinline)) Added widened_to(int64_t start, int n, int64_t left_out) {
+    alignas(64) Scalar<W> wide_s[kBlock], wide_t[kBlock];
+    widen_block<W>(s_, start, n, wide_s);
+    const int padded = widen_block<W>(t_, start, n, wide_t);
+    if (left_out >= 0) wide_s[left_out - start] = wide_t[left_out - start] = -kInfinity;
+    return fold_.template add<true, W>(wide_s, wide_t, padded);
+  }
+
+  void with_new_peak(int64_t start, int n) {
+    const int64_t index = start + find(start, n, fold_.passing);
+    fold_.take_peak(Peak{index, entry_of(s_, index), entry_of(t_, index)});
+    around(start, start + n, index);
+  }
+
+  // The place of a block's largest student logit.
+  int find(int64_t start, int n, double logit) const {
+    int from = 0;
+    directly<V>(s_, s_, 0, [&](auto entry) {
+      using T = decltype(entry);
+      const T* const p = reinterpret_cast<const T*>(s_.data) + start;
+      const V wanted = broadcast<V>(static_cast<Scalar<V>>(logit));
+      for (; from + kStep <= n; from += kStep) {
+        const Pair<V> z = load_pair(p + from);
+        if (any((z.first == wanted) | (z.second == wanted))) break;
+      }
+      return 0;
+    });
+    while (from < n - 1 && entry_of(s_, start + from) != logit) ++from;
+    return from;
+  }
+
+  const Row &s_, &t_;
+  Fold& fold_;
+};
 
 // Calls step(offset) for every pair of vectors of a block of n entries, and flush() after every few of them.
 template <class V, class Step, class Flush> ADAKD_INLINE void for_each_pair(int n, Step step, Flush flush) {

@@ -1,24 +1,39 @@
 // `token_divergence_backward`: equation (10) for a token, plus the gradient of its cross-entropy where labels are given.
 //
 // p and q are rebuilt from the normalisers. Reads each logit once and writes each entry once, past the cache unless the
-// gradient takes the place of the student's logits. Nothing is stored before its logits are known to be finite, so that a
-// group of entries with one at -inf can be computed again with guards, in place too.
+// gradient takes the place of the student's logits; then the peak's again, whose gradient the forward knows better.
+// Nothing is stored before its logits are known to be finite, so that a group of entries with one at -inf can be computed
+// again with guards, and in double where that is not enough, in place too.
 #pragma once
 
-#include "token_divergence.h"
+#include "two_sweeps.h"
 
 namespace adakd {
 namespace ADAKD_ISA {
+
+// What the gradient of one token takes besides its logits.
+struct TokenNumbers {
+  double alpha, beta, scale, max_s, sum_s, max_t, sum_t, w, w_sum_g, ce_max, ce_factor;
+
+  template <class V> Normalized normalized() const { return Normalized::kept<V>(scale, max_s, sum_s, max_t, sum_t); }
+};
 
 // The gradient of one token, entry by entry.
 template <class V, class D, bool kCrossEntropy> struct Gradient {
   using S = Scalar<V>;
   using Divergence = typename D::template Of<V>;
+  using InDouble = Gradient<Doubles, D, kCrossEntropy>;
   static constexpr bool kDivergence = !std::is_same<Divergence, None<V>>::value;
 
+  const TokenNumbers& numbers;
   const Parameters<V> parameters;
   const Frame<V> frame;
   const V w, w_sum_g, ce_max, ce_factor;
+
+  explicit Gradient(const TokenNumbers& x)
+      : numbers(x), parameters(x.alpha, x.beta), frame(x.template normalized<V>()),
+        w(constant<V>(x.w)), w_sum_g(constant<V>(x.w_sum_g)), ce_max(constant<V>(x.ce_max)),
+        ce_factor(constant<V>(x.ce_factor)) {}
 
   // ∂L/∂zs of an entry, and in `check` something that is finite only where no guard was needed.
   template <bool kGuarded> ADAKD_INLINE V entry(V zs, V zt, V& check) const {
@@ -49,12 +64,16 @@ template <class V, class D, bool kCrossEntropy> struct Gradient {
     return n;
   }
 
-  // n entries, a multiple of a pair of vectors, from scratch memory to scratch memory.
-  void guarded(const S* s, const S* t, S* out, int n) const {
+  // n entries, a multiple of a pair of vectors, from scratch memory to scratch memory; whether all came out finite.
+  bool guarded(const S* s, const S* t, S* out, int n) const {
+    V zero = V{}, sum = zero;
     for (int i = 0; i < n; i += kLanes<V>) {
       V check;
-      store(out + i, entry<true>(load<V>(s + i), load<V>(t + i), check));
+      const V gradient = entry<true>(load<V>(s + i), load<V>(t + i), check);
+      sum += gradient * zero;  // 0, or NaN
+      store(out + i, gradient);
     }
+    return !any(sum != zero);
   }
 };
 
@@ -65,18 +84,33 @@ struct OneRow {
   int64_t label;  // -1: none
   double ce_weight;
   bool in_place, finite;
+
+  // The gradient of the cross-entropy in one logit.
+  double cross_entropy_at(int64_t i, const TokenNumbers& x) const {
+    if (ce_weight == 0.0) return 0.0;
+    return x.ce_factor * std::exp2((entry_of(s, i) - x.ce_max) * kLog2e) - (i == label ? ce_weight : 0.0);
+  }
 };
 
-template <class V, class G> void gradient_row(const G& gradient, const OneRow& row) {
+// n entries with guards, widened. Not inlined: its arrays would be on the stack of every row.
+template <class V, class G> __attribute__((noinline)) bool guarded_entries(const G& gradient, const OneRow& row,
+                                                                           int64_t start, int n) {
   using S = Scalar<V>;
   alignas(64) S wide_s[kBlock], wide_t[kBlock], wide_out[kBlock];
+  widen_block<V>(row.s, start, n, wide_s);
+  const bool finite = gradient.guarded(wide_s, wide_t, wide_out, widen_block<V>(row.t, start, n, wide_t));
+  if (sizeof(S) == 4 && !finite) return false;
+  if (start <= row.label && row.label < start + n) wide_out[row.label - start] -= static_cast<S>(row.ce_weight);
+  narrow_block(wide_out, n, row.s.type, row.out, start);
+  return true;
+}
+
+template <class V, class G> void gradient_row(const G& gradient, const OneRow& row) {
   constexpr int kStep = 2 * kLanes<V>;
   const bool direct = row.finite && directly<V>(row.s, row.t, false, [](auto) { return true; });
   const auto guarded = [&](int64_t start, int n) {
-    widen_block<V>(row.s, start, n, wide_s);
-    gradient.guarded(wide_s, wide_t, wide_out, widen_block<V>(row.t, start, n, wide_t));
-    if (start <= row.label && row.label < start + n) wide_out[row.label - start] -= static_cast<S>(row.ce_weight);
-    narrow_block(wide_out, n, row.s.type, row.out, start);
+    if (guarded_entries<V>(gradient, row, start, n)) return;
+    guarded_entries<Doubles>(typename G::InDouble(gradient.numbers), row, start, n);
   };
   const auto fast = [&](int64_t start, int n) {
     return directly<V>(row.s, row.t, 0, [&](auto entry) {
@@ -129,12 +163,18 @@ template <class V> void token_divergence_backward_row(const GradientCall& call, 
     end_of_stream();
     return;
   }
-  const double tau = number(call.temperature), w = weight / tau, w_sum_g = w * number(call.sum_g);
-  const Frame<V> frame(scale_of<V>(tau), number(call.in.max_s), number(call.in.sum_s), number(call.in.max_t),
-                       number(call.in.sum_t));
-  const double ce_factor = ce_weight == 0.0 ? 0.0 : ce_weight / number(call.ce_sum);
-  const double ce_max = ce_weight == 0.0 ? 0.0 : number(call.ce_max);
-  const Parameters<V> parameters{constant<V>(call.alpha), constant<V>(call.beta)};
+  const double tau = temperature_of<S>(call.temperature, n), w = weight / tau;
+  const TokenNumbers x{call.alpha,
+                       call.beta,
+                       scale_of<V>(tau),
+                       number(call.in.max_s),
+                       number(call.in.sum_s),
+                       number(call.in.max_t),
+                       number(call.in.sum_t),
+                       w,
+                       w * number(call.sum_g),
+                       ce_weight == 0.0 ? 0.0 : number(call.ce_max),
+                       ce_weight == 0.0 ? 0.0 : ce_weight / number(call.ce_sum)};
   const OneRow row{row_of(rows.student, n, rows.tokens),
                    row_of(rows.teacher, n, rows.tokens),
                    out,
@@ -142,19 +182,22 @@ template <class V> void token_divergence_backward_row(const GradientCall& call, 
                    ce_weight == 0.0 ? -1 : call.labels[n],
                    ce_weight,
                    call.grad.data == rows.student.data,
-                   std::isfinite(w + w_sum_g + ce_factor + ce_max) && (weight == 0.0 || frame.finite())};
+                   std::isfinite(x.w + x.w_sum_g + x.ce_factor + x.ce_max) &&
+                       (weight == 0.0 || std::isfinite(x.max_s + x.max_t + std::log2(x.sum_s) + std::log2(x.sum_t)))};
+  const int64_t peak = weight == 0.0 ? -1 : call.peak[n];
+  // In place, the peak's logit is gone after the row.
+  S at_peak = peak < 0 ? S{0} : static_cast<S>(w * number(call.peak_grad) + row.cross_entropy_at(peak, x));
   with_divergence(weight == 0.0 ? Divergence::kNone : call.divergence, [&](auto tag) {
     using D = decltype(tag);
-    const V v_w = constant<V>(w), v_w_sum_g = constant<V>(w_sum_g);
-    const V v_ce_max = constant<V>(ce_max), v_ce_factor = constant<V>(ce_factor);
     if (ce_weight == 0.0) {
-      gradient_row<V>(Gradient<V, D, false>{parameters, frame, v_w, v_w_sum_g, v_ce_max, v_ce_factor}, row);
+      gradient_row<V>(Gradient<V, D, false>(x), row);
     } else {
-      gradient_row<V>(Gradient<V, D, true>{parameters, frame, v_w, v_w_sum_g, v_ce_max, v_ce_factor}, row);
+      gradient_row<V>(Gradient<V, D, true>(x), row);
     }
   });
   std::memset(out + rows.vocab * width, 0, (call.student_vocab - rows.vocab) * width);
   end_of_stream();
+  if (peak >= 0) narrow_block(&at_peak, 1, rows.student.type, out, peak);
 }
 
 }  // namespace ADAKD_ISA

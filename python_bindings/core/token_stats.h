@@ -14,8 +14,9 @@ template <class V> void token_stats_row(const StatsCall& call, int64_t n) {
     return;
   }
   const Rows& rows = call.rows;
-  HellingerFold fold(scale_of<V>(1.0));
-  sweep<V>(row_of(rows.student, n, rows.tokens), row_of(rows.teacher, n, rows.tokens), rows.vocab, fold);
+  const Row s = row_of(rows.student, n, rows.tokens), t = row_of(rows.teacher, n, rows.tokens);
+  HellingerFold<false> fold(scale_of<V>(1.0));
+  Sweep<V, HellingerFold<false>>(s, t, fold).range(0, rows.vocab);
   static_cast<S*>(call.hellinger)[n] = static_cast<S>(fold.result());
   fold.template store<S>(call.out, n);
 }

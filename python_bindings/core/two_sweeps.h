@@ -1,0 +1,126 @@
+// Σf and Σg of the divergences whose summands are not linear in the masses, from the normalisers: the second sweep
+// (docs/maths.md, section 5.4).
+#pragma once
+
+#include "divergence_terms.h"
+#include "kl.h"
+
+namespace adakd {
+namespace ADAKD_ISA {
+
+// What a sweep knows of a row's normalisers. log2 q of an entry is (z - m)·scale - c.
+struct Normalized {
+  double scale, m_s, c_s, m_t, c_t;
+  double c_gap;  // c_s - c_t, with digits of its own
+
+  // From the normalisers as they are kept, and rounded as vectors of V have it.
+  template <class V> static Normalized kept(double scale, double m_s, double sum_s, double m_t, double sum_t) {
+    const Scalar<V> c_s = static_cast<Scalar<V>>(std::log2(sum_s)), c_t = static_cast<Scalar<V>>(std::log2(sum_t));
+    return {scale, m_s, c_s, m_t, c_t, c_s - c_t};
+  }
+};
+
+template <class V> struct Frame {
+  V scale, m_s, m_t, c_s, c_t, c_gap;
+
+  explicit Frame(const Normalized& x)
+      : scale(constant<V>(x.scale)), m_s(constant<V>(x.m_s)), m_t(constant<V>(x.m_t)), c_s(constant<V>(x.c_s)),
+        c_t(constant<V>(x.c_t)), c_gap(constant<V>(x.c_gap)) {}
+
+  template <bool kGuarded> ADAKD_INLINE Entry<V> entry(V zs, V zt) const {
+    const V from_s = difference<kGuarded>(zs, m_s), from_t = difference<kGuarded>(zt, m_t);
+    return {fma(from_s, scale, -c_s), fma(from_t, scale, -c_t), bounded<kGuarded>(fma(from_s - from_t, scale, -c_gap))};
+  }
+
+ private:
+  // A log-ratio in double, whose product with 0 has to be 0.
+  template <bool kGuarded> static ADAKD_INLINE V bounded(V x) {
+    if constexpr (kGuarded && sizeof(Scalar<V>) == 8) return min(broadcast<V>(-kLowest), max(broadcast<V>(kLowest), x));
+    return x;
+  }
+};
+
+template <class D> struct TermsFold {
+  static constexpr bool kPeak = false;
+
+  Normalized normalized;
+  double alpha, beta;
+  double f = 0.0, g = 0.0;
+
+  TermsFold(const Normalized& normalized, const NormalizerFold& first, double alpha, double beta)
+      : normalized(normalized), alpha(alpha), beta(beta) {
+    // The backward has to find the signs that were added up here, from the normalisers that it knows. Elsewhere a shift of
+    // all log-ratios against the peak's would be an error of the peak's gradient.
+    if (first.peak.counts() && !D::template Of<double>::kSign) {
+      const double from_s = first.peak.s - normalized.m_s, from_t = first.peak.t - normalized.m_t;
+      this->normalized.c_gap = (from_s - from_t) * normalized.scale - first.masses().log_ratio;
+    }
+  }
+
+  template <bool kGuarded, class V, class T> Added add(const T* ps, const T* pt, int n) {
+    using Divergence = typename D::template Of<V>;
+    const Parameters<V> parameters(alpha, beta);
+    const Divergence divergence(parameters);
+    const Frame<V> frame(normalized);
+    const V minus_infinity = broadcast<V>(-kInfinity), zero = V{};
+    Total<V> total_f, total_g;
+    Pair<V> sum_f{}, sum_g{};
+    bool finite = true;
+    const auto entry = [&](V zs, V zt, V& ff, V& gg) ADAKD_INLINE_LAMBDA {
+      const Entry<V> at = frame.template entry<kGuarded>(zs, zt);
+      V f_here, g_here;
+      divergence.terms(at, f_here, g_here);
+      V check = at.gap;
+      if (kGuarded) {
+        const Mask<V> kept = (zs != minus_infinity) & (zt != minus_infinity);
+        const V lost = Divergence::kWithoutQ ? -exp2(at.log_q) : zero;
+        f_here = kept ? f_here : zero;
+        g_here = kept ? g_here : lost;
+        check = kept ? check : zero;
+      }
+      ff += f_here;
+      gg += g_here;
+      return check;
+    };
+    for_each_pair<V>(
+        n,
+        [&](int i) ADAKD_INLINE_LAMBDA {
+          const Pair<V> zs = load_pair(ps + i), zt = load_pair(pt + i);
+          const V gap_1 = entry(zs.first, zt.first, sum_f.first, sum_g.first);
+          const V gap_2 = entry(zs.second, zt.second, sum_f.second, sum_g.second);
+          if constexpr (sizeof(Scalar<V>) == 4) finite &= all_finite(gap_1, gap_2);
+        },
+        [&]() ADAKD_INLINE_LAMBDA {
+          total_f.take(sum_f);
+          total_g.take(sum_g);
+        });
+    if (!finite) return Added::kNotInThisType;
+    f += total_f.value();
+    g += total_g.value();
+    return Added::kYes;
+  }
+
+  // D and the gradient's numbers, with the peak's own terms, from parameters rounded as in vectors of V.
+  template <class V> RowResult result(const NormalizerFold& first) const {
+    using Divergence = typename D::template Of<double>;
+    const NormalizerFold::Masses m = first.masses();
+    const double q = m.peak_s / m.all_s;
+    RowResult r;
+    r.d = f;
+    if (!first.peak.counts()) {
+      r.sum_g = Divergence::kWithoutQ ? g - q : g;
+      return r;
+    }
+    const double log_q = -std::log1p(first.s.sum / m.peak_s) / kLn2;
+    const Parameters<double> parameters = Parameters<V>(alpha, beta).in_double();
+    double own_f, own_g;
+    Divergence(parameters).terms(Entry<double>{log_q, log_q - m.log_ratio, m.log_ratio}, own_f, own_g);
+    r.d += own_f;
+    const double c = -own_g / q;
+    r.set_gradient(first.peak.index, q, c, g + c * m.beside);
+    return r;
+  }
+};
+
+}  // namespace ADAKD_ISA
+}  // namespace adakd
