@@ -16,14 +16,17 @@ namespace ADAKD_ISA {
 // they add up to 1.
 template <class V> struct Parameters {
   V alpha, rest_of_alpha, beta, rest_of_beta;
-  V both, low_of_both;  // α + β, and what its rounding left out
+  V both, whole, part;  // α + β; the nearest whole number and what it lacks
+  V per_alpha;          // 1/α
   bool lopsided;        // a mixture of them is next to one of its parts
 
   Parameters(double alpha, double beta) {
     split(alpha, this->alpha, rest_of_alpha);
     split(beta, this->beta, rest_of_beta);
     both = constant<V>(alpha + beta);
-    low_of_both = constant<V>(alpha + beta - static_cast<Scalar<V>>(alpha + beta));
+    whole = constant<V>(std::nearbyint(alpha + beta));
+    part = constant<V>(alpha + beta - std::nearbyint(alpha + beta));
+    per_alpha = constant<V>(1.0 / alpha);
     lopsided = is_lopsided(alpha) || is_lopsided(beta);
   }
 
@@ -31,7 +34,8 @@ template <class V> struct Parameters {
   Parameters<double> in_double() const {
     Parameters<double> x(0.0, 0.0);
     x.alpha = alpha[0], x.rest_of_alpha = rest_of_alpha[0], x.beta = beta[0], x.rest_of_beta = rest_of_beta[0];
-    x.both = both[0], x.low_of_both = low_of_both[0], x.lopsided = lopsided;
+    x.both = both[0], x.whole = whole[0], x.part = part[0];
+    x.per_alpha = per_alpha[0], x.lopsided = lopsided;
     return x;
   }
 
@@ -209,28 +213,31 @@ template <class V> struct AlphaBeta : Terms<V> {
   static constexpr bool kTwoSweeps = true;
   using Terms<V>::Terms;
   using Terms<V>::parameters;
+  // x·(α + β). An error of α + β would be one of all powers alike, and not average out over the vocabulary: the part has
+  // more digits.
+  ADAKD_INLINE V times_both(V x) const { return fma(parameters.whole, x, parameters.part * x); }
+
   // p^(α+β), q^(α+β) and p^α·q^β, each over the first result.
   ADAKD_INLINE V powers(const Entry<V>& at, V& p_ab, V& q_ab, V& mixed) const {
-    const V both = parameters.both, one = constant<V>(1.0);
+    const V one = constant<V>(1.0);
     const Mask<V> q_above = at.gap > 0;
-    const V low = exp2(-both * absolute(at.gap));
+    const V low = exp2(-times_both(absolute(at.gap)));
     mixed = exp2(q_above ? -parameters.alpha * at.gap : parameters.beta * at.gap);
     p_ab = q_above ? low : one;
     q_ab = q_above ? one : low;
-    const V top = max(at.log_q, at.log_p);
-    return exp2(fma(parameters.low_of_both, top, both * top));
+    return exp2(times_both(max(at.log_q, at.log_p)));
   }
   ADAKD_INLINE void terms(const Entry<V>& at, V& f, V& g) const {
     const V alpha = parameters.alpha, beta = parameters.beta, one = constant<V>(1.0);
     V p_ab, q_ab, mixed;
     const V scale = powers(at, p_ab, q_ab, mixed);
     f = scale * fma(alpha, p_ab - mixed, beta * (q_ab - mixed)) * (one / (alpha * beta * parameters.both));
-    g = scale * (q_ab - mixed) * (one / alpha);
+    g = scale * (q_ab - mixed) * parameters.per_alpha;
   }
   ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {
     V p_ab, q_ab, mixed;
     const V scale = powers(at, p_ab, q_ab, mixed);
-    return fma(w * (constant<V>(1.0) / parameters.alpha), scale * (q_ab - mixed), -w_sum_g * exp2(at.log_q));
+    return fma(w * parameters.per_alpha, scale * (q_ab - mixed), -w_sum_g * exp2(at.log_q));
   }
 };
 

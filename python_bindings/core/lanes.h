@@ -72,6 +72,18 @@ ADAKD_INLINE Floats fma(Floats a, Floats b, Floats c) {
 }
 ADAKD_INLINE Doubles fma(Doubles a, Doubles b, Doubles c) { return a * b + c; }
 
+// a·b + c in one rounding everywhere. Two would lose a small c next to every large product alike.
+ADAKD_INLINE Floats rounded_once(Floats a, Floats b, Floats c) {
+#if defined(__AVX2__)
+  return fma(a, b, c);
+#else
+  typedef double Wide __attribute__((vector_size(2 * kBytes)));
+  const Wide wide = __builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide) + __builtin_convertvector(c, Wide);
+  return __builtin_convertvector(wide, Floats);
+#endif
+}
+ADAKD_INLINE Doubles rounded_once(Doubles a, Doubles b, Doubles c) { return a * b + c; }
+
 // The larger value; b where one is NaN.
 ADAKD_INLINE Floats max(Floats a, Floats b) {
 #if defined(ADAKD_AVX512)

@@ -29,7 +29,8 @@ template <class V> struct Frame {
 
   template <bool kGuarded> ADAKD_INLINE Entry<V> entry(V zs, V zt) const {
     const V from_s = difference<kGuarded>(zs, m_s), from_t = difference<kGuarded>(zt, m_t);
-    return {fma(from_s, scale, -c_s), fma(from_t, scale, -c_t), bounded<kGuarded>(fma(from_s - from_t, scale, -c_gap))};
+    return {rounded_once(from_s, scale, -c_s), rounded_once(from_t, scale, -c_t),
+            bounded<kGuarded>(rounded_once(from_s - from_t, scale, -c_gap))};
   }
 
  private:
