@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from adakd_kernels import reference, token_divergence
 from adakd_kernels.divergences import (
     AlphaBeta,
     Divergence,
@@ -166,8 +167,6 @@ for _n, _rest in enumerate(RESTS):
     CONFIDENT[f"agree {_rest:.0e}"] = _confident(_rest, _place, 1.5 * _rest, _place, 100 + 10 * _n)
     CONFIDENT[f"disagree {_rest:.0e}"] = _confident(_rest, _place, _rest, _other, 102 + 10 * _n)
     CONFIDENT[f"teacher surer {_rest:.0e}"] = _confident(_rest, _place, 0.01 * _rest, _place, 104 + 10 * _n)
-# The sign of q − p at the peak decides about every entry of total variation's gradient; here rounding decides on it.
-SIGN_IS_NOISE = {f"{kind} {rest:.0e}" for kind in ("agree", "teacher surer") for rest in RESTS if rest < 1e-4}
 
 
 def _ordinary(vocab: int, dtype: torch.dtype, seed: int = 200) -> Row:
@@ -335,9 +334,9 @@ def assert_gradient_rows(
     exact: Tensor,
     *,
     names: Sequence[str] = (),
-    free: Container[str] = (),
-    ulps: float | Tensor = 0.0,
+    floor: Tensor | float = 0.0,
     share: float = 1e-3,
+    beyond: Tensor | None = None,
 ) -> None:
     """The rule for a gradient, row by row, by the norm and by the largest entry.
 
@@ -349,21 +348,22 @@ def assert_gradient_rows(
     Args:
         ours, eager, plain, exact: (..., V); all but the exact one in the student's type.
         names: what to call each row.
-        free: the names of rows whose gradient is rounding noise; they are looked at for NaN and infinity only.
-        ulps: of the accumulation type, added where a row's masses are known no better.
+        floor: added to what is allowed, one number a row.
         share: of the norm, the bound that no yardstick lifts.
+        beyond: rows whose logarithms leave the type's range; they are looked at for NaN and infinity only.
     """
     dtype, vocab = ours.dtype, exact.shape[-1]
     ours, eager, plain, exact = (x.detach().reshape(-1, vocab) for x in (ours, eager, plain, exact))
     names = list(names) or [f"row {row}" for row in range(len(exact))]
-    floor = {torch.float64: 2.0**14, torch.float32: 8.0}.get(dtype, 2.0)
+    ulps = {torch.float64: 2.0**14, torch.float32: 8.0}.get(dtype, 2.0)
     largest = exact.abs().amax(-1)
     rounding = exact.to(dtype).double() - exact
     fits = rounding.isfinite().all(-1)
     assert not ours.isnan().any(), [names[row] for row in ours.isnan().any(-1).nonzero().flatten()]
     assert ours[fits].isfinite().all(), [names[row] for row in (~ours.isfinite().all(-1) & fits).nonzero().flatten()]
-    unit = floor * _unit(largest, dtype) + ulps * _unit(largest, torch.promote_types(dtype, torch.float32))
-    held = [row for row, name in enumerate(names) if fits[row] and name not in free]
+    unit = ulps * _unit(largest, dtype) + floor
+    compared = fits if beyond is None else fits & ~beyond
+    held = compared.nonzero().flatten().tolist()
     failures = []
     for what, measure in (("norm of the error", _norm), ("largest error", _largest)):
         yardsticks = [measure(x.double() - exact).nan_to_num(torch.inf, torch.inf) for x in (eager, plain)]
@@ -383,23 +383,37 @@ def _largest(x: Tensor) -> Tensor:
 
 
 def assert_value_rows(
-    ours: Tensor, eager: Tensor, exact: Tensor, *, names: Sequence[str] = (), ulps: float = 16.0
+    ours: Tensor,
+    eager: Tensor,
+    exact: Tensor,
+    *,
+    names: Sequence[str] = (),
+    ulps: float = 16.0,
+    lost: Tensor | float = 0.0,
+    beyond: Tensor | None = None,
 ) -> None:
     """The rule for D, row by row: twice eager's error, plus some ulp of D or of 1, whichever is larger.
 
     A mass is 2 to the power of some −16, so half a unit of rounding in the exponent is some 16 units of the mass, and
     over one row eager's error is a matter of luck. In fp64 the truth rounds as well, as in `assert_close_as_eager`.
-    Finite logits give a finite D: one beyond the type's range is any finite number.
+
+    Args:
+        ours, eager, exact: one number a row; all but the exact one in the accumulation type.
+        names: what to call each row.
+        ulps: of the accumulation type.
+        lost: what the masses below the type's smallest number can add.
+        beyond: rows whose logarithms leave the type's range: a D from them is any finite number.
     """
     names = list(names) or [f"row {row}" for row in range(exact.numel())]
     ours, eager, exact = (x.detach().flatten() for x in (ours, eager, exact))
     assert ours.isfinite().all(), [names[row] for row in (~ours.isfinite()).nonzero().flatten()]
-    fits = exact.to(ours.dtype).isfinite()
     ulps = 64.0 if ours.dtype == torch.float64 else ulps
-    slack = 2.0 * (eager.double() - exact).abs().nan_to_num(torch.inf, torch.inf)
-    slack = slack + ulps * torch.finfo(ours.dtype).eps * exact.abs().clamp_min(1.0)
+    allowed = 2.0 * (eager.double() - exact).abs().nan_to_num(torch.inf, torch.inf)
+    allowed = allowed + ulps * torch.finfo(ours.dtype).eps * exact.abs().clamp_min(1.0) + lost
     error = (ours.double() - exact).abs()
-    failures = _failures(error.where(fits, 0.0), slack, "error of D", names)
+    if beyond is not None:
+        error = error.masked_fill(beyond.flatten(), 0.0)
+    failures = _failures(error, allowed, "error of D", names)
     assert not failures, "\n".join(failures)
 
 
@@ -409,3 +423,77 @@ def assert_hellinger_rows(ours: Tensor, exact: Tensor, *, names: Sequence[str] =
     found, s = ours.detach().double().flatten().sqrt(), exact.flatten().clamp_min(0.0).sqrt()
     failures = _failures((found - s).abs(), 1e-3 * s.clamp_min(1e-4), "error of s", names)
     assert not failures, "\n".join(failures)
+
+
+# Their logarithms stand in D as they are, so D grows with the margin between the logits.
+UNBOUNDED = ("forward_kl", "reverse_kl", "jeffreys")
+
+
+def _margin(z: Tensor, tau: Tensor) -> Tensor:
+    """How far the lowest finite logit of every row lies below the highest, over τ."""
+    lowest = z.masked_fill(z == -torch.inf, torch.inf).amin(-1)
+    return ((z.amax(-1) - lowest) / tau).nan_to_num(0.0, torch.inf).clamp_min(0.0)
+
+
+# Of the larger mass: agreeing rows with 1 − q below 1e-4 are nearer than that.
+SIGN_ULPS = 128.0
+
+
+def _masses(z: Tensor, tau: Tensor) -> Tensor:
+    """softmax(z/τ), 0 in a row of nothing but −inf."""
+    return ((z - z.amax(-1, keepdim=True)) / tau.unsqueeze(-1)).softmax(-1).nan_to_num(0.0)
+
+
+def check_divergence(
+    student: Tensor,
+    teacher: Tensor,
+    tau: Tensor,
+    divergence: Divergence,
+    *,
+    names: Sequence[str] = (),
+    ulps: float = 0.0,
+    share: float = 1e-3,
+) -> None:
+    """D and its gradient of every row of the backend at work, by the rules above.
+
+    Args:
+        student, teacher, tau: (N, V), (N, V) and (N,).
+        divergence: which.
+        names, share: as in `assert_gradient_rows`.
+        ulps: what the gradient may be off, in units of the accumulation type at the student's largest q·(1 − q). That
+            is how well rounded masses define it where its entries are far smaller than they are.
+    """
+    z_s, z_t, wide = student.double(), teacher.double(), tau.double()
+    acc = torch.finfo(tau.dtype)
+    margin = torch.maximum(_margin(z_s, wide), _margin(z_t, wide)).flatten()
+    unbounded = torch.tensor(divergence.name in UNBOUNDED)
+    beyond = unbounded & (margin > 0.25 * acc.max)
+
+    def eager(s: Tensor) -> Tensor:
+        return reference.token_divergence(s, teacher, tau, divergence)
+
+    leaf = student.detach().clone().requires_grad_()
+    value = token_divergence(leaf, teacher, tau, divergence)
+    value.sum().backward()
+    assert leaf.grad is not None
+    exact = reference.token_divergence(z_s, z_t, wide, divergence)
+    lost = (acc.smallest_normal * margin.clamp_max(acc.max)).where(unbounded, 0.0)
+    q, p = (_masses(z, wide) for z in (z_s, z_t))
+    vague = ulps * acc.eps * (q * (1.0 - q)).amax(-1)
+    if divergence.name == "total_variation":
+        # Where p and q nearly meet, rounding decides on the sign of q − p, and at a peak the sign on all of the row.
+        tied = (p - q).abs() <= SIGN_ULPS * acc.eps * torch.maximum(p, q)
+        vague = vague + (q * (1.0 - q) * tied).sum(-1)
+    assert_value_rows(value, eager(student), exact, names=names, lost=lost, beyond=beyond)
+    if divergence.name == "hellinger":
+        assert_hellinger_rows(value, exact, names=names)
+    assert_gradient_rows(
+        leaf.grad,
+        gradient(eager, student),
+        reference.token_divergence_grad(student, teacher, tau, divergence),
+        reference.token_divergence_grad(z_s, z_t, wide, divergence),
+        names=names,
+        floor=(vague + acc.smallest_normal + lost) / wide,
+        share=share,
+        beyond=beyond if divergence.name != "forward_kl" else None,
+    )

@@ -17,11 +17,10 @@ from .cases import (
     DIVERGENCES,
     DTYPES,
     ONE_OF_EACH,
-    SIGN_IS_NOISE,
     Row,
     assert_gradient_rows,
     assert_hellinger_rows,
-    assert_value_rows,
+    check_divergence,
     confident_row,
     gradient,
     logits,
@@ -40,30 +39,7 @@ VOCABULARIES = {torch.float16: 8200, torch.float64: 8200} if INTERPRETING else {
 
 def check(cases, vocab, dtype, divergence):
     """Value and gradient of all cases by the rules of `cases.py`."""
-    student, teacher, tau = stack(cases, vocab, dtype)
-    free = SIGN_IS_NOISE if divergence.name == "total_variation" else ()
-
-    def eager(s):
-        return reference.token_divergence(s, teacher, tau, divergence)
-
-    def ours(s):
-        return token_divergence(s, teacher, tau, divergence)
-
-    leaf = student.clone().requires_grad_()
-    value, eager_value = ours(leaf), eager(student)
-    value.sum().backward()
-    exact = reference.token_divergence(student.double(), teacher.double(), tau.double(), divergence)
-    assert_value_rows(value, eager_value, exact, names=list(cases))
-    if divergence.name == "hellinger":
-        assert_hellinger_rows(value, exact, names=list(cases))
-    assert_gradient_rows(
-        leaf.grad,
-        gradient(eager, student),
-        reference.token_divergence_grad(student, teacher, tau, divergence),
-        reference.token_divergence_grad(student.double(), teacher.double(), tau.double(), divergence),
-        names=list(cases),
-        free=free,
-    )
+    check_divergence(*stack(cases, vocab, dtype), divergence, names=list(cases))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
