@@ -348,7 +348,7 @@ def assert_gradient_rows(
     Args:
         ours, eager, plain, exact: (..., V); all but the exact one in the student's type.
         names: what to call each row.
-        floor: added to what is allowed, one number a row.
+        floor: added to what is allowed, of the shape of the gradient.
         share: of the norm, the bound that no yardstick lifts.
         beyond: rows whose logarithms leave the type's range; they are looked at for NaN and infinity only.
     """
@@ -361,14 +361,15 @@ def assert_gradient_rows(
     fits = rounding.isfinite().all(-1)
     assert not ours.isnan().any(), [names[row] for row in ours.isnan().any(-1).nonzero().flatten()]
     assert ours[fits].isfinite().all(), [names[row] for row in (~ours.isfinite().all(-1) & fits).nonzero().flatten()]
-    unit = ulps * _unit(largest, dtype) + floor
+    unit = ulps * _unit(largest, dtype)
+    floor = torch.as_tensor(floor, dtype=exact.dtype).expand_as(exact)
     compared = fits if beyond is None else fits & ~beyond
     held = compared.nonzero().flatten().tolist()
     failures = []
     for what, measure in (("norm of the error", _norm), ("largest error", _largest)):
         yardsticks = [measure(x.double() - exact).nan_to_num(torch.inf, torch.inf) for x in (eager, plain)]
-        allowed = 2.0 * torch.minimum(*yardsticks) + unit
-        bound = share * measure(exact) + measure(rounding) + unit
+        allowed = 2.0 * torch.minimum(*yardsticks) + unit + measure(floor)
+        bound = (share * measure(exact)).nan_to_num(torch.inf) + measure(rounding) + unit + measure(floor)
         error = measure(ours.double() - exact)
         failures += _failures(error[held], torch.minimum(allowed, bound)[held], what, [names[row] for row in held])
     assert not failures, "\n".join(failures)
@@ -439,9 +440,9 @@ def _margin(z: Tensor, tau: Tensor) -> Tensor:
 SIGN_ULPS = 128.0
 
 
-def _masses(z: Tensor, tau: Tensor) -> Tensor:
-    """softmax(z/τ), 0 in a row of nothing but −inf."""
-    return ((z - z.amax(-1, keepdim=True)) / tau.unsqueeze(-1)).softmax(-1).nan_to_num(0.0)
+def _log_masses(z: Tensor, tau: Tensor) -> Tensor:
+    """log softmax(z/τ); NaN in a row of nothing but −inf."""
+    return ((z - z.amax(-1, keepdim=True)) / tau.unsqueeze(-1)).log_softmax(-1)
 
 
 def check_divergence(
@@ -460,8 +461,9 @@ def check_divergence(
         student, teacher, tau: (N, V), (N, V) and (N,).
         divergence: which.
         names, share: as in `assert_gradient_rows`.
-        ulps: what the gradient may be off, in units of the accumulation type at the student's largest q·(1 − q). That
-            is how well rounded masses define it where its entries are far smaller than they are.
+        ulps: what the gradient may be off, in units of the accumulation type at the masses q·(1 − q), times the
+            logarithms that D multiplies them with. That is how well rounded masses and logarithms define a gradient
+            whose entries are far smaller than they are. Where it is above the bound of D, it is that bound, too.
     """
     z_s, z_t, wide = student.double(), teacher.double(), tau.double()
     acc = torch.finfo(tau.dtype)
@@ -478,13 +480,16 @@ def check_divergence(
     assert leaf.grad is not None
     exact = reference.token_divergence(z_s, z_t, wide, divergence)
     lost = (acc.smallest_normal * margin.clamp_max(acc.max)).where(unbounded, 0.0)
-    q, p = (_masses(z, wide) for z in (z_s, z_t))
-    vague = ulps * acc.eps * (q * (1.0 - q)).amax(-1)
+    log_q, log_p = (_log_masses(z, wide) for z in (z_s, z_t))
+    q, p = (log.exp().nan_to_num(0.0) for log in (log_q, log_p))
+    # Of an entry that is −inf on a side, and of a row of nothing else, there is no logarithm.
+    logs = 1.0 + (log_p - log_q).nan_to_num(0.0, 0.0, 0.0).abs().where(unbounded, 0.0)
+    own = ulps * acc.eps * (1.0 - q) * logs
     if divergence.name == "total_variation":
         # Where p and q nearly meet, rounding decides on the sign of q − p, and at a peak the sign on all of the row.
-        tied = (p - q).abs() <= SIGN_ULPS * acc.eps * torch.maximum(p, q)
-        vague = vague + (q * (1.0 - q) * tied).sum(-1)
-    assert_value_rows(value, eager(student), exact, names=names, lost=lost, beyond=beyond)
+        own = own + (1.0 - q) * ((p - q).abs() <= SIGN_ULPS * acc.eps * torch.maximum(p, q))
+    vague = q * (own + (q * own).sum(-1, keepdim=True))
+    assert_value_rows(value, eager(student), exact, names=names, ulps=max(16.0, ulps), lost=lost, beyond=beyond)
     if divergence.name == "hellinger":
         assert_hellinger_rows(value, exact, names=names)
     assert_gradient_rows(
@@ -493,7 +498,7 @@ def check_divergence(
         reference.token_divergence_grad(student, teacher, tau, divergence),
         reference.token_divergence_grad(z_s, z_t, wide, divergence),
         names=names,
-        floor=(vague + acc.smallest_normal + lost) / wide,
+        floor=(vague + (acc.smallest_normal + lost).unsqueeze(-1)) / wide.unsqueeze(-1),
         share=share,
         beyond=beyond if divergence.name != "forward_kl" else None,
     )

@@ -9,7 +9,7 @@ from decimal import Decimal, localcontext
 import pytest
 import torch
 
-from adakd_kernels import reference, token_difficulty, token_divergence
+from adakd_kernels import reference, token_difficulty
 from adakd_kernels.divergences import AlphaBeta, JensenShannon, SkewForwardKL, SkewReverseKL
 
 from .cases import (
@@ -18,11 +18,9 @@ from .cases import (
     DTYPES,
     ONE_OF_EACH,
     Row,
-    assert_gradient_rows,
     assert_hellinger_rows,
     check_divergence,
     confident_row,
-    gradient,
     logits,
     name_of,
     some,
@@ -83,23 +81,14 @@ def test_parameters_near_their_limits(divergence):
     check(ordinary | some(TAKEN, "surer 1e-03", "agree 1e-06"), 8200, torch.float32, divergence)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=name_of)
-def test_gradient_of_nearly_equal_rows(divergence, dtype):
-    """What the rows differ in is a few units in the last place of a 16-bit logit."""
-    teacher = logits(2, 4097, dtype=dtype, seed=3)
-    student = (teacher.double() + logits(2, 4097, dtype=torch.float64, seed=4, scale=0.01)).to(dtype)
-    one = torch.ones(2, dtype=torch.promote_types(dtype, torch.float32))
-
-    def eager(s):
-        return reference.token_divergence(s, teacher, one, divergence)
-
-    assert_gradient_rows(
-        gradient(lambda s: token_divergence(s, teacher, one, divergence), student),
-        gradient(eager, student),
-        reference.token_divergence_grad(student, teacher, one, divergence),
-        reference.token_divergence_grad(student.double(), teacher.double(), one.double(), divergence),
-    )
+def test_gradient_of_nearly_equal_rows(divergence):
+    """What the rows differ in is a few units in the last place of a 16-bit logit; the second ones are confident."""
+    rows, vocab, dtype = 2 if INTERPRETING else 4, 4097, torch.float16
+    for scale, step in ((3.0, 0.01), (8.0, 0.003)):
+        teacher = logits(rows, vocab, dtype=dtype, seed=3, scale=scale)
+        student = (teacher.double() + logits(rows, vocab, dtype=torch.float64, seed=4, scale=step)).to(dtype)
+        check_divergence(student, teacher, torch.ones(rows), divergence)
 
 
 def test_difficulty_of_confident_tokens():
