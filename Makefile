@@ -16,7 +16,8 @@ WORKERS := -n $(JOBS)
 # Triton reads it when a kernel is defined; only the interpret tier may have it.
 unexport TRITON_INTERPRET
 
-.PHONY: help setup demo format lint types test test-fast test-native test-interpret test-compile test-gpu sanitize bench \
+.PHONY: help setup demo format lint types test test-fast test-native test-interpret test-compile test-gpu sanitize fuzz \
+  bench \
   bench-gpu kernels-table clean
 .DEFAULT_GOAL := help
 
@@ -85,6 +86,17 @@ sanitize: setup ## the tests of the C++ kernels under AddressSanitizer and Undef
 	  LD_PRELOAD="$$first" ASAN_OPTIONS=detect_leaks=0 ADAKD_ISA=$$isa \
 	    ADAKD_NATIVE=build/sanitize/adakd_kernels/_native.so OMP_NUM_THREADS=1 $(PYTEST) -q -s -m native || exit; \
 	done
+
+# A failure prints the smallest rows that show it.
+EXAMPLES ?= 10000
+FUZZ = FUZZ_EXAMPLES=$(1) OMP_NUM_THREADS=1 $(PYTEST) --hypothesis-profile=fuzz tests/test_any_row.py
+fuzz: setup ## draw rows of any size for the kernels until one is wrong: make fuzz EXAMPLES=100000
+	ADAKD_NATIVE=0 $(call FUZZ,$(EXAMPLES)) -m fast
+	@isas=$$($(INSTRUCTION_SETS)) || exit; for isa in $$isas; do \
+	  echo "ADAKD_ISA=$$isa"; \
+	  ADAKD_NATIVE=1 ADAKD_ISA=$$isa $(call FUZZ,$(EXAMPLES)) -m native || exit; \
+	done
+	TRITON_INTERPRET=1 $(call FUZZ,$$(($(EXAMPLES) / 20))) -m interpret
 
 test-interpret: setup ## the real kernels on the CPU, in Triton's interpreter
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) $(WORKERS) -m interpret

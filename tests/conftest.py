@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+from hypothesis import settings
 
 from adakd_kernels.ops import backend
 
@@ -14,6 +17,13 @@ if INTERPRETING:
     from . import interpreter
 
     interpreter.install()
+
+# The same examples every time, few where an example takes the interpreter a second; `make fuzz` asks for new ones.
+settings.register_profile("same", deadline=None, derandomize=True, max_examples=40 if INTERPRETING else 300)
+settings.register_profile(
+    "fuzz", deadline=None, max_examples=int(os.environ.get("FUZZ_EXAMPLES", "10000")), print_blob=True
+)
+settings.load_profile("same")
 
 
 def pytest_configure(config: pytest.Config) -> None:
