@@ -65,11 +65,10 @@ template <class V> struct Entry {
 
 // p and q over the larger of them, and that one.
 template <class V> struct Ratios {
-  V top, low, r_p, r_q;
+  V top, r_p, r_q;
 
   ADAKD_INLINE explicit Ratios(const Entry<V>& at) {
-    const V one = constant<V>(1.0);
-    low = exp2(-absolute(at.gap));
+    const V one = constant<V>(1.0), low = exp2(-absolute(at.gap));
     const Mask<V> q_above = at.gap > 0;
     top = exp2(max(at.log_q, at.log_p));
     r_p = q_above ? low : one;
@@ -77,16 +76,29 @@ template <class V> struct Ratios {
   }
 };
 
-// log2 of a mixture over the larger of its parts: 1 less `weight`, of the smaller part, times what that lacks of 1.
-template <class V> ADAKD_INLINE V log2_of_mixture(V mix, V weight, const Ratios<V>& r, bool lopsided) {
-  V result = log2(mix);
-  if (lopsided) {
-    // Next to 1, `mix` has few digits of what it lacks: what its rounding left out is added.
-    const V one = constant<V>(1.0);
-    result += constant<V>(kLog2e) * (weight * (r.low - one) - (mix - one));
+// log2(p/m) and log2(q/m) for m = weight_p·p + weight_q·q.
+template <class V> struct LogsOverMixture {
+  V p, q;
+
+  // `mix` is m over the larger of p and q.
+  ADAKD_INLINE LogsOverMixture(V gap, V mix, V weight_p, V weight_q, bool lopsided) {
+    const V log_mix = log2(mix);
+    p = min(V{}, -gap) - log_mix;
+    q = min(V{}, gap) - log_mix;
+    if (!lopsided) return;
+    // Where m is next to its heavy part, that part's logarithm is next to 0: it is taken as that of 1 + x, from a small x
+    // with all its digits.
+    const V one = constant<V>(1.0), most = constant<V>(100.0);
+    const Mask<V> heavy_q = weight_q > weight_p;
+    const V light = min(weight_p, weight_q), log_over_heavy = heavy_q ? -gap : gap;
+    const V over_heavy = exp2(min(most, log_over_heavy)), x = light * (over_heavy - one), sum = one + x;
+    const V of_heavy = -(log2(sum) + constant<V>(kLog2e) * (x - (sum - one)));
+    const V of_light = log_over_heavy + of_heavy;
+    const Mask<V> near = light * over_heavy <= one;
+    p = near ? (heavy_q ? of_light : of_heavy) : p;
+    q = near ? (heavy_q ? of_heavy : of_light) : q;
   }
-  return result;
-}
+};
 
 template <class V> struct ForwardKL : Terms<V> {
   using Terms<V>::Terms;
@@ -139,26 +151,21 @@ template <class V> struct JensenShannon : Terms<V> {
   static constexpr bool kTwoSweeps = true;
   using Terms<V>::Terms;
   using Terms<V>::parameters;
-  // log2(q/m), and log2 m over the larger of p and q.
-  ADAKD_INLINE V log_q_over_mixture(const Entry<V>& at, const Ratios<V>& r, V& log_mix) const {
+  ADAKD_INLINE LogsOverMixture<V> logs(const Entry<V>& at, const Ratios<V>& r) const {
     const V mix = fma(parameters.beta, r.r_p, parameters.rest_of_beta * r.r_q);
-    const V smaller = at.gap > 0 ? parameters.beta : parameters.rest_of_beta;
-    log_mix = log2_of_mixture(mix, smaller, r, parameters.lopsided);
-    return min(V{}, at.gap) - log_mix;
+    return {at.gap, mix, parameters.beta, parameters.rest_of_beta, parameters.lopsided};
   }
   ADAKD_INLINE void terms(const Entry<V>& at, V& f, V& g) const {
     const Ratios<V> r(at);
-    V log_mix;
-    const V q_term = log_q_over_mixture(at, r, log_mix), p_term = min(V{}, -at.gap) - log_mix;
+    const LogsOverMixture<V> log = logs(at, r);
     const V scale = constant<V>(kLn2) * r.top;
-    g = parameters.rest_of_beta * scale * r.r_q * q_term;
-    f = fma(parameters.beta * scale * r.r_p, p_term, g);
+    g = parameters.rest_of_beta * scale * r.r_q * log.q;
+    f = fma(parameters.beta * scale * r.r_p, log.p, g);
   }
   ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {
     const Ratios<V> r(at);
-    V log_mix;
     const V weight = w * parameters.rest_of_beta * constant<V>(kLn2);
-    return r.top * r.r_q * fma(weight, log_q_over_mixture(at, r, log_mix), -w_sum_g);
+    return r.top * r.r_q * fma(weight, logs(at, r).q, -w_sum_g);
   }
 };
 
@@ -170,8 +177,7 @@ template <class V> struct SkewForwardKL : Terms<V> {
     const Ratios<V> r(at);
     const V rest = parameters.rest_of_alpha;
     const V mix = fma(parameters.alpha, r.r_p, rest * r.r_q), p = r.top * r.r_p;
-    const V smaller = at.gap > 0 ? parameters.alpha : rest;
-    f = constant<V>(kLn2) * p * (min(V{}, -at.gap) - log2_of_mixture(mix, smaller, r, parameters.lopsided));
+    f = constant<V>(kLn2) * p * LogsOverMixture<V>(at.gap, mix, parameters.alpha, rest, parameters.lopsided).p;
     g = -rest * p * (r.r_q / mix);
   }
   ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {
@@ -189,8 +195,8 @@ template <class V> struct SkewReverseKL : Terms<V> {
   // log2(q/m)·ln 2 and α·q/m.
   ADAKD_INLINE void parts(const Entry<V>& at, const Ratios<V>& r, V& log_ratio, V& share) const {
     const V mix = fma(parameters.alpha, r.r_q, parameters.rest_of_alpha * r.r_p);
-    const V smaller = at.gap > 0 ? parameters.rest_of_alpha : parameters.alpha;
-    log_ratio = constant<V>(kLn2) * (min(V{}, at.gap) - log2_of_mixture(mix, smaller, r, parameters.lopsided));
+    const LogsOverMixture<V> log(at.gap, mix, parameters.rest_of_alpha, parameters.alpha, parameters.lopsided);
+    log_ratio = constant<V>(kLn2) * log.q;
     share = parameters.alpha * (r.r_q / mix);
   }
   ADAKD_INLINE void terms(const Entry<V>& at, V& f, V& g) const {
@@ -213,15 +219,18 @@ template <class V> struct AlphaBeta : Terms<V> {
   static constexpr bool kTwoSweeps = true;
   using Terms<V>::Terms;
   using Terms<V>::parameters;
-  // x·(α + β). An error of α + β would be one of all powers alike, and not average out over the vocabulary: the part has
-  // more digits.
-  ADAKD_INLINE V times_both(V x) const { return fma(parameters.whole, x, parameters.part * x); }
+  // x·(α + β), x <= 0. An error of α + β would be one of all powers alike, and not average out over the vocabulary: the
+  // part has more digits. Of -inf the two terms would cancel.
+  ADAKD_INLINE V times_both(V x) const {
+    x = max(constant<V>(-1.0e4), x);
+    return fma(parameters.whole, x, parameters.part * x);
+  }
 
   // p^(α+β), q^(α+β) and p^α·q^β, each over the first result.
   ADAKD_INLINE V powers(const Entry<V>& at, V& p_ab, V& q_ab, V& mixed) const {
     const V one = constant<V>(1.0);
     const Mask<V> q_above = at.gap > 0;
-    const V low = exp2(-times_both(absolute(at.gap)));
+    const V low = exp2(times_both(-absolute(at.gap)));
     mixed = exp2(q_above ? -parameters.alpha * at.gap : parameters.beta * at.gap);
     p_ab = q_above ? low : one;
     q_ab = q_above ? one : low;

@@ -115,7 +115,7 @@ template <bool kForward, bool kReverse> struct KLFold {
   // Moves the teacher's anchor if it is too low for this logit; whether it moved.
   bool raise_teacher(double logit) {
     if (!t.too_low(logit, scale)) return false;
-    shift_gaps(0.0, t.origin() - logit);
+    shift_gaps(0.0, apart(t.origin(), logit));
     const double f = t.move(logit, scale);
     keep_t *= f;
     gap_t *= f;
@@ -131,7 +131,7 @@ template <bool kForward, bool kReverse> struct KLFold {
   // The former peak joins the other entries.
   void take_peak(const Peak& next) {
     raise_teacher(next.t);
-    shift_gaps(s.origin() - next.s, 0.0);
+    shift_gaps(apart(s.origin(), next.s), 0.0);
     const double f = s.move(next.s, scale);
     keep_s *= f;
     gap_s *= f;
@@ -151,7 +151,7 @@ template <bool kForward, bool kReverse> struct KLFold {
     t.include(next.t);
   }
 
-  double gap(const Peak& at) const { return (at.s - s.origin()) - (at.t - t.origin()); }
+  double gap(const Peak& at) const { return apart(apart(at.s, s.origin()), apart(at.t, t.origin())); }
 
   // The masses of both rows, at the peak and elsewhere, and log2(q/p) at the peak.
   struct Masses {
@@ -173,8 +173,8 @@ template <bool kForward, bool kReverse> struct KLFold {
       // Next to 1, a mass is known by what lies beside it.
       const double log_q = -std::log1p(s.sum / m.peak_s) / kLn2;
       const double log_p = t.sum < m.peak_t ? -std::log1p(t.sum / m.peak_t) / kLn2
-                                            : (peak.t - t.origin()) * scale - std::log2(m.all_t);
-      m.log_ratio = log_q - log_p;
+                                            : apart(peak.t, t.origin()) * scale - std::log2(m.all_t);
+      m.log_ratio = apart(log_q, log_p);
     }
     return m;
   }

@@ -106,6 +106,9 @@ template <class V> inline double scale_of(double tau) {
   return scale < kLeast ? kLeast : static_cast<Scalar<V>>(scale);
 }
 
+// The distance of two numbers, of which fp64 logits may have one beyond the type.
+inline double apart(double a, double b) { return min(-kLowest, max(kLowest, a - b)); }
+
 // A number in the type that it is stored in: the largest finite one stands for those beyond. NaN stays NaN.
 template <class S> inline S saturated(double x) {
   constexpr double kMost = std::numeric_limits<S>::max();

@@ -35,14 +35,14 @@ template <class V, class D, bool kCrossEntropy> struct Gradient {
         w(constant<V>(x.w)), w_sum_g(constant<V>(x.w_sum_g)), ce_max(constant<V>(x.ce_max)),
         ce_factor(constant<V>(x.ce_factor)) {}
 
-  // ∂L/∂zs of an entry, and in `check` something that is finite only where no guard was needed.
+  // ∂L/∂zs of an entry, and in `check` something that is finite only where no guard was needed and nothing overflowed.
   template <bool kGuarded> ADAKD_INLINE V entry(V zs, V zt, V& check) const {
     V gradient = V{};
     check = zs;
     if constexpr (kDivergence) {
       const Entry<V> at = frame.template entry<kGuarded>(zs, zt);
       gradient = Divergence(parameters).gradient(at, w, w_sum_g);
-      check = at.gap;
+      check = fma(gradient, V{}, at.gap);
       if (kGuarded) {
         const V minus_infinity = broadcast<V>(-kInfinity), zero = V{};
         gradient = (zs != minus_infinity) & (zt != minus_infinity) ? gradient : zero;
@@ -182,7 +182,7 @@ template <class V> void token_divergence_backward_row(const GradientCall& call, 
                    ce_weight == 0.0 ? -1 : call.labels[n],
                    ce_weight,
                    call.grad.data == rows.student.data,
-                   std::isfinite(x.w + x.w_sum_g + x.ce_factor + x.ce_max) &&
+                   std::isfinite(static_cast<S>(x.w) + static_cast<S>(x.w_sum_g) + x.ce_factor + x.ce_max) &&
                        (weight == 0.0 || std::isfinite(x.max_s + x.max_t + std::log2(x.sum_s) + std::log2(x.sum_t)))};
   const int64_t peak = weight == 0.0 ? -1 : call.peak[n];
   // In place, the peak's logit is gone after the row.

@@ -52,10 +52,11 @@ template <class D> struct TermsFold {
       : normalized(normalized), alpha(alpha), beta(beta) {
     // The backward has to find the signs that were added up here, from the normalisers that it knows. Elsewhere a shift of
     // all log-ratios against the peak's would be an error of the peak's gradient.
-    if (first.peak.counts() && !D::template Of<double>::kSign) {
-      const double from_s = first.peak.s - normalized.m_s, from_t = first.peak.t - normalized.m_t;
-      this->normalized.c_gap = (from_s - from_t) * normalized.scale - first.masses().log_ratio;
-    }
+    if (!first.peak.counts() || D::template Of<double>::kSign) return;
+    const double from_s = first.peak.s - normalized.m_s, from_t = first.peak.t - normalized.m_t;
+    const double log_ratio = first.masses().log_ratio;
+    constexpr double kFar = 1.0e3;  // c_gap would be a small difference of two large numbers
+    if (std::fabs(log_ratio) < kFar) this->normalized.c_gap = (from_s - from_t) * normalized.scale - log_ratio;
   }
 
   template <bool kGuarded, class V, class T> Added add(const T* ps, const T* pt, int n) {
