@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .adaptive import exact_dtype, focus_count, inverse_difficulty_temperature, select_tokens
+from .adaptive import exact_dtype, focus_count, select_tokens, unbounded_temperature
+from .checks import (
+    DIFFICULTIES,
+    check_device,
+    check_difficulty,
+    check_flag,
+    check_inplace,
+    check_labels,
+    check_mask,
+    check_no_transform,
+    check_options,
+    check_pair,
+    check_range,
+    check_token_tensor,
+)
 from .divergences import DIVERGENCES, Divergence, get_divergence
 
 __all__ = ["DIFFICULTIES", "AdaKDOutput", "adakd_loss", "token_difficulty", "token_divergence"]
-
-DIFFICULTIES = ("hellinger", "forward_kl", "reverse_kl", "jensen_shannon", "cross_entropy")
 
 
 class AdaKDOutput(NamedTuple):
@@ -90,16 +103,22 @@ def adakd_loss(
         (5, (2, 5, 100))
     """
     student, teacher, batch = check_pair(student_logits, teacher_logits)
-    div = check_options(divergence, focus_ratio, temperature_scale, base_temperature, difficulty, ce_weight, num_items)
-    check_token_tensor("labels", labels, batch, student, integral=True)
+    check_no_transform("adakd_loss", student_logits, teacher_logits)
+    div = check_options(
+        divergence, focus_ratio, temperature_scale, base_temperature, difficulty, ce_weight, ignore_index, num_items,
+        shift=shift, inplace=inplace,
+    )  # fmt: skip
+    labels = check_labels(labels, batch, student, ignore_index)
+    inplace = inplace and not torch.compiler.is_compiling()
+    if inplace:
+        check_inplace("student_logits", student_logits)
     if shift:
         labels = next_labels(labels, ignore_index)
     labels = labels.reshape(student.shape[:2])
     with torch.no_grad():
         hard, valid, max_s, sum_s = measure_difficulty(student, teacher, labels != ignore_index, labels, difficulty)
         selected = select_tokens(hard, focus_ratio, valid)
-        tau = inverse_difficulty_temperature(hard, selected, temperature_scale, base_temperature)
-        tau = tau.where(valid, base_temperature)
+        tau = token_temperature(hard, selected, valid, temperature_scale, base_temperature)
 
     with_ce = ce_weight != 0.0
     token_div, token_ce = ops.token_losses(
@@ -112,7 +131,7 @@ def adakd_loss(
         ce_mask=valid if with_ce else None,
         ce_max=max_s if with_ce else None,
         ce_sum=sum_s if with_ce else None,
-        inplace=inplace and not torch.compiler.is_compiling(),
+        inplace=inplace,
     )
     token_loss = tau.square() * token_div
     items, count = loss_counts(valid, focus_ratio, num_items, token_loss.dtype)
@@ -154,15 +173,14 @@ def token_difficulty(
         True
     """
     student, teacher, batch = check_pair(student_logits, teacher_logits)
-    _check_difficulty(difficulty)
-    mask = _check_mask(mask, batch, student)
+    check_difficulty(difficulty)
+    mask = _token_mask(mask, batch, student)
     if difficulty == "cross_entropy":
         if labels is None:
             raise ValueError(
                 "labels must be given for difficulty='cross_entropy': the token that each position predicts"
             )
-        check_token_tensor("labels", labels, batch, student, integral=True)
-        labels = labels.reshape(student.shape[:2])
+        labels = check_labels(labels, batch, student).reshape(student.shape[:2])
     return measure_difficulty(student, teacher, mask, labels, difficulty)[0].view(batch)
 
 
@@ -196,8 +214,13 @@ def token_divergence(
         >>> (4.0 * per_token).mean().backward()
     """
     student, teacher, batch = check_pair(student_logits, teacher_logits)
+    check_no_transform("token_divergence", student_logits, teacher_logits, temperature)
     div = get_divergence(divergence)
-    mask = _check_mask(mask, batch, student)
+    mask = _token_mask(mask, batch, student)
+    check_flag("inplace", inplace)
+    inplace = inplace and not torch.compiler.is_compiling()
+    if inplace:
+        check_inplace("student_logits", student_logits)
     if isinstance(temperature, Tensor):
         if temperature.requires_grad:
             raise ValueError("temperature requires grad, but it is a constant of the loss: pass temperature.detach()")
@@ -207,9 +230,27 @@ def token_divergence(
     else:
         check_range("temperature", temperature, 0.0, float("inf"), "> 0", low_open=True, high_open=True)
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    tau = tensor_on(temperature, student.device, dtype).expand(student.shape[:2])
-    inplace = inplace and not torch.compiler.is_compiling()
+    range_ = torch.finfo(dtype)
+    tau = tensor_on(temperature, student.device, dtype).clamp(range_.tiny, range_.max).expand(student.shape[:2])
     return ops.token_losses(student, teacher, tau, mask, div, inplace=inplace)[0].view(batch)
+
+
+def _token_mask(mask: Tensor | None, batch: torch.Size, student: Tensor) -> Tensor:
+    """The mask as (B, L) bool."""
+    if mask is None:
+        return torch.ones(student.shape[:2], dtype=torch.bool, device=student.device)
+    check_mask("mask", mask, batch)
+    check_device("mask", mask, student)
+    return mask.reshape(student.shape[:2])
+
+
+def token_temperature(
+    difficulty: Tensor, selected: Tensor, valid: Tensor, temperature_scale: float, base_temperature: float
+) -> Tensor:
+    """τ of the loss: (6) for valid tokens, the base elsewhere, in the range in which τ² is neither 0 nor infinite."""
+    tau = unbounded_temperature(difficulty, selected, temperature_scale, base_temperature)
+    range_ = torch.finfo(tau.dtype)
+    return tau.where(valid, base_temperature).clamp(math.sqrt(range_.tiny), math.sqrt(range_.max))
 
 
 def tensor_on(value: float | Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
@@ -250,121 +291,3 @@ def loss_counts(
     items = tensor_on(num_items, n.device)
     items = torch.where(items == 0, 1, items)
     return items.to(dtype), (items.to(exact_dtype(items.device)) * focus_ratio).to(dtype)
-
-
-def check_options(
-    divergence: str | Divergence,
-    focus_ratio: float | Tensor,
-    temperature_scale: float,
-    base_temperature: float,
-    difficulty: str,
-    ce_weight: float,
-    num_items: float | Tensor | None,
-) -> Divergence:
-    """Checks of the options that do not depend on a tensor of the batch; the divergence that is meant."""
-    div = get_divergence(divergence)
-    _check_difficulty(difficulty)
-    check_range("focus_ratio", focus_ratio, 0.0, 1.0, "in (0, 1]", low_open=True)
-    check_range("temperature_scale", temperature_scale, 0.0, float("inf"), "a finite number >= 0", high_open=True)
-    check_range("base_temperature", base_temperature, 0.0, float("inf"), "> 0", low_open=True, high_open=True)
-    check_range("ce_weight", ce_weight, 0.0, 1.0, "in [0, 1]")
-    if num_items is not None and not isinstance(num_items, Tensor) and num_items < 0:
-        raise ValueError(f"num_items must be the number of valid tokens of the optimizer step, got {num_items!r}")
-    return div
-
-
-def check_pair(student: Tensor, teacher: Tensor, kind: str = "logits") -> tuple[Tensor, Tensor, torch.Size]:
-    """Student and teacher `kind`, 'logits' or 'hidden', as (B, L, …) without a copy, and the shape of the tokens."""
-    size, entry = {"logits": ("V", "vocabulary entry"), "hidden": ("H", "feature")}[kind]
-    for name, value in ((f"student_{kind}", student), (f"teacher_{kind}", teacher)):
-        check_floating(name, value)
-        if value.dim() not in (2, 3):
-            raise ValueError(f"{name} must be (B, L, {size}) or (N, {size}), got shape {tuple(value.shape)}")
-        if value.shape[-1] == 0:
-            raise ValueError(f"{name} must have at least one {entry}, got shape {tuple(value.shape)}")
-        if value.stride(-1) != 1 and value.shape[-1] > 1:
-            raise ValueError(
-                f"{name} must be contiguous in its last dimension, got strides {tuple(value.stride())}; "
-                f"call {name}.contiguous(), which copies it"
-            )
-    check_constant(f"teacher_{kind}", teacher)
-    batch = student.shape[:-1]
-    if teacher.shape[:-1] != batch:
-        raise ValueError(
-            f"teacher_{kind} must have the student's shape {tuple(batch)} before the last dimension, "
-            f"got {tuple(teacher.shape[:-1])}"
-        )
-    check_device(f"teacher_{kind}", teacher, student)
-    if student.dim() == 2:
-        return student.unsqueeze(0), teacher.unsqueeze(0), batch
-    return student, teacher, batch
-
-
-def check_floating(name: str, value: Tensor) -> None:
-    """Refuse what is no tensor of fp16, bf16, fp32 or fp64."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if not value.is_floating_point() or value.element_size() < 2:
-        raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {value.dtype}")
-
-
-def check_constant(name: str, value: Tensor) -> None:
-    """Refuse a part of the teacher that requires grad."""
-    if value.requires_grad:
-        raise ValueError(
-            f"{name} requires grad, but the teacher is a constant of the loss: run it under torch.no_grad() or "
-            f"pass {name}.detach()"
-        )
-
-
-def check_device(name: str, value: Tensor, student: Tensor) -> None:
-    """Refuse a tensor that lies elsewhere than the student's."""
-    if value.device != student.device:
-        raise ValueError(f"{name} must be on the student's device {student.device}, got {value.device}")
-
-
-def check_token_tensor(name: str, value: Tensor, batch: torch.Size, student: Tensor, integral: bool = False) -> None:
-    """Refuse what is no tensor of one number a token, beside the student's."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if integral and (value.is_floating_point() or value.dtype == torch.bool):
-        raise TypeError(f"{name} must be integers, got {value.dtype}")
-    if value.shape != batch:
-        raise ValueError(f"{name} must have the shape {tuple(batch)} of the tokens, got {tuple(value.shape)}")
-    check_device(name, value, student)
-
-
-def _check_mask(mask: Tensor | None, batch: torch.Size, student: Tensor) -> Tensor:
-    """The mask as (B, L) bool."""
-    if mask is None:
-        return torch.ones(student.shape[:2], dtype=torch.bool, device=student.device)
-    check_token_tensor("mask", mask, batch, student)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be bool, true for valid tokens, got {mask.dtype}; pass mask.bool()")
-    return mask.reshape(student.shape[:2])
-
-
-def _check_difficulty(difficulty: str) -> None:
-    if difficulty not in DIFFICULTIES:
-        raise ValueError(f"difficulty must be one of {', '.join(DIFFICULTIES)}, got {difficulty!r}")
-
-
-def check_range(
-    name: str,
-    value: float | Tensor,
-    low: float,
-    high: float,
-    expected: str,
-    low_open: bool = False,
-    high_open: bool = False,
-) -> None:
-    """A tensor is checked for its shape only: reading its value would wait for the device."""
-    if isinstance(value, Tensor):
-        if value.dim() != 0:
-            raise ValueError(f"{name} must be a number or a 0-d tensor, got a tensor of shape {tuple(value.shape)}")
-        return
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    fits = (value > low if low_open else value >= low) and (value < high if high_open else value <= high)
-    if not fits:
-        raise ValueError(f"{name} must be {expected}, got {value!r}")

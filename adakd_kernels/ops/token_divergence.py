@@ -197,9 +197,24 @@ def token_cross_entropy(
     student: Tensor, teacher: Tensor, labels: Tensor, mask: Tensor, max_s: Tensor, sum_s: Tensor
 ) -> Tensor:
     """(B, L) −log q at the label from the normaliser at temperature 1; 0 outside the mask, NaN for a label beyond V."""
-    inside = (labels >= 0) & (labels < min(student.shape[-1], teacher.shape[-1]))
+    inside = _inside(labels, min(student.shape[-1], teacher.shape[-1]))
     logit = student.gather(-1, labels.where(inside, 0).unsqueeze(-1)).squeeze(-1).to(max_s.dtype)
     return (max_s - logit + sum_s.log()).where(inside, torch.nan).where(mask, 0.0)
+
+
+def _inside(labels: Tensor, vocab: int) -> Tensor:
+    """Labels that name an entry of the common vocabulary."""
+    return (labels >= 0) & (labels < vocab)
+
+
+def loud_weights(weight: Tensor, ce_weight: Tensor, labels: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+    """Weights of D and of the cross-entropy for the backward, NaN for a token whose label is outside the vocabulary.
+
+    Its loss is NaN, and so must its gradient be. The weight of D carries the NaN: it reaches the entries of the common
+    vocabulary and no other.
+    """
+    inside = _inside(labels, vocab)
+    return weight.where(inside | (ce_weight == 0), torch.nan), ce_weight.where(inside, 0.0)
 
 
 def token_losses(
@@ -255,8 +270,20 @@ class TokenLosses(torch.autograd.Function):
         cross_entropy = None
         if labels is not None and ce_mask is not None and ce_max is not None and ce_sum is not None:
             cross_entropy = token_cross_entropy(student, teacher, labels, ce_mask, ce_max, ce_sum)
+        # What inference mode made cannot be saved, and has no version that would tell of a change: it is kept as it is.
+        kept = {}
+        if not torch.compiler.is_compiling():
+            given = {"teacher": teacher, "temperature": temperature, "mask": mask, "labels": labels}
+            kept = {name: x for name, x in given.items() if x is not None and x.is_inference()}
+        ctx.kept = kept
         ctx.save_for_backward(
-            student, teacher, temperature, mask, sum_g, max_s, sum_s, max_t, sum_t, labels, ce_mask, ce_max, ce_sum
+            student,
+            None if "teacher" in kept else teacher,
+            None if "temperature" in kept else temperature,
+            None if "mask" in kept else mask,
+            *(sum_g, max_s, sum_s, max_t, sum_t),
+            None if "labels" in kept else labels,
+            *(ce_mask, ce_max, ce_sum),
         )
         ctx.op_args = (name, alpha, beta)
         ctx.inplace = inplace
@@ -273,10 +300,13 @@ class TokenLosses(torch.autograd.Function):
                 "one; call the loss with inplace=False to use retain_graph=True"
             )
         student, teacher, temperature, mask, *normalizers, labels, ce_mask, ce_max, ce_sum = ctx.saved_tensors
+        teacher, temperature = ctx.kept.get("teacher", teacher), ctx.kept.get("temperature", temperature)
+        mask, labels = ctx.kept.get("mask", mask), ctx.kept.get("labels", labels)
         weight = grad_d.where(mask, 0.0)
         ce_weight = None
         if labels is not None and ce_mask is not None and grad_ce is not None:
-            ce_weight = grad_ce.where(ce_mask, 0.0)
+            vocab = min(student.shape[-1], teacher.shape[-1])
+            weight, ce_weight = loud_weights(weight, grad_ce.where(ce_mask, 0.0), labels, vocab)
         args = (teacher, temperature, weight, *normalizers, labels, ce_weight, ce_max, ce_sum, *ctx.op_args)
         with torch.no_grad():
             if ctx.inplace:
