@@ -102,8 +102,8 @@ def adakd_loss(
         >>> int(out.selected.sum()), tuple(student.grad.shape)
         (5, (2, 5, 100))
     """
-    student, teacher, batch = check_pair(student_logits, teacher_logits)
     check_no_transform("adakd_loss", student_logits, teacher_logits)
+    student, teacher, batch = check_pair(student_logits, teacher_logits)
     div = check_options(
         divergence, focus_ratio, temperature_scale, base_temperature, difficulty, ce_weight, ignore_index, num_items,
         shift=shift, inplace=inplace,
@@ -213,8 +213,8 @@ def token_divergence(
         >>> per_token = token_divergence(student, torch.randn(3, 100), temperature=2.0, divergence="forward_kl")
         >>> (4.0 * per_token).mean().backward()
     """
-    student, teacher, batch = check_pair(student_logits, teacher_logits)
     check_no_transform("token_divergence", student_logits, teacher_logits, temperature)
+    student, teacher, batch = check_pair(student_logits, teacher_logits)
     div = get_divergence(divergence)
     mask = _token_mask(mask, batch, student)
     check_flag("inplace", inplace)

@@ -115,8 +115,8 @@ def linear_adakd_loss(
         >>> int(out.selected.sum()), tuple(hidden.grad.shape), tuple(weight.grad.shape)
         (5, (2, 5, 8), (100, 8))
     """
-    hidden_s, hidden_t, batch = check_pair(student_hidden, teacher_hidden, "hidden")
     check_no_transform("linear_adakd_loss", student_hidden, student_weight, student_bias, teacher_hidden)
+    hidden_s, hidden_t, batch = check_pair(student_hidden, teacher_hidden, "hidden")
     div = check_options(
         divergence, focus_ratio, temperature_scale, base_temperature, difficulty, ce_weight, ignore_index, num_items,
         shift=shift,
@@ -297,7 +297,7 @@ class _WithGradient(torch.autograd.Function):
             ]
         if torch.is_grad_enabled():  # create_graph=True
             refuses = torch.zeros((), device=factor.device, requires_grad=True)
-            scaled = [None if x is None else OnceDifferentiable.apply(x, refuses) for x in scaled]  # type: ignore[no-untyped-call]
+            scaled = [None if x is None else OnceDifferentiable.apply(x, refuses, grad_loss) for x in scaled]  # type: ignore[no-untyped-call]
         return None, None, None, *scaled
 
 
