@@ -141,7 +141,8 @@ def unbounded_temperature(
     values = descending(difficulty, chosen).values
     if values.numel() == 0:
         return torch.ones_like(difficulty) * base_temperature
-    range_ = torch.finfo(difficulty.dtype)
+    dtype = difficulty.dtype
+    range_ = torch.finfo(dtype)
     # Infinity takes part as a number that is large beside all others and of which two can be added.
     hard = difficulty.clamp(0.0, 0.25 * range_.max)
     median = values.gather(0, (chosen.sum() // 2).clamp_max(values.numel() - 1).view(1)).squeeze(0)
@@ -149,12 +150,15 @@ def unbounded_temperature(
     total = hard + median
     relative = torch.where(total == 0, 0.0, (hard - median) / total)
     # A scale or base that the type takes for 0 or infinity would make NaN of 0·inf.
-    scale = _clamped(temperature_scale, -range_.max, range_.max)
-    return _clamped(base_temperature, range_.tiny, range_.max) * torch.exp(-scale * relative)
+    scale = clamped(temperature_scale, -range_.max, range_.max, dtype)
+    base = clamped(base_temperature, range_.tiny, range_.max, dtype)
+    tau: Tensor = base * torch.exp(-scale * relative)
+    return tau
 
 
-def _clamped(value: float | Tensor, low: float, high: float) -> float | Tensor:
-    return value.clamp(low, high) if isinstance(value, Tensor) else min(max(value, low), high)
+def clamped(value: float | Tensor, low: float, high: float, dtype: torch.dtype) -> Any:
+    """A number, or a tensor of some in this type, no less than `low` and no more than `high`; NaN stays."""
+    return value.to(dtype).clamp(low, high) if isinstance(value, Tensor) else min(max(value, low), high)
 
 
 class LossAdaptiveFocus(ExactModule):

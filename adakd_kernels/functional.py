@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .adaptive import exact_dtype, focus_count, select_tokens, unbounded_temperature
+from .adaptive import clamped, exact_dtype, focus_count, select_tokens, unbounded_temperature
 from .checks import (
     DIFFICULTIES,
     check_device,
@@ -72,21 +72,23 @@ def adakd_loss(
     Args:
         student_logits: (B, L, Vˢ) or (N, Vˢ); fp16, bf16, fp32 or fp64; any strides with a contiguous last dimension.
         teacher_logits: (B, L, Vᵗ) or (N, Vᵗ); its type and vocabulary may differ: the first min(Vˢ, Vᵗ) entries count.
-        labels: (B, L) or (N,) int64: the token that each position predicts. A valid token that lies outside the common
-            vocabulary makes the cross-entropy NaN.
+        labels: (B, L) or (N,), of any integer type that can hold `ignore_index`: the token that each position predicts.
+            A valid token that lies outside the common vocabulary makes the cross-entropy NaN, and its row's gradient.
         divergence: a name of `DIVERGENCES` or an instance such as `JensenShannon(beta=0.1)`.
-        focus_ratio: the share r in (0, 1], a float or a 0-d tensor (not checked then).
+        focus_ratio: the share r in (0, 1], a float or a 0-d tensor (its value is not checked).
         temperature_scale: c ≥ 0 of τ = τ_base·exp(−c·ŝ); 0 gives all tokens the base temperature.
-        base_temperature: τ_base > 0.
+        base_temperature: τ_base > 0. A temperature is kept in the range in which τ² is neither 0 nor infinite.
         difficulty: 'hellinger', 'forward_kl', 'reverse_kl', 'jensen_shannon' or 'cross_entropy'.
         ce_weight: a in [0, 1].
-        num_items: number of valid tokens in the whole optimizer step, a number or a 0-d tensor. The sums are divided by
+        num_items: number of valid tokens in the whole optimizer step, a number or a 0-d tensor (its value is not
+            checked: that would wait for the device). The sums are divided by
             r·num_items (and num_items for the cross-entropy), so that the losses of k micro-batches add up to the
             step's.
         ignore_index: label of tokens that do not count.
         shift: labels are aligned with the inputs, as transformers has them: position i predicts labels[i + 1].
         inplace: the backward writes the gradient over the student's logits instead of a new (B, L, Vˢ) tensor. They
-            must not be needed afterwards, and there is no second backward. Ignored under `torch.compile`.
+            must not be needed afterwards, and there is no second backward. Refused where they require grad and are a
+            leaf or a view of one, or where rows share memory. Ignored under `torch.compile`.
 
     Returns:
         AdaKDOutput(loss, token_loss, difficulty, temperature, selected). With no valid token the loss is 0 and its
@@ -94,6 +96,7 @@ def adakd_loss(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range; the message says which and what was meant.
+        RuntimeError: inside a transformation of `torch.func`, or in forward mode.
 
     Example:
         >>> student = torch.randn(2, 5, 100, requires_grad=True)
@@ -159,7 +162,7 @@ def token_difficulty(
         student_logits, teacher_logits: as in `adakd_loss`.
         mask: (B, L) or (N,) bool, true for valid tokens; None for all. Others give 0 and their rows are not read.
         difficulty: 'hellinger', 'forward_kl', 'reverse_kl', 'jensen_shannon' or 'cross_entropy'.
-        labels: (B, L) or (N,) int64, needed by 'cross_entropy' only.
+        labels: (B, L) or (N,) of an integer type, needed by 'cross_entropy' only.
 
     Returns:
         (B, L) or (N,), fp32 (fp64 for fp64 logits).
@@ -199,7 +202,8 @@ def token_divergence(
 
     Args:
         student_logits, teacher_logits, divergence, inplace: as in `adakd_loss`.
-        temperature: τ > 0, a float, a 0-d tensor or a tensor of shape (B, L) or (N,) (its values are not checked).
+        temperature: τ > 0, a float, a 0-d tensor or a tensor of shape (B, L) or (N,). A tensor's values are not
+            checked: 0 and infinity give the limit in the type's range, a negative τ counts as 0, NaN gives NaN.
         mask: (B, L) or (N,) bool, true for valid tokens; None for all. Others give 0 and gradient 0, and are not read.
 
     Returns:
@@ -230,8 +234,9 @@ def token_divergence(
     else:
         check_range("temperature", temperature, 0.0, float("inf"), "> 0", low_open=True, high_open=True)
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    range_ = torch.finfo(dtype)
-    tau = tensor_on(temperature, student.device, dtype).clamp(range_.tiny, range_.max).expand(student.shape[:2])
+    # Where 1/τ is a normal number: 0 and infinity give their finite limits.
+    temperature = clamped(temperature, 8.0 * torch.finfo(dtype).tiny, torch.finfo(dtype).max / 8.0, dtype)
+    tau = tensor_on(temperature, student.device, dtype).expand(student.shape[:2])
     return ops.token_losses(student, teacher, tau, mask, div, inplace=inplace)[0].view(batch)
 
 
@@ -247,10 +252,16 @@ def _token_mask(mask: Tensor | None, batch: torch.Size, student: Tensor) -> Tens
 def token_temperature(
     difficulty: Tensor, selected: Tensor, valid: Tensor, temperature_scale: float, base_temperature: float
 ) -> Tensor:
-    """τ of the loss: (6) for valid tokens, the base elsewhere, in the range in which τ² is neither 0 nor infinite."""
+    """τ of the loss: (6) for valid tokens, the base elsewhere."""
     tau = unbounded_temperature(difficulty, selected, temperature_scale, base_temperature)
-    range_ = torch.finfo(tau.dtype)
-    return tau.where(valid, base_temperature).clamp(math.sqrt(range_.tiny), math.sqrt(range_.max))
+    base = loss_temperature(base_temperature, tau.dtype)
+    bounded: Tensor = loss_temperature(tau, tau.dtype)
+    return bounded.where(valid, base)
+
+
+def loss_temperature(value: Any, dtype: torch.dtype) -> Any:
+    """The nearest temperature whose square, a factor of (7), is neither 0 nor infinite in this type."""
+    return clamped(value, math.sqrt(torch.finfo(dtype).tiny), math.sqrt(torch.finfo(dtype).max), dtype)
 
 
 def tensor_on(value: float | Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

@@ -30,7 +30,14 @@ from .checks import (
     check_range,
 )
 from .divergences import Divergence
-from .functional import AdaKDOutput, loss_counts, measure_difficulty, next_labels, token_temperature
+from .functional import (
+    AdaKDOutput,
+    loss_counts,
+    loss_temperature,
+    measure_difficulty,
+    next_labels,
+    token_temperature,
+)
 from .loss import AdaKDLoss
 from .ops.token_divergence import OnceDifferentiable, loud_weights
 
@@ -87,7 +94,7 @@ def linear_adakd_loss(
             own; once where every token counts at one temperature.
         teacher_hidden: (B, L, Hᵗ) or (N, Hᵗ); Hᵗ and its type may differ.
         teacher_weight: (Vᵗ, Hᵗ) of the teacher's hidden states' type, or a callable.
-        labels: (B, L) or (N,) int64: the token that each position predicts.
+        labels: (B, L) or (N,), of any integer type that can hold `ignore_index`: the token that each position predicts.
         student_bias, teacher_bias: (V,), for a head that is a weight.
         student_softcap, teacher_softcap: cap > 0, or None.
         student_scale, teacher_scale: scale > 0.
@@ -185,7 +192,7 @@ def linear_adakd_loss(
         per_token = (
             spread(token_loss, 0.0),
             spread(stats.difficulty, 0.0),
-            spread(tau, base_temperature),
+            spread(tau, loss_temperature(base_temperature, tau.dtype)),
             spread(selected, False),
         )
     if any(needs):
@@ -641,14 +648,14 @@ class _Logits:
     ) -> Tensor:
         """D of some tokens, and the gradient of their raw logits over these."""
         values = [None if x is None else x.unsqueeze(0) for x in (*selection, *stats)]
-        tau, selected, weight, weight_ce, labels, _, _, max_s, sum_s, _ = values
-        assert weight is not None and labels is not None
+        tau, selected, weight, weight_ce, labels, _, _, max_s, sum_s, cross_entropy = values
+        assert weight is not None and cross_entropy is not None
         z_s, z_t, args = z_s.unsqueeze(0), z_t.unsqueeze(0), (div.name, *div.parameters)
         d, *saved = ops.token_divergence(z_s, z_t, tau, selected, *args)
         if self.differentiates:
             ce: tuple[Tensor | None, ...] = (None,) * 4
             if weight_ce is not None:
-                weight, weight_ce = loud_weights(weight, weight_ce, labels, min(z_s.shape[-1], z_t.shape[-1]))
+                weight, weight_ce = loud_weights(weight, weight_ce, cross_entropy)
                 ce = (labels, weight_ce, max_s, sum_s)
             ops.token_divergence_backward_(z_s, z_t, tau, weight, *saved, *ce, *args)
             if self.student.softcap is not None:

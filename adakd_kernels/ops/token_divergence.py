@@ -197,24 +197,19 @@ def token_cross_entropy(
     student: Tensor, teacher: Tensor, labels: Tensor, mask: Tensor, max_s: Tensor, sum_s: Tensor
 ) -> Tensor:
     """(B, L) −log q at the label from the normaliser at temperature 1; 0 outside the mask, NaN for a label beyond V."""
-    inside = _inside(labels, min(student.shape[-1], teacher.shape[-1]))
+    inside = (labels >= 0) & (labels < min(student.shape[-1], teacher.shape[-1]))
     logit = student.gather(-1, labels.where(inside, 0).unsqueeze(-1)).squeeze(-1).to(max_s.dtype)
     return (max_s - logit + sum_s.log()).where(inside, torch.nan).where(mask, 0.0)
 
 
-def _inside(labels: Tensor, vocab: int) -> Tensor:
-    """Labels that name an entry of the common vocabulary."""
-    return (labels >= 0) & (labels < vocab)
+def loud_weights(weight: Tensor, ce_weight: Tensor, cross_entropy: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of D and of the cross-entropy for the backward, NaN for a token whose cross-entropy is NaN and counts.
 
-
-def loud_weights(weight: Tensor, ce_weight: Tensor, labels: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
-    """Weights of D and of the cross-entropy for the backward, NaN for a token whose label is outside the vocabulary.
-
-    Its loss is NaN, and so must its gradient be. The weight of D carries the NaN: it reaches the entries of the common
-    vocabulary and no other.
+    Where the label is outside the vocabulary, nothing else would make its gradient NaN. The weight of D carries it: it
+    reaches the entries of the common vocabulary and no other.
     """
-    inside = _inside(labels, vocab)
-    return weight.where(inside | (ce_weight == 0), torch.nan), ce_weight.where(inside, 0.0)
+    lost = cross_entropy.isnan() & (ce_weight != 0)
+    return weight.masked_fill(lost, torch.nan), ce_weight.masked_fill(lost, 0.0)
 
 
 def token_losses(
@@ -283,7 +278,7 @@ class TokenLosses(torch.autograd.Function):
             None if "mask" in kept else mask,
             *(sum_g, max_s, sum_s, max_t, sum_t),
             None if "labels" in kept else labels,
-            *(ce_mask, ce_max, ce_sum),
+            *(ce_mask, ce_max, ce_sum, cross_entropy),
         )
         ctx.op_args = (name, alpha, beta)
         ctx.inplace = inplace
@@ -299,14 +294,15 @@ class TokenLosses(torch.autograd.Function):
                 "the first backward wrote the gradient over the student's logits (inplace=True), so there is no second "
                 "one; call the loss with inplace=False to use retain_graph=True"
             )
-        student, teacher, temperature, mask, *normalizers, labels, ce_mask, ce_max, ce_sum = ctx.saved_tensors
+        student, teacher, temperature, mask, *normalizers, labels, ce_mask, ce_max, ce_sum, cross_entropy = (
+            ctx.saved_tensors
+        )
         teacher, temperature = ctx.kept.get("teacher", teacher), ctx.kept.get("temperature", temperature)
         mask, labels = ctx.kept.get("mask", mask), ctx.kept.get("labels", labels)
         weight = grad_d.where(mask, 0.0)
         ce_weight = None
         if labels is not None and ce_mask is not None and grad_ce is not None:
-            vocab = min(student.shape[-1], teacher.shape[-1])
-            weight, ce_weight = loud_weights(weight, grad_ce.where(ce_mask, 0.0), labels, vocab)
+            weight, ce_weight = loud_weights(weight, grad_ce.where(ce_mask, 0.0), cross_entropy)
         args = (teacher, temperature, weight, *normalizers, labels, ce_weight, ce_max, ce_sum, *ctx.op_args)
         with torch.no_grad():
             if ctx.inplace:
