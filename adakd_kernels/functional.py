@@ -72,6 +72,7 @@ def adakd_loss(
     Args:
         student_logits: (B, L, Vˢ) or (N, Vˢ); fp16, bf16, fp32 or fp64; any strides with a contiguous last dimension.
         teacher_logits: (B, L, Vᵗ) or (N, Vᵗ); its type and vocabulary may differ: the first min(Vˢ, Vᵗ) entries count.
+            They may come from `torch.inference_mode()`, except under `torch.compile`: torch refuses to save them there.
         labels: (B, L) or (N,), of any integer type that can hold `ignore_index`: the token that each position predicts.
             A valid token that lies outside the common vocabulary makes the cross-entropy NaN, and its row's gradient.
         divergence: a name of `DIVERGENCES` or an instance such as `JensenShannon(beta=0.1)`.

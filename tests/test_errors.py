@@ -373,6 +373,8 @@ def test_transformations_are_refused_by_name():
             torch.autograd.functional.jvp(function, x, x)
         expected = torch.autograd.functional.jacobian(function, x)
         assert torch.equal(expected, torch.autograd.functional.vjp(function, x)[1])
+    # A difficulty has no gradient; as a function of rows it may be mapped.
+    assert torch.equal(vmap(token_difficulty)(student, teacher), token_difficulty(student, teacher))
 
 
 H, W, B = torch.zeros(2, 3, 4), torch.zeros(11, 4), torch.zeros(11)
