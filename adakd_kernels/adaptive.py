@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import check_floating, check_integer, check_mask, check_number, check_range, check_temperature_options
+
 __all__ = ["LossAdaptiveFocus", "inverse_difficulty_temperature", "select_tokens"]
 
 
@@ -27,32 +29,55 @@ def focus_count(focus_ratio: float | Tensor, items: Tensor) -> Tensor:
 
 
 class ExactModule(nn.Module):
-    """A module with fp64 buffers that moves to a device without fp64 as well, where they become fp32."""
+    """A module whose own tensors follow it to a device but keep their type when it, or what owns it, is cast.
+
+    On a device without fp64 they become fp32.
+    """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         apply: Any = super()._apply
-        try:
-            return apply(fn, recurse)
-        except TypeError:
-            apply(lambda t: t.float() if t.dtype == torch.float64 else t, recurse)
-            return apply(fn, recurse)
+        children: Any = self.children() if recurse else ()
+        for child in children:
+            child._apply(fn)
+        return apply(lambda tensor: _moved(tensor, fn), False)
+
+
+def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """`fn` of the tensor, in the tensor's own type as far as the device has it."""
+    try:
+        moved = fn(tensor)
+    except TypeError:  # no fp64 there
+        if tensor.dtype != torch.float64:
+            raise
+        return fn(tensor.float())
+    if moved.dtype == tensor.dtype:
+        return moved
+    kept = exact_dtype(moved.device) if tensor.dtype == torch.float64 else tensor.dtype
+    return tensor.to(moved.device, kept)
 
 
 def select_tokens(difficulty: Tensor, focus_ratio: float | Tensor = 1.0, mask: Tensor | None = None) -> Tensor:
     """The k = max(1, ⌊r·n⌋) hardest of the n valid tokens; ties go to the lower index (equation (3)).
 
     Args:
-        difficulty: (...) any real type; NaN counts as hardest, so that it is seen.
+        difficulty: (...) fp16, bf16, fp32 or fp64; NaN counts as hardest, so that it is seen.
         focus_ratio: the share r in (0, 1], a float or a 0-d tensor.
         mask: (...) bool, true for valid tokens; None for all.
 
     Returns:
         (...) bool. Nothing is selected where no token is valid.
 
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or range.
+
     Example:
         >>> select_tokens(torch.tensor([0.1, 0.9, 0.5, 0.5]), focus_ratio=0.5)
         tensor([False,  True,  True, False])
     """
+    check_floating("difficulty", difficulty)
+    check_range("focus_ratio", focus_ratio, 0.0, 1.0, "in (0, 1]", low_open=True)
+    if mask is not None:
+        check_mask("mask", mask, difficulty.shape)
     valid = torch.ones_like(difficulty, dtype=torch.bool) if mask is None else mask
     order = descending(difficulty, valid).indices
     rank_counts = torch.arange(order.numel(), device=order.device) < focus_count(focus_ratio, valid.sum())
@@ -75,28 +100,65 @@ def inverse_difficulty_temperature(
 
     τ = τ_base · exp(−c·(s² − m²)/(s² + m²)), m² the lower median of the difficulty over the selected tokens.
 
+    An infinite difficulty is the hardest there is: ŝ is 1 beside a finite median, −1 where the median alone is
+    infinite, and 0 where both are. A difficulty of NaN gives NaN, so that it is seen.
+
     Args:
-        difficulty: (...) s² ≥ 0, such as `token_difficulty` returns.
+        difficulty: (...) s² ≥ 0 of a floating type, such as `token_difficulty` returns; below 0 counts as 0.
         selected: (...) bool, the tokens whose median is the reference; None for all.
-        temperature_scale: c; 0 gives every token the base temperature.
-        base_temperature: τ_base > 0.
+        temperature_scale: c ≥ 0, a float or a 0-d tensor (not checked then); 0 gives every token the base temperature.
+        base_temperature: τ_base > 0, a float or a 0-d tensor (not checked then).
 
     Returns:
-        (...) in [τ_base·e^−c, τ_base·e^c], of the difficulty's type.
+        (...) in [τ_base·e^−c, τ_base·e^c], of the difficulty's type: no less than its smallest normal number and no
+        more than its largest finite one.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or range.
 
     Example:
         >>> inverse_difficulty_temperature(torch.tensor([0.0, 0.2, 1e9]), temperature_scale=0.5)
         tensor([1.6487, 1.0000, 0.6065])
     """
+    check_floating("difficulty", difficulty)
+    if selected is not None:
+        check_mask("selected", selected, difficulty.shape)
+    check_temperature_options(temperature_scale, base_temperature)
+    range_ = torch.finfo(difficulty.dtype)
+    return unbounded_temperature(difficulty, selected, temperature_scale, base_temperature).clamp(
+        range_.tiny, range_.max
+    )
+
+
+def unbounded_temperature(
+    difficulty: Tensor,
+    selected: Tensor | None,
+    temperature_scale: float | Tensor,
+    base_temperature: float | Tensor,
+) -> Tensor:
+    """`inverse_difficulty_temperature` without its checks; 0 or infinite where it leaves the type's range."""
     chosen = torch.ones_like(difficulty, dtype=torch.bool) if selected is None else selected
     values = descending(difficulty, chosen).values
     if values.numel() == 0:
         return torch.ones_like(difficulty) * base_temperature
-    median = values.gather(0, (chosen.sum() // 2).clamp_max(values.numel() - 1).view(1))
-    median = torch.where(median == -math.inf, 0.0, median).squeeze(0)  # nothing selected
-    total = difficulty + median
-    relative = torch.where(total == 0, 0.0, (difficulty - median) / torch.where(total == 0, 1.0, total))
-    return base_temperature * torch.exp(-temperature_scale * relative)
+    dtype = difficulty.dtype
+    range_ = torch.finfo(dtype)
+    # Infinity takes part as a number that is large beside all others and of which two can be added.
+    hard = difficulty.clamp(0.0, 0.25 * range_.max)
+    median = values.gather(0, (chosen.sum() // 2).clamp_max(values.numel() - 1).view(1)).squeeze(0)
+    median = median.clamp(0.0, 0.25 * range_.max)  # −inf where nothing is selected
+    total = hard + median
+    relative = torch.where(total == 0, 0.0, (hard - median) / total)
+    # A scale or base that the type takes for 0 or infinity would make NaN of 0·inf.
+    scale = clamped(temperature_scale, -range_.max, range_.max, dtype)
+    base = clamped(base_temperature, range_.tiny, range_.max, dtype)
+    tau: Tensor = base * torch.exp(-scale * relative)
+    return tau
+
+
+def clamped(value: float | Tensor, low: float, high: float, dtype: torch.dtype) -> Any:
+    """A number, or a tensor of some in this type, no less than `low` and no more than `high`; NaN stays."""
+    return value.to(dtype).clamp(low, high) if isinstance(value, Tensor) else min(max(value, low), high)
 
 
 class LossAdaptiveFocus(ExactModule):
@@ -113,7 +175,7 @@ class LossAdaptiveFocus(ExactModule):
         min_ratio: lower bound of r, in (0, 1].
 
     Raises:
-        ValueError: an argument outside its range.
+        TypeError, ValueError: an argument of the wrong type or outside its range.
 
     Example:
         >>> focus = LossAdaptiveFocus(total_steps=100, beta=0.0)
@@ -139,17 +201,19 @@ class LossAdaptiveFocus(ExactModule):
         min_ratio: float = 0.1,
     ) -> None:
         super().__init__()
+        check_integer("total_steps", total_steps)
         if total_steps < 1:
             raise ValueError(f"total_steps must be the number of optimizer steps, at least 1, got {total_steps!r}")
-        ranges = {
-            "warmup_ratio": (warmup_ratio, 0.0 <= warmup_ratio <= 1.0, "in [0, 1]"),
-            "beta": (beta, 0.0 <= beta < 1.0, "in [0, 1)"),
-            "epsilon": (epsilon, 0.0 < epsilon < 1.0, "in (0, 1)"),
-            "delta": (delta, 0.0 < delta < 1.0, "in (0, 1)"),
-            "min_ratio": (min_ratio, 0.0 < min_ratio <= 1.0, "in (0, 1]"),
+        ranges: dict[str, tuple[float, Callable[[float], bool], str]] = {
+            "warmup_ratio": (warmup_ratio, lambda x: 0.0 <= x <= 1.0, "in [0, 1]"),
+            "beta": (beta, lambda x: 0.0 <= x < 1.0, "in [0, 1)"),
+            "epsilon": (epsilon, lambda x: 0.0 < x < 1.0, "in (0, 1)"),
+            "delta": (delta, lambda x: 0.0 < x < 1.0, "in (0, 1)"),
+            "min_ratio": (min_ratio, lambda x: 0.0 < x <= 1.0, "in (0, 1]"),
         }
         for name, (value, fits, expected) in ranges.items():
-            if not fits:
+            check_number(name, value)
+            if not fits(value):
                 raise ValueError(f"{name} must lie {expected}, got {value!r}")
         self.warmup_steps = max(1, math.ceil(warmup_ratio * total_steps))
         self.beta, self.epsilon, self.delta, self.min_ratio = beta, epsilon, delta, min_ratio
@@ -163,7 +227,16 @@ class LossAdaptiveFocus(ExactModule):
         """Take the loss L of (7) of one optimizer step, a 0-d tensor; call it once per optimizer step.
 
         A loss that is not finite (a skipped step of a gradient scaler) leaves the averages and r as they are.
+
+        Raises:
+            TypeError, ValueError: the loss is no tensor of one real number.
         """
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss must be a 0-d tensor, got {type(loss).__name__}; pass torch.tensor(loss)")
+        if loss.dim() != 0:
+            raise ValueError(f"loss must be a 0-d tensor, got shape {tuple(loss.shape)}; pass its mean")
+        if not loss.is_floating_point():
+            raise TypeError(f"loss must be of a floating type, got {loss.dtype}")
         loss = loss.detach().to(self.loss_ema)
         finite = loss.isfinite()
         first = self.steps == 0

@@ -25,7 +25,13 @@ __all__ = [
 ]
 
 
+def _check_number(owner: str, name: str, value: float) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{owner}: {name} must be a number, got {type(value).__name__}")
+
+
 def _check_open_unit(owner: str, name: str, value: float, cure: str) -> None:
+    _check_number(owner, name, value)
     if not 0.0 < value < 1.0:
         raise ValueError(f"{owner}: {name} must lie strictly between 0 and 1, got {value!r}; {cure}")
 
@@ -124,6 +130,7 @@ class AlphaBeta(Divergence):
 
     def __post_init__(self) -> None:
         for name, value in (("alpha", self.alpha), ("beta", self.beta)):
+            _check_number("AlphaBeta", name, value)
             if not 0.0 < value < float("inf"):
                 raise ValueError(
                     f"AlphaBeta: {name} must be positive and finite, got {value!r}; for the limits alpha, beta -> 0 "
@@ -159,9 +166,15 @@ def get_divergence(divergence: str | Divergence) -> Divergence:
 
     Raises:
         ValueError: unknown name.
-        TypeError: neither a name nor an instance.
+        TypeError: neither a name nor an instance, or an instance of a class that is not in `DIVERGENCES`, such as
+            `Divergence` itself.
     """
     if isinstance(divergence, Divergence):
+        if DIVERGENCES.get(divergence.name) is not type(divergence):
+            raise TypeError(
+                f"divergence must be an instance of a class in DIVERGENCES ({', '.join(DIVERGENCES)}), which alone "
+                f"have kernels, got {type(divergence).__name__}()"
+            )
         return divergence
     if isinstance(divergence, str):
         if divergence not in DIVERGENCES:

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .adaptive import exact_dtype, focus_count, inverse_difficulty_temperature, select_tokens
+from .adaptive import clamped, exact_dtype, focus_count, select_tokens, unbounded_temperature
+from .checks import (
+    DIFFICULTIES,
+    check_device,
+    check_difficulty,
+    check_flag,
+    check_inplace,
+    check_labels,
+    check_mask,
+    check_no_transform,
+    check_options,
+    check_pair,
+    check_range,
+    check_token_tensor,
+)
 from .divergences import DIVERGENCES, Divergence, get_divergence
 
 __all__ = ["DIFFICULTIES", "AdaKDOutput", "adakd_loss", "token_difficulty", "token_divergence"]
-
-DIFFICULTIES = ("hellinger", "forward_kl", "reverse_kl", "jensen_shannon", "cross_entropy")
 
 
 class AdaKDOutput(NamedTuple):
@@ -59,21 +72,24 @@ def adakd_loss(
     Args:
         student_logits: (B, L, Vˢ) or (N, Vˢ); fp16, bf16, fp32 or fp64; any strides with a contiguous last dimension.
         teacher_logits: (B, L, Vᵗ) or (N, Vᵗ); its type and vocabulary may differ: the first min(Vˢ, Vᵗ) entries count.
-        labels: (B, L) or (N,) int64: the token that each position predicts. A valid token that lies outside the common
-            vocabulary makes the cross-entropy NaN.
+            They may come from `torch.inference_mode()`, except under `torch.compile`: torch refuses to save them there.
+        labels: (B, L) or (N,), of any integer type that can hold `ignore_index`: the token that each position predicts.
+            A valid token that lies outside the common vocabulary makes the cross-entropy NaN, and its row's gradient.
         divergence: a name of `DIVERGENCES` or an instance such as `JensenShannon(beta=0.1)`.
-        focus_ratio: the share r in (0, 1], a float or a 0-d tensor (not checked then).
+        focus_ratio: the share r in (0, 1], a float or a 0-d tensor (its value is not checked).
         temperature_scale: c ≥ 0 of τ = τ_base·exp(−c·ŝ); 0 gives all tokens the base temperature.
-        base_temperature: τ_base > 0.
+        base_temperature: τ_base > 0. A temperature is kept in the range in which τ² is neither 0 nor infinite.
         difficulty: 'hellinger', 'forward_kl', 'reverse_kl', 'jensen_shannon' or 'cross_entropy'.
         ce_weight: a in [0, 1].
-        num_items: number of valid tokens in the whole optimizer step, a number or a 0-d tensor. The sums are divided by
+        num_items: number of valid tokens in the whole optimizer step, a number or a 0-d tensor (its value is not
+            checked: that would wait for the device). The sums are divided by
             r·num_items (and num_items for the cross-entropy), so that the losses of k micro-batches add up to the
             step's.
         ignore_index: label of tokens that do not count.
         shift: labels are aligned with the inputs, as transformers has them: position i predicts labels[i + 1].
         inplace: the backward writes the gradient over the student's logits instead of a new (B, L, Vˢ) tensor. They
-            must not be needed afterwards, and there is no second backward. Ignored under `torch.compile`.
+            must not be needed afterwards, and there is no second backward. Refused where they require grad and are a
+            leaf or a view of one, or where rows share memory. Ignored under `torch.compile`.
 
     Returns:
         AdaKDOutput(loss, token_loss, difficulty, temperature, selected). With no valid token the loss is 0 and its
@@ -81,6 +97,7 @@ def adakd_loss(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range; the message says which and what was meant.
+        RuntimeError: inside a transformation of `torch.func`, or in forward mode.
 
     Example:
         >>> student = torch.randn(2, 5, 100, requires_grad=True)
@@ -89,17 +106,23 @@ def adakd_loss(
         >>> int(out.selected.sum()), tuple(student.grad.shape)
         (5, (2, 5, 100))
     """
+    check_no_transform("adakd_loss", student_logits, teacher_logits)
     student, teacher, batch = check_pair(student_logits, teacher_logits)
-    div = check_options(divergence, focus_ratio, temperature_scale, base_temperature, difficulty, ce_weight, num_items)
-    check_token_tensor("labels", labels, batch, student, integral=True)
+    div = check_options(
+        divergence, focus_ratio, temperature_scale, base_temperature, difficulty, ce_weight, ignore_index, num_items,
+        shift=shift, inplace=inplace,
+    )  # fmt: skip
+    labels = check_labels(labels, batch, student, ignore_index)
+    inplace = inplace and not torch.compiler.is_compiling()
+    if inplace:
+        check_inplace("student_logits", student_logits)
     if shift:
         labels = next_labels(labels, ignore_index)
     labels = labels.reshape(student.shape[:2])
     with torch.no_grad():
         hard, valid, max_s, sum_s = measure_difficulty(student, teacher, labels != ignore_index, labels, difficulty)
         selected = select_tokens(hard, focus_ratio, valid)
-        tau = inverse_difficulty_temperature(hard, selected, temperature_scale, base_temperature)
-        tau = tau.where(valid, base_temperature)
+        tau = token_temperature(hard, selected, valid, temperature_scale, base_temperature)
 
     with_ce = ce_weight != 0.0
     token_div, token_ce = ops.token_losses(
@@ -112,7 +135,7 @@ def adakd_loss(
         ce_mask=valid if with_ce else None,
         ce_max=max_s if with_ce else None,
         ce_sum=sum_s if with_ce else None,
-        inplace=inplace and not torch.compiler.is_compiling(),
+        inplace=inplace,
     )
     token_loss = tau.square() * token_div
     items, count = loss_counts(valid, focus_ratio, num_items, token_loss.dtype)
@@ -140,7 +163,7 @@ def token_difficulty(
         student_logits, teacher_logits: as in `adakd_loss`.
         mask: (B, L) or (N,) bool, true for valid tokens; None for all. Others give 0 and their rows are not read.
         difficulty: 'hellinger', 'forward_kl', 'reverse_kl', 'jensen_shannon' or 'cross_entropy'.
-        labels: (B, L) or (N,) int64, needed by 'cross_entropy' only.
+        labels: (B, L) or (N,) of an integer type, needed by 'cross_entropy' only.
 
     Returns:
         (B, L) or (N,), fp32 (fp64 for fp64 logits).
@@ -154,15 +177,14 @@ def token_difficulty(
         True
     """
     student, teacher, batch = check_pair(student_logits, teacher_logits)
-    _check_difficulty(difficulty)
-    mask = _check_mask(mask, batch, student)
+    check_difficulty(difficulty)
+    mask = _token_mask(mask, batch, student)
     if difficulty == "cross_entropy":
         if labels is None:
             raise ValueError(
                 "labels must be given for difficulty='cross_entropy': the token that each position predicts"
             )
-        check_token_tensor("labels", labels, batch, student, integral=True)
-        labels = labels.reshape(student.shape[:2])
+        labels = check_labels(labels, batch, student).reshape(student.shape[:2])
     return measure_difficulty(student, teacher, mask, labels, difficulty)[0].view(batch)
 
 
@@ -181,7 +203,8 @@ def token_divergence(
 
     Args:
         student_logits, teacher_logits, divergence, inplace: as in `adakd_loss`.
-        temperature: τ > 0, a float, a 0-d tensor or a tensor of shape (B, L) or (N,) (its values are not checked).
+        temperature: τ > 0, a float, a 0-d tensor or a tensor of shape (B, L) or (N,). A tensor's values are not
+            checked: 0 and infinity give the limit in the type's range, a negative τ counts as 0, NaN gives NaN.
         mask: (B, L) or (N,) bool, true for valid tokens; None for all. Others give 0 and gradient 0, and are not read.
 
     Returns:
@@ -195,9 +218,14 @@ def token_divergence(
         >>> per_token = token_divergence(student, torch.randn(3, 100), temperature=2.0, divergence="forward_kl")
         >>> (4.0 * per_token).mean().backward()
     """
+    check_no_transform("token_divergence", student_logits, teacher_logits, temperature)
     student, teacher, batch = check_pair(student_logits, teacher_logits)
     div = get_divergence(divergence)
-    mask = _check_mask(mask, batch, student)
+    mask = _token_mask(mask, batch, student)
+    check_flag("inplace", inplace)
+    inplace = inplace and not torch.compiler.is_compiling()
+    if inplace:
+        check_inplace("student_logits", student_logits)
     if isinstance(temperature, Tensor):
         if temperature.requires_grad:
             raise ValueError("temperature requires grad, but it is a constant of the loss: pass temperature.detach()")
@@ -207,9 +235,34 @@ def token_divergence(
     else:
         check_range("temperature", temperature, 0.0, float("inf"), "> 0", low_open=True, high_open=True)
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    # Where 1/τ is a normal number: 0 and infinity give their finite limits.
+    temperature = clamped(temperature, 8.0 * torch.finfo(dtype).tiny, torch.finfo(dtype).max / 8.0, dtype)
     tau = tensor_on(temperature, student.device, dtype).expand(student.shape[:2])
-    inplace = inplace and not torch.compiler.is_compiling()
     return ops.token_losses(student, teacher, tau, mask, div, inplace=inplace)[0].view(batch)
+
+
+def _token_mask(mask: Tensor | None, batch: torch.Size, student: Tensor) -> Tensor:
+    """The mask as (B, L) bool."""
+    if mask is None:
+        return torch.ones(student.shape[:2], dtype=torch.bool, device=student.device)
+    check_mask("mask", mask, batch)
+    check_device("mask", mask, student)
+    return mask.reshape(student.shape[:2])
+
+
+def token_temperature(
+    difficulty: Tensor, selected: Tensor, valid: Tensor, temperature_scale: float, base_temperature: float
+) -> Tensor:
+    """τ of the loss: (6) for valid tokens, the base elsewhere."""
+    tau = unbounded_temperature(difficulty, selected, temperature_scale, base_temperature)
+    base = loss_temperature(base_temperature, tau.dtype)
+    bounded: Tensor = loss_temperature(tau, tau.dtype)
+    return bounded.where(valid, base)
+
+
+def loss_temperature(value: Any, dtype: torch.dtype) -> Any:
+    """The nearest temperature whose square, a factor of (7), is neither 0 nor infinite in this type."""
+    return clamped(value, math.sqrt(torch.finfo(dtype).tiny), math.sqrt(torch.finfo(dtype).max), dtype)
 
 
 def tensor_on(value: float | Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
@@ -252,121 +305,3 @@ def loss_counts(
     items = tensor_on(num_items, n.device)
     items = torch.where(items == 0, 1, items)
     return items.to(dtype), (items.to(exact_dtype(items.device)) * focus_ratio).to(dtype)
-
-
-def check_options(
-    divergence: str | Divergence,
-    focus_ratio: float | Tensor,
-    temperature_scale: float,
-    base_temperature: float,
-    difficulty: str,
-    ce_weight: float,
-    num_items: float | Tensor | None,
-) -> Divergence:
-    """Checks of the options that do not depend on a tensor of the batch; the divergence that is meant."""
-    div = get_divergence(divergence)
-    _check_difficulty(difficulty)
-    check_range("focus_ratio", focus_ratio, 0.0, 1.0, "in (0, 1]", low_open=True)
-    check_range("temperature_scale", temperature_scale, 0.0, float("inf"), "a finite number >= 0", high_open=True)
-    check_range("base_temperature", base_temperature, 0.0, float("inf"), "> 0", low_open=True, high_open=True)
-    check_range("ce_weight", ce_weight, 0.0, 1.0, "in [0, 1]")
-    if num_items is not None and not isinstance(num_items, Tensor) and num_items < 0:
-        raise ValueError(f"num_items must be the number of valid tokens of the optimizer step, got {num_items!r}")
-    return div
-
-
-def check_pair(student: Tensor, teacher: Tensor, kind: str = "logits") -> tuple[Tensor, Tensor, torch.Size]:
-    """Student and teacher `kind`, 'logits' or 'hidden', as (B, L, …) without a copy, and the shape of the tokens."""
-    size, entry = {"logits": ("V", "vocabulary entry"), "hidden": ("H", "feature")}[kind]
-    for name, value in ((f"student_{kind}", student), (f"teacher_{kind}", teacher)):
-        check_floating(name, value)
-        if value.dim() not in (2, 3):
-            raise ValueError(f"{name} must be (B, L, {size}) or (N, {size}), got shape {tuple(value.shape)}")
-        if value.shape[-1] == 0:
-            raise ValueError(f"{name} must have at least one {entry}, got shape {tuple(value.shape)}")
-        if value.stride(-1) != 1 and value.shape[-1] > 1:
-            raise ValueError(
-                f"{name} must be contiguous in its last dimension, got strides {tuple(value.stride())}; "
-                f"call {name}.contiguous(), which copies it"
-            )
-    check_constant(f"teacher_{kind}", teacher)
-    batch = student.shape[:-1]
-    if teacher.shape[:-1] != batch:
-        raise ValueError(
-            f"teacher_{kind} must have the student's shape {tuple(batch)} before the last dimension, "
-            f"got {tuple(teacher.shape[:-1])}"
-        )
-    check_device(f"teacher_{kind}", teacher, student)
-    if student.dim() == 2:
-        return student.unsqueeze(0), teacher.unsqueeze(0), batch
-    return student, teacher, batch
-
-
-def check_floating(name: str, value: Tensor) -> None:
-    """Refuse what is no tensor of fp16, bf16, fp32 or fp64."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if not value.is_floating_point() or value.element_size() < 2:
-        raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {value.dtype}")
-
-
-def check_constant(name: str, value: Tensor) -> None:
-    """Refuse a part of the teacher that requires grad."""
-    if value.requires_grad:
-        raise ValueError(
-            f"{name} requires grad, but the teacher is a constant of the loss: run it under torch.no_grad() or "
-            f"pass {name}.detach()"
-        )
-
-
-def check_device(name: str, value: Tensor, student: Tensor) -> None:
-    """Refuse a tensor that lies elsewhere than the student's."""
-    if value.device != student.device:
-        raise ValueError(f"{name} must be on the student's device {student.device}, got {value.device}")
-
-
-def check_token_tensor(name: str, value: Tensor, batch: torch.Size, student: Tensor, integral: bool = False) -> None:
-    """Refuse what is no tensor of one number a token, beside the student's."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if integral and (value.is_floating_point() or value.dtype == torch.bool):
-        raise TypeError(f"{name} must be integers, got {value.dtype}")
-    if value.shape != batch:
-        raise ValueError(f"{name} must have the shape {tuple(batch)} of the tokens, got {tuple(value.shape)}")
-    check_device(name, value, student)
-
-
-def _check_mask(mask: Tensor | None, batch: torch.Size, student: Tensor) -> Tensor:
-    """The mask as (B, L) bool."""
-    if mask is None:
-        return torch.ones(student.shape[:2], dtype=torch.bool, device=student.device)
-    check_token_tensor("mask", mask, batch, student)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be bool, true for valid tokens, got {mask.dtype}; pass mask.bool()")
-    return mask.reshape(student.shape[:2])
-
-
-def _check_difficulty(difficulty: str) -> None:
-    if difficulty not in DIFFICULTIES:
-        raise ValueError(f"difficulty must be one of {', '.join(DIFFICULTIES)}, got {difficulty!r}")
-
-
-def check_range(
-    name: str,
-    value: float | Tensor,
-    low: float,
-    high: float,
-    expected: str,
-    low_open: bool = False,
-    high_open: bool = False,
-) -> None:
-    """A tensor is checked for its shape only: reading its value would wait for the device."""
-    if isinstance(value, Tensor):
-        if value.dim() != 0:
-            raise ValueError(f"{name} must be a number or a 0-d tensor, got a tensor of shape {tuple(value.shape)}")
-        return
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    fits = (value > low if low_open else value >= low) and (value < high if high_open else value <= high)
-    if not fits:
-        raise ValueError(f"{name} must be {expected}, got {value!r}")

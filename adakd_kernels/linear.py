@@ -9,30 +9,37 @@ at one temperature, no token waits for the others, and both phases are one (docs
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import ops, reference
-from .adaptive import descending, focus_count, inverse_difficulty_temperature, select_tokens
-from .divergences import Divergence
-from .functional import (
-    AdaKDOutput,
+from .adaptive import descending, focus_count, select_tokens
+from .checks import (
     check_constant,
     check_device,
     check_floating,
+    check_integer,
+    check_labels,
+    check_no_transform,
     check_options,
     check_pair,
     check_range,
-    check_token_tensor,
+)
+from .divergences import Divergence
+from .functional import (
+    AdaKDOutput,
     loss_counts,
+    loss_temperature,
     measure_difficulty,
     next_labels,
+    token_temperature,
 )
 from .loss import AdaKDLoss
-from .ops.token_divergence import OnceDifferentiable
+from .ops.token_divergence import OnceDifferentiable, loud_weights
 
 __all__ = ["LinearAdaKDLoss", "linear_adakd_loss"]
 
@@ -87,7 +94,7 @@ def linear_adakd_loss(
             own; once where every token counts at one temperature.
         teacher_hidden: (B, L, Hᵗ) or (N, Hᵗ); Hᵗ and its type may differ.
         teacher_weight: (Vᵗ, Hᵗ) of the teacher's hidden states' type, or a callable.
-        labels: (B, L) or (N,) int64: the token that each position predicts.
+        labels: (B, L) or (N,), of any integer type that can hold `ignore_index`: the token that each position predicts.
         student_bias, teacher_bias: (V,), for a head that is a weight.
         student_softcap, teacher_softcap: cap > 0, or None.
         student_scale, teacher_scale: scale > 0.
@@ -115,13 +122,16 @@ def linear_adakd_loss(
         >>> int(out.selected.sum()), tuple(hidden.grad.shape), tuple(weight.grad.shape)
         (5, (2, 5, 8), (100, 8))
     """
+    check_no_transform("linear_adakd_loss", student_hidden, student_weight, student_bias, teacher_hidden)
     hidden_s, hidden_t, batch = check_pair(student_hidden, teacher_hidden, "hidden")
-    div = check_options(divergence, focus_ratio, temperature_scale, base_temperature, difficulty, ce_weight, num_items)
-    check_token_tensor("labels", labels, batch, student_hidden, integral=True)
-    _check_head("student", student_hidden, student_weight, student_bias, student_softcap, student_scale)
-    _check_head("teacher", teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_scale)
-    _check_count("chunk_tokens", 1 if chunk_tokens is None else chunk_tokens, 1)
-    _check_count("keep_bytes", keep_bytes, 0)
+    div = check_options(
+        divergence, focus_ratio, temperature_scale, base_temperature, difficulty, ce_weight, ignore_index, num_items,
+        shift=shift,
+    )  # fmt: skip
+    labels = check_labels(labels, batch, student_hidden, ignore_index)
+    _check_head("student", student_hidden, student_weight, student_bias)
+    _check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
+    _check_head_options(student_softcap, teacher_softcap, student_scale, teacher_scale, chunk_tokens, keep_bytes)
     if shift:
         labels = next_labels(labels, ignore_index)
     labels = labels.flatten()
@@ -152,8 +162,7 @@ def linear_adakd_loss(
 
             def select(hard: Tensor, valid: Tensor, items: Tensor, count: Tensor) -> _Selection:
                 selected = select_tokens(hard, focus_ratio, valid)
-                tau = inverse_difficulty_temperature(hard, selected, temperature_scale, base_temperature)
-                tau = tau.where(valid, base_temperature)
+                tau = token_temperature(hard, selected, valid, temperature_scale, base_temperature)
                 unit = _power_of_two(items)
                 weight = (unit * (1.0 - ce_weight) / count) * tau.square() * selected
                 return _Selection(tau, selected, weight, (unit * ce_weight / items) * valid if ce_weight else None)
@@ -183,7 +192,7 @@ def linear_adakd_loss(
         per_token = (
             spread(token_loss, 0.0),
             spread(stats.difficulty, 0.0),
-            spread(tau, base_temperature),
+            spread(tau, loss_temperature(base_temperature, tau.dtype)),
             spread(selected, False),
         )
     if any(needs):
@@ -226,6 +235,7 @@ class LinearAdaKDLoss(AdaKDLoss):
         **options: Any,
     ) -> None:
         super().__init__(divergence, **options)
+        _check_head_options(student_softcap, teacher_softcap, student_scale, teacher_scale, chunk_tokens, keep_bytes)
         self.student_softcap, self.teacher_softcap = student_softcap, teacher_softcap
         self.student_scale, self.teacher_scale = student_scale, teacher_scale
         self.chunk_tokens, self.keep_bytes = chunk_tokens, keep_bytes
@@ -243,6 +253,7 @@ class LinearAdaKDLoss(AdaKDLoss):
         teacher_bias: Tensor | None = None,
     ) -> AdaKDOutput:
         """`linear_adakd_loss` of one micro-batch, at the current share. Shapes and errors are its."""
+        self._check_same_count(num_items)
         focus_ratio = self._current_ratio(student_hidden)
         out = linear_adakd_loss(
             student_hidden,
@@ -293,7 +304,7 @@ class _WithGradient(torch.autograd.Function):
             ]
         if torch.is_grad_enabled():  # create_graph=True
             refuses = torch.zeros((), device=factor.device, requires_grad=True)
-            scaled = [None if x is None else OnceDifferentiable.apply(x, refuses) for x in scaled]  # type: ignore[no-untyped-call]
+            scaled = [None if x is None else OnceDifferentiable.apply(x, refuses, grad_loss) for x in scaled]  # type: ignore[no-untyped-call]
         return None, None, None, *scaled
 
 
@@ -423,7 +434,8 @@ class _ModuleHead(_Head):
 
     def fold(self, tokens: Tensor, grad: Tensor) -> None:
         inputs = ([] if self.d_hidden is None else [self.leaf]) + self.parameters
-        grads = torch.autograd.grad(self.result, inputs, grad.to(self.result.dtype), allow_unused=True)
+        with _without_hooks(self.parameters):
+            grads = torch.autograd.grad(self.result, inputs, grad.to(self.result.dtype), allow_unused=True)
         del self.leaf, self.result
         if self.d_hidden is not None:
             if grads[0] is not None:
@@ -435,6 +447,19 @@ class _ModuleHead(_Head):
 
     def gradients(self) -> list[Tensor | None]:
         return [self.d_hidden, *self.d_parameters]
+
+
+@contextmanager
+def _without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """No chunk calls the hooks of the parameters: the backward of the loss does, with the whole gradient."""
+    hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
+    for registered, _ in hooks:
+        registered.clear()
+    try:
+        yield
+    finally:
+        for registered, kept in hooks:
+            registered.update(kept)
 
 
 def _make_head(
@@ -623,11 +648,15 @@ class _Logits:
     ) -> Tensor:
         """D of some tokens, and the gradient of their raw logits over these."""
         values = [None if x is None else x.unsqueeze(0) for x in (*selection, *stats)]
-        tau, selected, weight, weight_ce, labels, _, _, max_s, sum_s, _ = values
+        tau, selected, weight, weight_ce, labels, _, _, max_s, sum_s, cross_entropy = values
+        assert weight is not None and cross_entropy is not None
         z_s, z_t, args = z_s.unsqueeze(0), z_t.unsqueeze(0), (div.name, *div.parameters)
         d, *saved = ops.token_divergence(z_s, z_t, tau, selected, *args)
         if self.differentiates:
-            ce = (None,) * 4 if weight_ce is None else (labels, weight_ce, max_s, sum_s)
+            ce: tuple[Tensor | None, ...] = (None,) * 4
+            if weight_ce is not None:
+                weight, weight_ce = loud_weights(weight, weight_ce, cross_entropy)
+                ce = (labels, weight_ce, max_s, sum_s)
             ops.token_divergence_backward_(z_s, z_t, tau, weight, *saved, *ce, *args)
             if self.student.softcap is not None:
                 torch.ops.aten.tanh_backward(z_s[0], raw, grad_input=raw)
@@ -641,12 +670,9 @@ def _chunk_rule(budget: int, bytes_s: int, part_bytes: int) -> int:
     return max(64, rows // 64 * 64)
 
 
-def _check_head(side: str, hidden: Tensor, weight: Any, bias: Any, softcap: Any, scale: Any) -> None:
+def _check_head(side: str, hidden: Tensor, weight: Any, bias: Any) -> None:
     """Refuse a head that does not fit its hidden states, or that belongs to the teacher and requires grad."""
     name, size = f"{side}_weight", hidden.shape[-1]
-    check_range(f"{side}_scale", scale, 0.0, float("inf"), "a finite number > 0", low_open=True, high_open=True)
-    if softcap is not None:
-        check_range(f"{side}_softcap", softcap, 0.0, float("inf"), "None or > 0", low_open=True, high_open=True)
     if not isinstance(weight, Tensor):
         if side == "student" and not isinstance(weight, nn.Module):
             raise TypeError(
@@ -678,8 +704,18 @@ def _check_head(side: str, hidden: Tensor, weight: Any, bias: Any, softcap: Any,
             check_constant(part, value)
 
 
-def _check_count(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+def _check_head_options(
+    student_softcap: Any, teacher_softcap: Any, student_scale: Any, teacher_scale: Any, chunk_tokens: Any,
+    keep_bytes: Any,
+) -> None:  # fmt: skip
+    """Refuse what follows a head, or sets its chunks, outside its range."""
+    for side, scale, softcap in (
+        ("student", student_scale, student_softcap),
+        ("teacher", teacher_scale, teacher_softcap),
+    ):
+        check_range(f"{side}_scale", scale, 0.0, float("inf"), "a finite number > 0", low_open=True, high_open=True)
+        if softcap is not None:
+            check_range(f"{side}_softcap", softcap, 0.0, float("inf"), "None or > 0", low_open=True, high_open=True)
+    if chunk_tokens is not None:
+        check_integer("chunk_tokens", chunk_tokens, least=1)
+    check_integer("keep_bytes", keep_bytes, least=0)

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .adaptive import ExactModule, LossAdaptiveFocus
-from .divergences import Divergence, get_divergence
+from .checks import check_options
+from .divergences import Divergence
 from .functional import AdaKDOutput, adakd_loss, tensor_on
 
 __all__ = ["AdaKDLoss"]
@@ -20,6 +21,8 @@ class AdaKDLoss(ExactModule):
 
     Call it on each micro-batch, and `step()` once after each optimizer step: `step` gives the focus the mean of the
     losses since the last one (their sum where `num_items` was given), averaged over the ranks of `torch.distributed`.
+    The training calls of one optimizer step either all give `num_items` or none does; another call is refused, except
+    under `torch.compile`, which does not see it.
 
     Args:
         divergence: as in `adakd_loss`.
@@ -28,7 +31,7 @@ class AdaKDLoss(ExactModule):
         temperature_scale, base_temperature, difficulty, ce_weight, ignore_index, shift, inplace: as in `adakd_loss`.
 
     Raises:
-        ValueError: not exactly one of `total_steps` and `focus`.
+        TypeError, ValueError: an option of the wrong type or range, or not exactly one of `total_steps` and `focus`.
 
     Example:
         >>> loss_fn = AdaKDLoss(divergence="reverse_kl", total_steps=1000)
@@ -63,23 +66,35 @@ class AdaKDLoss(ExactModule):
                 "give total_steps (the share of tokens follows the loss) or focus (a LossAdaptiveFocus, or a float for "
                 f"a fixed share), one of the two; got total_steps={total_steps!r}, focus={focus!r}"
             )
-        self.divergence = get_divergence(divergence)
-        self.focus = LossAdaptiveFocus(total_steps) if total_steps is not None else focus
+        if total_steps is not None:
+            focus = LossAdaptiveFocus(total_steps)
+        elif not isinstance(focus, LossAdaptiveFocus):
+            if not isinstance(focus, (int, float)) or isinstance(focus, bool):
+                raise TypeError(f"focus must be a LossAdaptiveFocus or a number in (0, 1], got {type(focus).__name__}")
+            if not 0.0 < focus <= 1.0:
+                raise ValueError(f"focus must be a LossAdaptiveFocus or a number in (0, 1], got {focus!r}")
+        self.divergence = check_options(
+            divergence, 1.0, temperature_scale, base_temperature, difficulty, ce_weight, ignore_index,
+            shift=shift, inplace=inplace,
+        )  # fmt: skip
+        self.focus: LossAdaptiveFocus | float = focus
         self.temperature_scale, self.base_temperature = temperature_scale, base_temperature
         self.difficulty, self.ce_weight = difficulty, ce_weight
         self.ignore_index, self.shift, self.inplace = ignore_index, shift, inplace
+        self._items_given: bool | None = None
         self.register_buffer("_loss_sum", torch.zeros((), dtype=torch.float64), persistent=False)
         self.register_buffer("_loss_count", torch.zeros((), dtype=torch.float64), persistent=False)
 
     @property
     def focus_ratio(self) -> Tensor | float:
         """The share r that the next call uses."""
-        return self.focus.focus_ratio if isinstance(self.focus, LossAdaptiveFocus) else float(self.focus or 1.0)
+        return self.focus.focus_ratio if isinstance(self.focus, LossAdaptiveFocus) else float(self.focus)
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, num_items: float | Tensor | None = None
     ) -> AdaKDOutput:
         """`adakd_loss` of one micro-batch, at the current share. Shapes and errors are `adakd_loss`'s."""
+        self._check_same_count(num_items)
         focus_ratio = self._current_ratio(student_logits)
         out = adakd_loss(
             student_logits,
@@ -103,13 +118,32 @@ class AdaKDLoss(ExactModule):
     def _current_ratio(self, like: Tensor) -> Tensor | float:
         """The share r, after the buffers have followed the batch to its device."""
         if self._loss_sum.device != like.device:
-            self.to(like.device)
+            # Buffers that an evaluation makes under inference mode could not be written to in training.
+            with torch.inference_mode(False):
+                self.to(like.device)
         return self.focus_ratio
+
+    def _counts(self) -> bool:
+        """Whether a call belongs to an optimizer step."""
+        return self.training and torch.is_grad_enabled()
+
+    def _check_same_count(self, num_items: float | Tensor | None) -> None:
+        """Refuse a sum of losses of the step beside a mean over a micro-batch."""
+        if self._items_given is None or not self._counts() or torch.compiler.is_compiling():
+            return
+        if self._items_given != (num_items is not None):
+            before, now = ("with", "without") if self._items_given else ("without", "with")
+            raise ValueError(
+                f"num_items must be given to all calls of an optimizer step or to none: an earlier call since step() "
+                f"came {before} it, this one {now}; call step() after each optimizer step"
+            )
 
     def _record(self, out: AdaKDOutput, focus_ratio: Tensor | float, num_items: float | Tensor | None) -> None:
         """Add the distillation loss of a micro-batch of training to what `step` reads."""
-        if not (self.training and torch.is_grad_enabled()):
+        if not self._counts():
             return
+        if not torch.compiler.is_compiling():  # a compiled graph would have a guard on it, and be compiled twice
+            self._items_given = num_items is not None
         total = out.token_loss.detach().to(self._loss_sum.dtype).sum()
         if num_items is None:
             self._loss_sum += total / out.selected.sum().clamp_min(1)
@@ -133,3 +167,4 @@ class AdaKDLoss(ExactModule):
             self.focus.step(loss)
         self._loss_sum.zero_()
         self._loss_count.zero_()
+        self._items_given = None

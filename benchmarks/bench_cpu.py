@@ -29,6 +29,8 @@ from torch import Tensor
 from adakd_kernels import adakd_loss, ops, reference
 from adakd_kernels.divergences import get_divergence
 
+from .devices import produced
+
 ROOT = Path(__file__).parent.parent
 SHARE, ROWS_AT_ONCE, ROUNDS = 0.5, 8, 7
 WORKLOADS = [
@@ -54,7 +56,7 @@ def readme_formula() -> Callable[..., Tensor]:
 def by_autograd(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Run:
     def run(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         leaf = student.detach().requires_grad_()
-        loss(leaf, teacher, labels).backward()
+        loss(produced(leaf), teacher, labels).backward()
         assert leaf.grad is not None
         return leaf.grad
 

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 import adakd_kernels
 from adakd_kernels import adakd_loss, linear_adakd_loss, ops, reference, token_divergence
 
-from .devices import Cpu, Gpu, device_of, quantiles
+from .devices import Cpu, Gpu, device_of, produced, quantiles
 
 SHARE = 0.5
 # Beside twice the error of eager: units in the last place of the type, relative to the largest entry.
@@ -182,8 +182,8 @@ def jobs(device: Gpu | Cpu) -> dict[str, Job]:
 
 
 def step(job: Job, provider: Callable[..., Tensor], inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """Loss and gradients. An input that requires grad is a view, so that its gradient may take its place."""
-    given = {name: x.view_as(x) if name in job.wanted else x for name, x in inputs.items()}
+    """Loss and gradients. An input that requires grad is an operator's result: its gradient may take its place."""
+    given = {name: produced(x) if name in job.wanted else x for name, x in inputs.items()}
     loss = provider(**given)
     return loss.detach(), *torch.autograd.grad(loss, [given[name] for name in job.wanted])
 

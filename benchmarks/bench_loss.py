@@ -13,6 +13,8 @@ import torch
 
 from adakd_kernels import adakd_loss, ops, reference
 
+from .devices import produced
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WORKLOADS = {"128 x 49152": (128, 49152), "64 x 151936": (64, 151936)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -57,7 +59,7 @@ def bench_loss(benchmark, provider, phase, workload, dtype):
         return (leaf,), {}
 
     def run(leaf):
-        loss = PROVIDERS[provider](leaf, teacher, labels)
+        loss = PROVIDERS[provider](produced(leaf), teacher, labels)
         if phase != "forward":
             loss.backward()
         if DEVICE == "cuda":

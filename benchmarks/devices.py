@@ -12,8 +12,28 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class _Produced(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor) -> Tensor:
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def produced(leaf: Tensor) -> Tensor:
+    """The leaf's memory as the result of an operator, without a copy: like a model's logits, a gradient may replace it.
+
+    The leaf itself is overwritten then, which `inplace=True` refuses to do to a leaf that it can see.
+    """
+    result: Tensor = _Produced.apply(leaf)
+    return result
 
 
 class Gpu:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from adakd_kernels import AdaKDLoss, LossAdaptiveFocus, inverse_difficulty_temperature, reference, select_tokens
 
@@ -120,6 +121,83 @@ def test_focus_moves_to_a_device_without_fp64():
     assert {buffer.dtype for buffer in loss_fn.buffers()} == {torch.float32, torch.int64}
     loss_fn.focus.step(torch.tensor(2.5))
     assert loss_fn.focus.steps == 2 and loss_fn.focus.loss_ema == 2.5
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda module: module.half(),
+        lambda module: module.bfloat16(),
+        lambda module: module.float(),
+        lambda module: module.to(torch.float16),
+        lambda module: module.type(torch.bfloat16),
+        lambda module: copy.deepcopy(module).to("cpu", torch.bfloat16),
+    ],
+)
+def test_a_cast_model_keeps_its_focus_exact(cast):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(2, 3)
+            self.loss_fn = AdaKDLoss(focus=LossAdaptiveFocus(300, beta=0.9, epsilon=0.01, delta=0.01))
+
+    plain, model = Model(), cast(Model())
+    assert model.head.weight.dtype != torch.float32 or model.head.weight.device.type == "cpu"
+    for step in range(300):
+        if step == 150:  # and goes on from a checkpoint
+            other = cast(Model())
+            other.load_state_dict(model.state_dict())
+            model = cast(other)
+        loss = torch.tensor(3.0 * math.exp(-step / 200.0), dtype=torch.float64)
+        for loss_fn in (plain.loss_fn, model.loss_fn):
+            loss_fn.focus.step(loss)
+    assert plain.loss_fn.focus_ratio < 0.9
+    for (name, a), (other_name, b) in zip(plain.loss_fn.named_buffers(), model.loss_fn.named_buffers(), strict=True):
+        assert name == other_name and a.dtype == b.dtype and torch.equal(a, b)
+
+
+def test_a_cast_leaves_the_users_own_modules_to_the_user():
+    loss_fn = AdaKDLoss(total_steps=3)
+    loss_fn.projection = nn.Linear(2, 3)
+    loss_fn.to(torch.bfloat16)
+    assert loss_fn.projection.weight.dtype == torch.bfloat16
+    assert {buffer.dtype for buffer in loss_fn.buffers()} == {torch.float64, torch.int64}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_infinite_difficulties_have_the_finite_limit(dtype):
+    low, high = math.exp(-0.5), math.exp(0.5)
+    inf, largest = math.inf, torch.finfo(dtype).max
+    for values, expected in (
+        ([inf, 1.0, 1.0, 0.0], [low, 1.0, 1.0, high]),
+        ([inf, inf, inf, 2.0], [1.0, 1.0, 1.0, high]),
+        ([inf], [1.0]),
+        ([largest, 1.0, 1.0], [low, 1.0, 1.0]),
+        ([largest, largest, 0.0], [1.0, 1.0, high]),
+        ([-1e-7, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, low]),  # a KL of equal rows may round to below 0
+    ):
+        tau = inverse_difficulty_temperature(torch.tensor(values, dtype=dtype))
+        assert torch.equal(tau, torch.tensor(expected, dtype=torch.float64).to(dtype)) or torch.allclose(
+            tau.double(), torch.tensor(expected, dtype=torch.float64), rtol=torch.finfo(dtype).eps
+        )
+    tau = inverse_difficulty_temperature(torch.tensor([math.nan, 1.0, 1.0, 1.0], dtype=dtype))
+    assert tau.isnan().tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_temperatures_stay_in_the_types_range(dtype, as_tensor):
+    difficulty = torch.tensor([0.0, 0.1, 0.1, 0.9, math.inf], dtype=dtype)
+    range_ = torch.finfo(dtype)
+    for scale, base in ((1e4, 1.0), (1e300, 1.0), (0.5, 1e300), (0.5, 1e-300), (1e300, 1e300), (1e300, 1e-300)):
+        options = {"temperature_scale": scale, "base_temperature": base}
+        if as_tensor:
+            options = {name: torch.tensor(value, dtype=torch.float64) for name, value in options.items()}
+        tau = inverse_difficulty_temperature(difficulty, **options)
+        assert tau.dtype == dtype and ((tau >= range_.tiny) & (tau <= range_.max)).all(), (scale, base, tau)
+    options = {"temperature_scale": math.inf, "base_temperature": math.inf}
+    options = {name: torch.tensor(value, dtype=torch.float64) for name, value in options.items()}
+    assert inverse_difficulty_temperature(difficulty, **options).isfinite().all()
 
 
 def test_a_loss_that_is_not_finite_changes_nothing():

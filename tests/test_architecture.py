@@ -20,6 +20,7 @@ PACKAGE = Path(adakd_kernels.__file__).parent
 ROOT = PACKAGE.parent
 LAYERS = [
     {"divergences"},
+    {"checks"},
     {"reference", "adaptive"},
     {"kernels"},
     {"ops"},

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from adakd_kernels import AdaKDLoss, adakd_loss, ops, reference, token_difficulty, token_divergence
-from benchmarks.devices import device_of
+from benchmarks.devices import device_of, produced
 
 from .cases import assert_close_as_eager, gradient, logits, temperatures, tokens
 
@@ -80,7 +80,7 @@ def test_peak_memory_is_the_gradient_and_numbers_per_token(device, inplace):
     needs_the_kernels(device)
     vocab, length = device.size(151_936, 20_011), device.size(512, 6)
     student, teacher, labels = batch(vocab, length)
-    leaf = student.requires_grad_().view_as(student)
+    leaf = produced(student.requires_grad_())
     loss_and_gradient(as_leaf(student), teacher, labels)  # compiles, and fills the allocator's caches
     peak = device.peak_bytes(lambda: loss_and_gradient(leaf, teacher, labels, inplace=inplace))
     of_logits = student.numel() * student.element_size()

@@ -553,3 +553,83 @@ def test_module_equals_the_function_and_drives_its_focus():
         for module in (loss_fn, plain):
             module.step()
         torch.testing.assert_close(loss_fn.focus.loss_ema, plain.focus.loss_ema, **EXACT)
+
+
+@pytest.mark.parametrize(
+    "options", [{"focus_ratio": 0.6}, {"ce_weight": 0.3, **AT_ONCE}], ids=["two phases", "at once"]
+)
+def test_hooks_of_a_head_see_the_whole_gradient_once(options):
+    case = Case(bias=False)
+    head = LoRAHead(case.weight)
+    weight_t = case.weight_t
+    case.weight, case.weight_t = head, lambda hidden: F.linear(hidden, weight_t)
+    parameters = [head.down, head.up]
+    expected = torch.autograd.grad(2.0 * case.from_hidden(chunk_tokens=3, **options).loss, parameters)
+    seen: list[tuple[str, Tensor]] = []
+    head.down.register_hook(lambda grad: seen.append(("down", grad.clone())))
+    head.up.register_hook(lambda grad: seen.append(("up", grad.clone())) or grad * 0.5)
+    head.up.register_post_accumulate_grad_hook(lambda p: seen.append(("up accumulated", p.grad.clone())))
+    ran = []
+    head.register_forward_hook(lambda *_: ran.append(True))
+    loss = case.from_hidden(chunk_tokens=3, **options).loss
+    assert not seen and ran
+    (2.0 * loss).backward()
+    assert sorted(name for name, _ in seen) == ["down", "up", "up accumulated"]
+    values = dict(seen)
+    assert torch.equal(values["down"], expected[0]) and torch.equal(values["up"], expected[1])
+    assert torch.equal(head.up.grad, 0.5 * expected[1]) and torch.equal(values["up accumulated"], head.up.grad)
+
+
+def test_hooks_of_a_head_are_there_after_an_error():
+    case = Case(bias=False)
+    case.weight = head = LoRAHead(case.weight)
+    calls = []
+    head.up.register_hook(lambda grad: calls.append(True))
+    with pytest.raises(RuntimeError, match="interrupted"), linear._without_hooks([head.up]):
+        raise RuntimeError("interrupted")
+    head.up.sum().backward()
+    assert calls == [True]
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("options", [{"focus_ratio": 0.5}, AT_ONCE], ids=["two phases", "at once"])
+def test_a_label_outside_the_common_vocabulary_is_loud(options):
+    case = Case()
+    case.labels[1, 2] = V + 3
+    loss = case.from_hidden(ce_weight=0.3, **options).loss
+    grads = torch.autograd.grad(loss, case.leaves())
+    assert loss.isnan() and grads[0][1, 2].isnan().all() and grads[1].isnan().all() and grads[2].isnan().all()
+    expected = torch.autograd.grad(case.from_logits(ce_weight=0.3, **options).loss, case.leaves())
+    others = [x.flatten(0, 1)[torch.arange(21) != 9] for x in (grads[0], expected[0])]
+    torch.testing.assert_close(*others, **EXACT)
+    assert not others[0].isnan().any()
+
+
+@pytest.mark.parametrize("module", [False, True])
+def test_a_teacher_run_in_inference_mode(module):
+    case, plain = Case(bias=not module), Case(bias=not module)
+    with torch.inference_mode():
+        for name in ("hidden_t", "weight_t", "bias_t", "labels"):
+            value = getattr(case, name)
+            setattr(case, name, None if value is None else value.clone())
+    for each in (case, plain):
+        if module:
+            weight_t, frozen = each.weight_t, LoRAHead(each.weight)
+            each.weight, each.weight_t = frozen, lambda hidden, weight_t=weight_t: F.linear(hidden, weight_t)
+    for options in ({"focus_ratio": 0.5, "ce_weight": 0.2, "keep_bytes": 3 * ROW}, {"shift": True, **AT_ONCE}):
+        results = []
+        for each in (case, plain):
+            leaves = [each.hidden, each.weight.down, each.weight.up] if module else each.leaves()
+            loss = each.from_hidden(**options).loss
+            results.append([loss, *torch.autograd.grad(loss, leaves)])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_labels_of_a_small_type():
+    case = Case()
+    expected = case.from_hidden(ce_weight=0.3, focus_ratio=0.5)
+    for dtype in (torch.int8, torch.int32):
+        case.labels = case.labels.to(dtype)
+        assert all(
+            torch.equal(a, b) for a, b in zip(case.from_hidden(ce_weight=0.3, focus_ratio=0.5), expected, strict=True)
+        )

@@ -143,11 +143,62 @@ def test_logits_far_from_zero():
     assert torch.allclose(gradient(loss, student + 512.0), gradient(loss, student), rtol=1e-3, atol=1e-7)
 
 
-def test_a_label_outside_the_common_vocabulary_is_loud():
+@pytest.mark.parametrize("inplace", [False, True], ids=["new", "inplace"])
+@pytest.mark.parametrize("label", [299, 301, 1000, -1])
+def test_a_label_outside_the_common_vocabulary_is_loud(label, inplace):
+    """In the loss, and in its row's gradient over the common vocabulary; no other entry changes."""
     student, teacher, labels = batch(vocab=301, teacher_vocab=256)
-    labels[0, 0] = 299
+    labels[0, 0] = label
     assert adakd_loss(student, teacher, labels, ce_weight=0.5).loss.isnan()
     assert not adakd_loss(student, teacher, labels).loss.isnan()
+    for ratio in (0.3, 1.0):  # the token counts for the cross-entropy alone, and for both
+
+        def loss(s, targets, ratio=ratio):
+            options = {"focus_ratio": ratio, "ce_weight": 0.5, "inplace": inplace}
+            return adakd_loss(s * 1.0, teacher, targets, **options).loss
+
+        grad = gradient(lambda s: loss(s, labels), student)
+        assert grad[0, 0, :256].isnan().all()
+        assert torch.equal(grad[..., 256:], torch.zeros_like(grad[..., 256:]))
+        inside = labels.clone()
+        inside[0, 0] = 0
+        expected = gradient(lambda s, inside=inside: loss(s, inside), student)
+        assert torch.equal(grad.flatten(0, 1)[1:], expected.flatten(0, 1)[1:])
+    # What leaves the cross-entropy out does not see it.
+    grad = gradient(lambda s: adakd_loss(s * 1.0, teacher, labels, ce_weight=0.5, inplace=inplace).token_loss, student)
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("place", ["student", "teacher"])
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=name_of)
+def test_a_loss_of_nan_has_a_gradient_of_nan(divergence, place):
+    student, teacher, labels = batch(vocab=301, teacher_vocab=256, dtype=torch.float32)
+    (student if place == "student" else teacher)[1, 2, 17] = math.nan
+    grad = gradient(lambda s: adakd_loss(s, teacher, labels, divergence=divergence, ce_weight=0.1).loss, student)
+    assert grad[1, 2, :256].isnan().all()
+    assert torch.equal(grad[..., 256:], torch.zeros_like(grad[..., 256:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32], ids=name_of)
+def test_labels_of_every_integer_type(dtype):
+    student, teacher, labels = batch(vocab=101)
+    ignored = 120  # fits in all of them
+    labels[labels == -100] = ignored
+    options = {"ce_weight": 0.3, "difficulty": "cross_entropy", "focus_ratio": 0.5, "ignore_index": ignored}
+    for shift in (False, True):
+
+        def loss(s, targets, shift=shift):
+            return adakd_loss(s, teacher, targets, shift=shift, **options)
+
+        for a, b in zip(loss(student, labels.to(dtype)), loss(student, labels), strict=True):
+            assert torch.equal(a, b)
+        grad = gradient(lambda s: loss(s, labels.to(dtype)).loss, student)
+        assert torch.equal(grad, gradient(lambda s: loss(s, labels).loss, student))
+    measured = [
+        token_difficulty(student, teacher, difficulty="cross_entropy", labels=x)
+        for x in (labels.clamp_max(100).to(dtype), labels.clamp_max(100))
+    ]
+    assert torch.equal(*measured)
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
@@ -194,6 +245,98 @@ def test_share_as_float_and_as_tensor():
         a = adakd_loss(student, teacher, labels, focus_ratio=ratio)
         b = adakd_loss(student, teacher, labels, focus_ratio=torch.tensor(ratio, dtype=torch.float64))
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_teacher_run_in_inference_mode():
+    """Its tensors cannot be saved for a backward; they are used as they are, without a copy of the logits."""
+    student, teacher, labels = batch(teacher_vocab=307)
+    tau, mask = uniform(*labels.shape) + 0.5, labels != -100
+    with torch.inference_mode():
+        made = [x.clone() for x in (teacher, labels, tau, mask)]
+    assert all(x.is_inference() for x in made)
+
+    def calls(teacher, labels, tau, mask):
+        module = AdaKDLoss(total_steps=10, ce_weight=0.2)
+        return (
+            lambda s: adakd_loss(s, teacher, labels, focus_ratio=0.5).loss,
+            lambda s: adakd_loss(s, teacher, labels, focus_ratio=0.5, ce_weight=0.2).loss,
+            lambda s: adakd_loss(s * 1.0, teacher, labels, ce_weight=0.2, shift=True, inplace=True).loss,
+            lambda s: module(s, teacher, labels).loss,
+            lambda s: token_divergence(s, teacher, tau, "jensen_shannon", mask),
+            lambda s: token_difficulty(s, teacher, mask) * s[..., 0],
+        )
+
+    for function, plain in zip(calls(*made), calls(teacher, labels, tau, mask), strict=True):
+        assert torch.equal(gradient(function, student), gradient(plain, student))
+
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        leaf = student.clone().requires_grad_()
+        loss = adakd_loss(leaf, made[0], made[1], ce_weight=0.2).loss
+    assert [x for x in kept if x.numel() >= leaf.numel() and x.data_ptr() != leaf.data_ptr()] == []
+    loss.backward()
+
+
+def test_a_teacher_that_is_changed_before_the_backward_is_seen():
+    student, teacher, labels = batch()
+    loss = adakd_loss(student.requires_grad_(), teacher, labels).loss
+    teacher.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_training_after_an_evaluation_in_inference_mode():
+    student, teacher, labels = batch()
+    loss_fn = AdaKDLoss(total_steps=10)
+    with torch.inference_mode():
+        evaluated = loss_fn(student, teacher, labels).loss
+    assert torch.equal(loss_fn(student, teacher, labels).loss, evaluated)
+    loss_fn.step()
+    assert loss_fn.focus.steps == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
+@pytest.mark.parametrize("extreme", ["scale", "base below", "base above"])
+def test_temperatures_beyond_the_types_range(extreme, dtype):
+    """τ and τ² are kept within it, so nothing is NaN."""
+    student, teacher, labels = batch(dtype=dtype)
+    options = {
+        "scale": {"temperature_scale": 1e300},
+        "base below": {"base_temperature": 1e-300},
+        "base above": {"base_temperature": 1e300},
+    }[extreme]
+    out = adakd_loss(student, teacher, labels, **options)
+    tau = out.temperature
+    assert out.loss.isfinite() and tau.isfinite().all() and (tau > 0).all()
+    assert tau.square().isfinite().all() and (tau.square() > 0).all()
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "total_variation"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
+def test_temperature_0_and_infinity_give_the_limit(dtype, divergence):
+    """As numbers they are refused; as tensors, whose values nobody reads, they are the ends of the type's range."""
+    student, teacher, labels = batch(dtype=dtype)
+    for value in (0.0, -1.0, math.inf, 1e300, 1e-300):
+        one = torch.tensor(value, dtype=torch.float64)
+        values = [token_divergence(student, teacher, tau, divergence) for tau in (one, one.expand(labels.shape))]
+        assert torch.equal(*values) and not values[0].isnan().any()
+        if value > 1.0:
+            assert (values[0].abs() <= 1e-6).all()
+        elif 0.0 < value < math.inf:
+            assert torch.equal(token_divergence(student, teacher, value, divergence), values[0])
+    assert token_divergence(student, teacher, torch.tensor(math.nan), divergence).isnan().all()
+
+
+def test_an_infinite_difficulty():
+    """A label at −inf is infinitely unlikely: the hardest token, at the lowest temperature."""
+    student, teacher, labels = batch(dtype=torch.float32)
+    student[0, 0, labels[0, 0]] = -math.inf
+    out = adakd_loss(student, teacher, labels, difficulty="cross_entropy", focus_ratio=0.6)
+    assert out.difficulty[0, 0] == math.inf and out.selected[0, 0]
+    assert math.isclose(out.temperature[0, 0].item(), math.exp(-0.5), rel_tol=1e-6)
+    assert out.loss.isfinite() and out.temperature.isfinite().all()
+    grad = gradient(lambda s: adakd_loss(s, teacher, labels, difficulty="cross_entropy", focus_ratio=0.6).loss, student)
+    assert grad.isfinite().all() and grad[0, 0].any()
 
 
 @pytest.mark.parametrize("ce_weight", [0.0, 0.2])

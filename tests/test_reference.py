@@ -109,3 +109,15 @@ def test_focus_step_by_hand():
     for loss, ratio, ref in ((4.0, 1.0, 0.0), (4.0, 1.0, 4.0), (1.0, 0.95, 2.5), (2.5, 0.95, 2.5), (9.5, 0.9975, 6.0)):
         state = reference.focus_step(state, loss, warmup_steps=2, beta=0.5)
         assert math.isclose(state.ratio, ratio) and math.isclose(state.reference, ref)
+
+
+@pytest.mark.parametrize("ce_weight", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_no_valid_token_beside_minus_infinity(dtype, ce_weight):
+    student, teacher = logits(3, 11, dtype=dtype), logits(3, 13, dtype=dtype, seed=1)
+    student[0, 2], student[1], teacher[2] = -math.inf, -math.inf, -math.inf
+    for labels in (torch.full((3,), -100), torch.tensor([-100, 3, 4])):
+        leaf = student.clone().requires_grad_()
+        loss = reference.adakd_loss(leaf, teacher, labels, ce_weight=ce_weight)
+        loss.backward()
+        assert loss.item() == 0.0 and torch.equal(leaf.grad, torch.zeros_like(leaf))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from adakd_kernels import adakd_loss, ops, token_divergence
+from benchmarks.devices import produced
 
 from .cases import ONE_OF_EACH, logits, name_of, temperatures, tokens
 from .conftest import INTERPRETING
@@ -34,7 +35,7 @@ BF16 = torch.bfloat16
 
 def fresh(student):
     """A student whose gradient can take its place: the result of an operator, not a leaf."""
-    return student.detach().requires_grad_().view_as(student)
+    return produced(student.detach().requires_grad_())
 
 
 def loss_and_gradient(student, teacher, labels, share, divergence, inplace=False, ce_weight=0.0):

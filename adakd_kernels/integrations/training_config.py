@@ -137,8 +137,8 @@ class AdaKDConfig(TrainingArguments):
                 delta=self.focus_delta,
                 min_ratio=self.focus_min_ratio,
             )
-        except ValueError as error:
-            raise ValueError(f"focus_{error}") from None
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"focus_{error}") from None
 
     def make_loss(
         self, focus: LossAdaptiveFocus | float, cls: type[AdaKDLoss] = AdaKDLoss, **head_options: Any

@@ -216,6 +216,16 @@ def token_cross_entropy(
     return (max_s - logit + sum_s.log()).where(inside, torch.nan).where(mask, 0.0)
 
 
+def loud_weights(weight: Tensor, ce_weight: Tensor, cross_entropy: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of D and of the cross-entropy for the backward, NaN for a token whose cross-entropy is NaN and counts.
+
+    Where the label is outside the vocabulary, nothing else would make its gradient NaN. The weight of D carries it: it
+    reaches the entries of the common vocabulary and no other.
+    """
+    lost = cross_entropy.isnan() & (ce_weight != 0)
+    return weight.masked_fill(lost, torch.nan), ce_weight.masked_fill(lost, 0.0)
+
+
 def token_losses(
     student: Tensor,
     teacher: Tensor,
@@ -269,7 +279,21 @@ class TokenLosses(torch.autograd.Function):
         cross_entropy = None
         if labels is not None and ce_mask is not None and ce_max is not None and ce_sum is not None:
             cross_entropy = token_cross_entropy(student, teacher, labels, ce_mask, ce_max, ce_sum)
-        ctx.save_for_backward(student, teacher, temperature, mask, *saved, labels, ce_mask, ce_max, ce_sum)
+        # What inference mode made cannot be saved, and has no version that would tell of a change: it is kept as it is.
+        kept = {}
+        if not torch.compiler.is_compiling():
+            given = {"teacher": teacher, "temperature": temperature, "mask": mask, "labels": labels}
+            kept = {name: x for name, x in given.items() if x is not None and x.is_inference()}
+        ctx.kept = kept
+        ctx.save_for_backward(
+            student,
+            None if "teacher" in kept else teacher,
+            None if "temperature" in kept else temperature,
+            None if "mask" in kept else mask,
+            *saved,
+            None if "labels" in kept else labels,
+            *(ce_mask, ce_max, ce_sum, cross_entropy),
+        )
         ctx.op_args = (name, alpha, beta)
         ctx.inplace = inplace
         ctx.overwritten = False
@@ -284,11 +308,13 @@ class TokenLosses(torch.autograd.Function):
                 "the first backward wrote the gradient over the student's logits (inplace=True), so there is no second "
                 "one; call the loss with inplace=False to use retain_graph=True"
             )
-        student, teacher, temperature, mask, *sums, labels, ce_mask, ce_max, ce_sum = ctx.saved_tensors
+        student, teacher, temperature, mask, *sums, labels, ce_mask, ce_max, ce_sum, cross_entropy = ctx.saved_tensors
+        teacher, temperature = ctx.kept.get("teacher", teacher), ctx.kept.get("temperature", temperature)
+        mask, labels = ctx.kept.get("mask", mask), ctx.kept.get("labels", labels)
         weight = grad_d.where(mask, 0.0)
         ce_weight = None
         if labels is not None and ce_mask is not None and grad_ce is not None:
-            ce_weight = grad_ce.where(ce_mask, 0.0)
+            weight, ce_weight = loud_weights(weight, grad_ce.where(ce_mask, 0.0), cross_entropy)
         args = (teacher, temperature, weight, *sums, labels, ce_weight, ce_max, ce_sum, *ctx.op_args)
         with torch.no_grad():
             if ctx.inplace:
