@@ -247,6 +247,12 @@ template <class D> struct TermsFold {
   }
 };
 
+// The fold that a divergence of one sweep takes; HellingerFold has results of its own.
+template <class D> struct OneSweep { using Fold = void; };
+template <> struct OneSweep<Tag<ForwardKL>> { using Fold = KLFold<true, false>; };
+template <> struct OneSweep<Tag<ReverseKL>> { using Fold = KLFold<false, true>; };
+template <> struct OneSweep<Tag<Jeffreys>> { using Fold = KLFold<true, true>; };
+
 template <class V> void token_divergence_row(const DivergenceCall& call, int64_t n) {
   using S = Scalar<V>;
   S* const d = static_cast<S*>(call.d) + n;
@@ -266,38 +272,33 @@ template <class V> void token_divergence_row(const DivergenceCall& call, int64_t
     store_normalizer<S>(fold.s, fold.scale, call.out.max_s, call.out.sum_s, n);
     store_normalizer<S>(fold.t, fold.scale, call.out.max_t, call.out.sum_t, n);
   };
-  switch (call.divergence) {
-    case Divergence::kForwardKL: one_sweep(KLFold<true, false>(scale)); break;
-    case Divergence::kReverseKL: one_sweep(KLFold<false, true>(scale)); break;
-    case Divergence::kJeffreys: one_sweep(KLFold<true, true>(scale)); break;
-    case Divergence::kHellinger: {
+  with_divergence(call.divergence, [&](auto tag) {
+    using D = decltype(tag);
+    if constexpr (D::template Of<V>::kTwoSweeps) {
+      NormalizerFold fold(scale);
+      sweep<V>(s, t, rows.vocab, fold);
+      store_normalizer<S>(fold.s, fold.scale, call.out.max_s, call.out.sum_s, n);
+      store_normalizer<S>(fold.t, fold.scale, call.out.max_t, call.out.sum_t, n);
+      if (fold.s.sum == 0.0 || fold.t.sum == 0.0) return;
+      // From the normalisers as they are kept: so the backward finds the same sign of a log-ratio next to 0.
+      const auto kept = [n](const void* array) -> double { return static_cast<const S*>(array)[n]; };
+      TermsFold<D> terms{fold.scale,           kept(call.out.max_s), kept(call.out.sum_s), kept(call.out.max_t),
+                         kept(call.out.sum_t), call.alpha,           call.beta};
+      sweep<V>(s, t, rows.vocab, terms);
+      d_row = terms.f;
+      sum_g_row = terms.g;
+    } else if constexpr (std::is_same_v<D, Tag<Hellinger>>) {
       HellingerFold fold(scale);
       sweep<V>(s, t, rows.vocab, fold);
       d_row = fold.result();
       sum_g_row = 0.5 * d_row - 0.5;
       fold.template store<S>(call.out, n);
-      break;
+    } else {
+      using Fold = typename OneSweep<D>::Fold;
+      static_assert(!std::is_void_v<Fold>, "a divergence of one sweep needs a fold in OneSweep, others say kTwoSweeps");
+      if constexpr (!std::is_void_v<Fold>) one_sweep(Fold(scale));
     }
-    default: {
-      NormalizerFold fold(scale);
-      sweep<V>(s, t, rows.vocab, fold);
-      store_normalizer<S>(fold.s, fold.scale, call.out.max_s, call.out.sum_s, n);
-      store_normalizer<S>(fold.t, fold.scale, call.out.max_t, call.out.sum_t, n);
-      if (fold.s.sum == 0.0 || fold.t.sum == 0.0) break;
-      with_divergence(call.divergence, [&](auto tag) {
-        using D = decltype(tag);
-        if constexpr (D::template Of<V>::kTwoSweeps) {
-          // From the normalisers as they are kept: so the backward finds the same sign of a log-ratio next to 0.
-          const auto kept = [n](const void* array) -> double { return static_cast<const S*>(array)[n]; };
-          TermsFold<D> terms{fold.scale,           kept(call.out.max_s), kept(call.out.sum_s), kept(call.out.max_t),
-                             kept(call.out.sum_t), call.alpha,           call.beta};
-          sweep<V>(s, t, rows.vocab, terms);
-          d_row = terms.f;
-          sum_g_row = terms.g;
-        }
-      });
-    }
-  }
+  });
   *d = static_cast<S>(d_row);
   *sum_g = static_cast<S>(sum_g_row);
 }

@@ -143,7 +143,7 @@ template <class V> void token_divergence_backward_row(const GradientCall& call, 
                    ce_weight,
                    call.grad.data == rows.student.data,
                    std::isfinite(w + w_sum_g + ce_factor + ce_max) && (weight == 0.0 || frame.finite())};
-  with_divergence(weight == 0.0 ? Divergence::kNone : call.divergence, [&](auto tag) {
+  const auto write_row = [&](auto tag) {
     using D = decltype(tag);
     const V v_w = constant<V>(w), v_w_sum_g = constant<V>(w_sum_g);
     const V v_ce_max = constant<V>(ce_max), v_ce_factor = constant<V>(ce_factor);
@@ -152,7 +152,8 @@ template <class V> void token_divergence_backward_row(const GradientCall& call, 
     } else {
       gradient_row<V>(Gradient<V, D, true>{parameters, frame, v_w, v_w_sum_g, v_ce_max, v_ce_factor}, row);
     }
-  });
+  };
+  weight == 0.0 ? write_row(Tag<None>{}) : with_divergence(call.divergence, write_row);
   std::memset(out + rows.vocab * width, 0, (call.student_vocab - rows.vocab) * width);
   end_of_stream();
 }
