@@ -1,4 +1,4 @@
-"""The nine divergences inside a kernel: the terms f and g of an entry.
+"""The divergences inside a kernel: the terms f and g of an entry.
 
 Logarithms are to base 2 until a result is stored. `docs/maths.md`, sections 3 and 5, derives every line.
 """

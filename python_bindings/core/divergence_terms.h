@@ -1,4 +1,4 @@
-// The nine divergences, entry by entry: f and g of docs/maths.md, section 3, and the gradient of equation (10).
+// The divergences, entry by entry: f and g of docs/maths.md, section 3, and the gradient of equation (10).
 //
 // A divergence is a class with
 //   terms(at, f, g): its summand and g = q ∂f/∂q, where a second sweep needs them;
