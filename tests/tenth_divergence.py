@@ -1,6 +1,7 @@
 """A tenth divergence, place by place: what CONTRIBUTING.md asks of whoever adds one, as edits of a copy of the project.
 
-It is Le Cam's: D = ½ Σ (p − q)²/(p + q), so ∂f/∂q = −½ (p − q)(3p + q)/(p + q)². It takes two sweeps.
+It is Le Cam's: D = ½ Σ (p − q)²/(p + q). With d = (q − p)/(p + q), f = ½ (q − p)·d and ∂f/∂q = ½ d·(2 − d). It takes
+two sweeps.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ class Edit(NamedTuple):
 CPP_TERMS = """\
   ADAKD_INLINE void terms(const Entry<V>& at, V& f, V& g) const {
     const Ratios<V> r(at);
-    const V apart = r.r_q - r.r_p, over = constant<V>(1.0) / (r.r_p + r.r_q), half_top = constant<V>(0.5) * r.top;
-    f = half_top * apart * apart * over;
-    g = half_top * r.r_q * (apart * over) * (fma(constant<V>(3.0), r.r_p, r.r_q) * over);
+    const V apart = r.r_q - r.r_p, d = apart / (r.r_p + r.r_q), half_top = constant<V>(0.5) * r.top;
+    f = half_top * apart * d;
+    g = half_top * r.r_q * d * (constant<V>(2.0) - d);
   }
 """
 CPP_GRADIENT = """\
   ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {
-    V f, g;
-    terms(at, f, g);
-    return fma(w, g, -w_sum_g * exp2(at.log_q));
+    const Ratios<V> r(at);
+    const V d = (r.r_q - r.r_p) / (r.r_p + r.r_q);
+    return exp2(at.log_q) * fma(constant<V>(0.5) * w * d, constant<V>(2.0) - d, -w_sum_g);
   }
 """
 CPP_SWEEPS = "  static constexpr bool kTwoSweeps = true;\n"
@@ -55,7 +56,7 @@ EDITS = {
     "equation": Edit(
         "docs/maths.md",
         "| `hellinger` | 1",
-        f"| `{NAME}` | ½ Σ (p − q)²/(p + q) | −½·q·(p − q)(3p + q)/(p + q)² |\n",
+        f"| `{NAME}` | ½ Σ (p − q)²/(p + q) | ½·q·d·(2 − d), d = (q − p)/(p + q) |\n",
     ),
     "class": Edit(
         "adakd_kernels/divergences.py",
@@ -85,7 +86,7 @@ class {CLASS}(Divergence):
         '    "hellinger": lambda p, q, lp, lq, a, b: -0.5',
         f'''\
     "{NAME}": lambda p, q, lp, lq, a, b: (
-        -0.5 * q * ((p - q) / (p + q).clamp(min=1e-38)) * ((3 * p + q) / (p + q).clamp(min=1e-38))
+        0.5 * q * ((q - p) / (p + q).clamp(min=1e-38)) * (2 - (q - p) / (p + q).clamp(min=1e-38))
     ),
 ''',
     ),
@@ -95,12 +96,11 @@ class {CLASS}(Divergence):
         f"""\
 if DIVERGENCE == "{NAME}":
         low = tl.exp2(-tl.abs(gap))
-        r_p = tl.where(gap > 0.0, low, 1.0)
-        r_q = tl.where(gap > 0.0, 1.0, low)
         top = tl.exp2(tl.where(gap > 0.0, log_q, log_p))
-        over = reciprocal(1.0 + low)
-        half_apart = 0.5 * top * (r_q - r_p) * over
-        return half_apart * (r_q - r_p), half_apart * r_q * ((3.0 * r_p + r_q) * over), top * r_q
+        apart = tl.where(gap > 0.0, 1.0 - low, low - 1.0)
+        d = apart * reciprocal(1.0 + low)
+        q = top * tl.where(gap > 0.0, 1.0, low)
+        return 0.5 * top * apart * d, 0.5 * q * d * (2.0 - d), q
     el""",
     ),
     "C++ class": Edit("python_bindings/core/divergence_terms.h", "// The token counts for the cross", CPP_CLASS),
