@@ -2,7 +2,8 @@
 
 They need a C++17 compiler (GCC or clang) and an importable torch of at least 2.13, so `pip install` takes
 --no-build-isolation. Without either the package installs all the same, and one line says so. ADAKD_NATIVE=0 leaves them
-out; ADAKD_NATIVE=1 makes what stands in the way an error.
+out; ADAKD_NATIVE=1 makes what stands in the way an error. ADAKD_INSTRUCTION_SETS="portable avx2"
+builds these instruction sets only (portable is always built), and CXXFLAGS come after all other flags.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ SOURCES = Path("python_bindings")
 WANTED = os.environ.get("ADAKD_NATIVE", "")
 STABLE_ABI = 0x020D000000000000  # torch 2.13: older ones lack what register.cpp calls
 
-COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# A switch over an enum without a default has to name every enumerator: a kernel that nobody chooses writes nothing.
+COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror=switch", "-Werror=return-type"]
 # `make sanitize` runs the tests on a library that watches its own memory and arithmetic.
 SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 SANITIZERS = SANITIZE if os.environ.get("ADAKD_SANITIZE") else []
+CXXFLAGS = os.environ.get("CXXFLAGS", "").split()
 # Multiply-adds are fused where the source says `fma`, and nowhere else: otherwise equal rows would not give exactly 0.
 # GCC warns of its own intrinsics' headers.
 CORE = ["-O3", "-fno-math-errno", "-ffp-contract=off", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
@@ -31,6 +34,10 @@ INSTRUCTION_SETS = {"portable": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     INSTRUCTION_SETS["avx512"] = [*INSTRUCTION_SETS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+if chosen := os.environ.get("ADAKD_INSTRUCTION_SETS", "").split():
+    if unknown := set(chosen) - set(INSTRUCTION_SETS):
+        raise SystemExit(f"ADAKD_INSTRUCTION_SETS must be of {' '.join(INSTRUCTION_SETS)}, got {' '.join(unknown)}")
+    INSTRUCTION_SETS = {name: flags for name, flags in INSTRUCTION_SETS.items() if name in {"portable", *chosen}}
 
 
 def obstacle() -> str | None:
@@ -81,7 +88,8 @@ class BuildNative(build_ext):
         cxx = os.environ.get("CXX", "c++").split()
         folder = Path(self.build_temp)
         folder.mkdir(parents=True, exist_ok=True)
-        units = [(SOURCES / "core" / "dispatch.cpp", CORE)]
+        built = [f"-DADAKD_HAS_{name.upper()}" for name in INSTRUCTION_SETS]
+        units = [(SOURCES / "core" / "dispatch.cpp", CORE + built)]
         units += [(SOURCES / "core" / f"isa_{name}.cpp", CORE + flags) for name, flags in INSTRUCTION_SETS.items()]
         includes = [flag for path in include_paths() for flag in ("-isystem", path)]
         units.append((SOURCES / "register.cpp", ["-O2", f"-DTORCH_TARGET_VERSION={STABLE_ABI:#x}", *includes]))
@@ -89,7 +97,7 @@ class BuildNative(build_ext):
         def compile_unit(unit: tuple[Path, list[str]]) -> str:
             source, flags = unit
             target = str(folder / f"{source.stem}.o")
-            self.spawn([*cxx, *COMMON, *flags, *SANITIZERS, "-c", str(source), "-o", target])
+            self.spawn([*cxx, *COMMON, *flags, *SANITIZERS, *CXXFLAGS, "-c", str(source), "-o", target])
             return target
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:

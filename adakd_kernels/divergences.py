@@ -1,4 +1,4 @@
-"""The nine divergences a student can be trained with: their names, parameters and checks (docs/maths.md, section 3).
+"""The divergences a student can be trained with: their names, parameters and checks (docs/maths.md, section 3).
 
 An instance is immutable and carries no tensor. What it computes stands in `reference.py` and in the kernels, which find
 it by `name` and receive its two parameters as `alpha` and `beta` (unused ones are 0).

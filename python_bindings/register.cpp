@@ -59,15 +59,14 @@ Tensor numbers(const Tensor& x, ScalarType type) {
 }
 const void* data_of(const std::optional<Tensor>& x) { return x.has_value() ? x->data_ptr() : nullptr; }
 
-adakd::Divergence divergence_of(const std::string& name) {
-  static const char* const names[] = {"forward_kl",      "reverse_kl",      "jeffreys",   "jensen_shannon", "skew_forward_kl",
-                                      "skew_reverse_kl", "total_variation", "alpha_beta", "hellinger"};
-  int index = 0;
-  for (const char* const known : names) {
-    if (name == known) return static_cast<adakd::Divergence>(index);
-    ++index;
-  }
-  throw std::runtime_error("no such divergence: " + name);
+adakd::Divergence divergence_of(const std::string& wanted) {
+#define ADAKD_IF_WANTED(Class, name) \
+  if (wanted == name) return adakd::Divergence::k##Class;
+  ADAKD_DIVERGENCES(ADAKD_IF_WANTED)
+#undef ADAKD_IF_WANTED
+  throw std::runtime_error("the C++ kernels for the CPU have no divergence '" + wanted +
+                           "': build them anew (python setup.py build_ext --inplace); if they still lack it, it is " +
+                           "missing in python_bindings/core/divergences.h");
 }
 
 // Runs a kernel for every token. Threads take the next token as they finish one: tokens that do not count take no time,
@@ -212,6 +211,12 @@ extern "C" {
 // The instruction set in use; null where ADAKD_ISA names one that this processor lacks.
 ADAKD_EXPORT const char* adakd_isa() { return adakd::kernels() == nullptr ? nullptr : adakd::kernels()->isa; }
 ADAKD_EXPORT const char* adakd_instruction_sets() { return adakd::instruction_sets(); }
+// The names of the divergences that it was built with, each with a blank after it.
+ADAKD_EXPORT const char* adakd_divergences() {
+#define ADAKD_NAME_AND_BLANK(Class, name) name " "
+  return ADAKD_DIVERGENCES(ADAKD_NAME_AND_BLANK);
+#undef ADAKD_NAME_AND_BLANK
+}
 ADAKD_EXPORT void adakd_exp2(const float* x, float* y, int64_t n) { kernels().exp2(x, y, n); }
 ADAKD_EXPORT void adakd_log2(const float* x, float* y, int64_t n) { kernels().log2(x, y, n); }
 }

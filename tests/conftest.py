@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -64,6 +65,17 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequ
         return out
 
     monkeypatch.setattr(torch, "empty", empty)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory_of_the_native_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The C++ kernels allocate by themselves; in this mode torch fills new memory with NaN wherever it is asked for."""
+    if not NATIVE or "unpoisoned" in request.fixturenames:
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import adakd_kernels
-from adakd_kernels.divergences import DIVERGENCES
+from adakd_kernels.divergences import DIVERGENCES, Divergence
 from adakd_kernels.reference import GRADIENTS, SUMMANDS
 
 pytestmark = pytest.mark.fast
@@ -75,16 +75,53 @@ assert adakd_kernels.ops.backend("cuda").name == "reference"
     assert result.stdout == "" and result.stderr == ""
 
 
-def test_every_divergence_stands_in_every_place():
-    names = set(DIVERGENCES)
-    assert set(SUMMANDS) == names and set(GRADIENTS) == names
-    maths = (ROOT / "docs" / "maths.md").read_text()
-    kernels = "".join(path.read_text() for path in (PACKAGE / "kernels").glob("*.py"))
-    registered = (ROOT / "python_bindings" / "register.cpp").read_text()
-    assert re.findall(r'"(\w+)"', re.search(r"names\[\] = \{(.*?)\}", registered, re.DOTALL)[1]) == list(DIVERGENCES)
-    for name in names:
-        assert f"`{name}`" in maths, f"{name} has no row in docs/maths.md"
-        assert f'"{name}"' in kernels, f"{name} has no kernel"
+def section(path: str, begin: str, end: str) -> str:
+    """What stands in a file of the project between two lines."""
+    return (ROOT / path).read_text().split(begin, 1)[1].split(end, 1)[0]
+
+
+def names_in(path: str, begin: str = "", end: str = "\0") -> set[str]:
+    """The names in backticks in a file of the project, or between two of its lines."""
+    return set(re.findall(r"`(\w+)`", section(path, begin, end) if begin else (ROOT / path).read_text()))
+
+
+PLACES = {
+    "adakd_kernels/reference.py, SUMMANDS": lambda: set(SUMMANDS),
+    "adakd_kernels/reference.py, GRADIENTS": lambda: set(GRADIENTS),
+    "adakd_kernels/kernels/divergence_terms.py": lambda: set(
+        re.findall(r'DIVERGENCE == "(\w+)"', (PACKAGE / "kernels" / "divergence_terms.py").read_text())
+    ),
+    "docs/maths.md, the table of section 3": lambda: set(
+        re.findall(r"^\| `(\w+)`", section("docs/maths.md", "## 3 ", "\n## "), re.MULTILINE)
+    ),
+    "README.md, the list of divergences": lambda: names_in("README.md", "\nDivergences: ", "\n\n"),
+    "CHANGELOG.md": lambda: names_in("CHANGELOG.md"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_divergence_stands_in(place):
+    missing = [name for name in DIVERGENCES if name not in PLACES[place]()]
+    assert not missing, f"missing in {place}: {missing}"
+
+
+def test_every_divergence_is_registered_and_public():
+    classes = {
+        cls.__name__: cls for cls in Divergence.__subclasses__() if cls.__module__ == "adakd_kernels.divergences"
+    }
+    missing = classes.keys() - {cls.__name__ for cls in DIVERGENCES.values()}
+    assert not missing, f"missing in DIVERGENCES of adakd_kernels/divergences.py: {missing}"
+    for module in (adakd_kernels.divergences, adakd_kernels):
+        missing = [name for name, cls in classes.items() if getattr(module, name, None) is not cls]
+        missing += [name for name in classes if name not in module.__all__]
+        assert not missing, f"missing in {module.__name__} or its __all__: {missing}"
+
+
+def test_the_list_of_the_native_kernels_is_the_registry():
+    source = (ROOT / "python_bindings" / "core" / "divergences.h").read_text()
+    listed = re.findall(r'^  X\((\w+), "(\w+)"\)', source, re.MULTILINE)
+    assert {name: cls for cls, name in listed} == {name: cls.__name__ for name, cls in DIVERGENCES.items()}
+    assert len(listed) == len(DIVERGENCES)
 
 
 def test_kernel_files_are_short_and_do_one_thing():

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adakd_kernels import adakd_loss, ops, reference, token_difficulty, token_divergence
+from adakd_kernels import divergences as registry
 from adakd_kernels.ops import native
 
 from .cases import DIVERGENCES, DTYPES, ONE_OF_EACH, assert_close_as_eager, gradient, logits, name_of, temperatures
@@ -217,6 +218,22 @@ print(status("VmHWM") - before)
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, **environment}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT, env=env)
+
+
+def test_the_library_has_every_divergence():
+    assert native.divergences() == set(registry.DIVERGENCES), "build it anew: python setup.py build_ext --inplace"
+
+
+def test_a_divergence_that_the_library_lacks_is_an_error_at_the_op():
+    """An older library has fewer names; no order of names can make it take one for another."""
+    student, mask = logits(1, 2, 9), torch.ones(1, 2, dtype=torch.bool)
+    one = torch.ones(1, 2)
+    saved = ops.token_divergence(student, student, one, mask, "forward_kl", 0.0, 0.0)[1:]
+    with pytest.raises(RuntimeError, match="kernels for the CPU have no divergence 'tenth': build them anew"):
+        ops.token_divergence(student, student, one, mask, "tenth", 0.0, 0.0)
+    inputs = (student, student, one, one, *saved, None, None, None, None, "tenth", 0.0, 0.0)
+    with pytest.raises(RuntimeError, match="kernels for the CPU have no divergence 'tenth': build them anew"):
+        ops.token_divergence_backward(*inputs)
 
 
 def test_the_environment_decides():

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from adakd_kernels import reference
-from adakd_kernels.divergences import AlphaBeta, JensenShannon, SkewForwardKL, SkewReverseKL
+from adakd_kernels.divergences import DIVERGENCES as REGISTRY
+from adakd_kernels.divergences import AlphaBeta, JensenShannon, SkewForwardKL, SkewReverseKL, get_divergence
 
 from .cases import DIVERGENCES, gradient, logits, name_of, temperatures
 
@@ -46,6 +47,10 @@ CLOSED_FORMS = [
     ),
     ("hellinger", 1 - sum(math.sqrt(p * q) for p, q in zip(P, Q, strict=True))),
 ]
+
+
+def test_every_divergence_has_a_closed_form():
+    assert {get_divergence(divergence).name for divergence, _ in CLOSED_FORMS} == set(REGISTRY)
 
 
 @pytest.mark.parametrize("divergence, expected", CLOSED_FORMS, ids=lambda x: name_of(x)[:40])

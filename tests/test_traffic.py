@@ -27,7 +27,6 @@ from .traffic import counting
 
 pytestmark = pytest.mark.interpret
 
-ONE_SWEEP = ("forward_kl", "reverse_kl", "jeffreys", "hellinger")
 each_divergence = pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=name_of)
 new_or_inplace = pytest.mark.parametrize("inplace", [False, True], ids=["new", "inplace"])
 BF16 = torch.bfloat16
@@ -58,7 +57,7 @@ def test_bytes_are_those_of_the_formula(divergence, inplace, vocab):
     for share in (0.25, 1.0):
         out, _, traffic = loss_and_gradient(student.clone(), teacher, tokens(vocab, 2, 4), share, divergence, inplace)
         assert out.selected.sum() == 8 * share
-        assert sum(traffic.passes()) == (4 if divergence.name in ONE_SWEEP else 6) * share * unit + 3 * unit
+        assert sum(traffic.passes()) == (2 + 2 * divergence.sweeps) * share * unit + 3 * unit
         assert not traffic.faults()
 
 
@@ -84,7 +83,7 @@ def test_ignored_and_unselected_rows_cost_their_zeros(divergence, inplace):
     row = vocab * student.element_size()
     out, grad, traffic = loss_and_gradient(student, teacher, labels, 0.5, divergence, inplace)
     assert out.selected.sum() == 3 and not (out.selected & (labels == -100)).any()
-    statistics, forward = 2 * 6, (2 if divergence.name in ONE_SWEEP else 4) * 3
+    statistics, forward = 2 * 6, 2 * divergence.sweeps * 3
     assert traffic.passes() == ((statistics + forward + 2 * 3) * row, 8 * row)
     assert torch.equal(grad[~out.selected], torch.zeros(5, vocab, dtype=BF16))
     assert grad[out.selected].any(-1).all() and not traffic.faults()

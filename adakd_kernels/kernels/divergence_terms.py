@@ -1,4 +1,4 @@
-"""The nine divergences inside a kernel: the terms f and g of an entry.
+"""The divergences inside a kernel: the terms f and g of an entry.
 
 Logarithms are to base 2 until a result is stored. `docs/maths.md`, sections 3 and 5, derives every line.
 """
@@ -91,7 +91,7 @@ def divergence_terms(log_q, log_p, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr
                 q,
             )
         else:
-            tl.static_assert(DIVERGENCE == "skew_reverse_kl")
+            tl.static_assert(DIVERGENCE == "skew_reverse_kl", "a divergence without a branch in divergence_terms")
             mix = ALPHA * r_q + (1.0 - ALPHA) * r_p
             log_ratio = LN2 * (tl.minimum(gap, 0.0) - log2_of_mixture(mix))
             return q * log_ratio, q * (log_ratio - ALPHA * (r_q * reciprocal(mix))), q

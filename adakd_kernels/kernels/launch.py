@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
@@ -32,6 +33,12 @@ def divergence_class(divergence: str) -> str:
     if DIVERGENCES[divergence].sweeps == 2:
         return "two_sweeps"
     return "both_kls" if divergence == "jeffreys" else "one_sweep"
+
+
+@triton.constexpr_function
+def sweeps(divergence: str) -> int:
+    """The passes over a row that a forward needs, for the choice inside a kernel."""
+    return DIVERGENCES[divergence].sweeps
 
 
 def launch_config(kernel: str, divergence: str, vocab: int, student: Tensor, teacher: Tensor) -> dict[str, int]:

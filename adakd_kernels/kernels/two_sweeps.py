@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .divergence_terms import divergence_terms
+from .launch import sweeps
 from .rows import NEG, edge_entries, edge_start, load_tile, log2_mass, whole_steps
 
 
@@ -78,6 +79,7 @@ def sweep_terms(
     LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """(D, Σg) of a row from its normalisers: the second sweep, one tile a step."""
+    tl.static_assert(sweeps(DIVERGENCE) == 2, "a divergence of one sweep needs a fold of its own")
     STEP: tl.constexpr = LANES * VEC
     c_s = tl.log2(tl.where(l_s == 0.0, 1.0, l_s))
     c_t = tl.log2(tl.where(l_t == 0.0, 1.0, l_t))

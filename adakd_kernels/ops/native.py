@@ -57,6 +57,15 @@ def instruction_sets() -> list[str]:
     return names.decode().split()
 
 
+def divergences() -> set[str]:
+    """Names of the divergences that the library was built with; an older library does not tell."""
+    tell = getattr(library(), "adakd_divergences", None)
+    if tell is None:
+        return set()
+    tell.restype = ctypes.c_char_p
+    return set(tell().decode().split())
+
+
 @cache
 def library() -> ctypes.CDLL:
     """The library's plain C functions."""

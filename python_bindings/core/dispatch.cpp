@@ -5,10 +5,12 @@
 #include "kernels.h"
 
 namespace adakd {
-#if defined(__x86_64__)
+#if defined(ADAKD_HAS_AVX512)
 namespace avx512 {
 extern const Kernels table;
 }
+#endif
+#if defined(ADAKD_HAS_AVX2)
 namespace avx2 {
 extern const Kernels table;
 }
@@ -19,8 +21,9 @@ extern const Kernels table;
 
 namespace {
 
+// Whether this build and this processor have it.
 bool has_avx2() {
-#if defined(__x86_64__)
+#if defined(ADAKD_HAS_AVX2)
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #else
@@ -29,9 +32,11 @@ bool has_avx2() {
 }
 
 bool has_avx512() {
-#if defined(__x86_64__)
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#if defined(ADAKD_HAS_AVX512)
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
 #else
   return false;
 #endif
@@ -51,8 +56,10 @@ const Kernels* choose() {
   const auto taken = [wanted](const Kernels& k) {
     return wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, k.isa) == 0;
   };
-#if defined(__x86_64__)
+#if defined(ADAKD_HAS_AVX512)
   if (has_avx512() && taken(avx512::table)) return &avx512::table;
+#endif
+#if defined(ADAKD_HAS_AVX2)
   if (has_avx2() && taken(avx2::table)) return &avx2::table;
 #endif
   return taken(portable::table) ? &portable::table : nullptr;
@@ -68,7 +75,8 @@ const Kernels* kernels() {
 }
 
 const char* instruction_sets() {
-  return has_avx512() ? "avx512 avx2 portable" : has_avx2() ? "avx2 portable" : "portable";
+  if (has_avx512() && has_avx2()) return "avx512 avx2 portable";
+  return has_avx512() ? "avx512 portable" : has_avx2() ? "avx2 portable" : "portable";
 }
 
 }  // namespace adakd

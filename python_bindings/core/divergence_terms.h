@@ -1,4 +1,4 @@
-// The nine divergences, entry by entry: f and g of docs/maths.md, section 3, and the gradient of equation (10).
+// The divergences, entry by entry: f and g of docs/maths.md, section 3, and the gradient of equation (10).
 //
 // A divergence is a class with
 //   terms(at, f, g): its summand and g = q ∂f/∂q, where a second sweep needs them;
@@ -256,22 +256,16 @@ template <class V> struct None : Terms<V> {
   ADAKD_INLINE V gradient(const Entry<V>&, V, V) const { return V{}; }
 };
 
-// Calls use(tag) with the divergence's class in the tag.
+// Calls use(tag) with the divergence's class in the tag. Every divergence of the list has its case, so `use` is called.
 template <template <class> class D> struct Tag {
   template <class V> using Of = D<V>;
 };
 template <class Use> inline void with_divergence(Divergence name, Use use) {
   switch (name) {
-    case Divergence::kForwardKL: return use(Tag<ForwardKL>{});
-    case Divergence::kReverseKL: return use(Tag<ReverseKL>{});
-    case Divergence::kJeffreys: return use(Tag<Jeffreys>{});
-    case Divergence::kJensenShannon: return use(Tag<JensenShannon>{});
-    case Divergence::kSkewForwardKL: return use(Tag<SkewForwardKL>{});
-    case Divergence::kSkewReverseKL: return use(Tag<SkewReverseKL>{});
-    case Divergence::kTotalVariation: return use(Tag<TotalVariation>{});
-    case Divergence::kAlphaBeta: return use(Tag<AlphaBeta>{});
-    case Divergence::kHellinger: return use(Tag<Hellinger>{});
-    case Divergence::kNone: return use(Tag<None>{});
+#define ADAKD_CASE(Class, name) \
+  case Divergence::k##Class: return use(Tag<Class>{});
+    ADAKD_DIVERGENCES(ADAKD_CASE)
+#undef ADAKD_CASE
   }
 }
 

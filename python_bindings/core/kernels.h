@@ -6,24 +6,11 @@
 
 #include <cstdint>
 
+#include "divergences.h"
+
 namespace adakd {
 
 enum class Type { kFloat, kBf16, kHalf, kDouble };
-
-// In the order of adakd_kernels.divergences.DIVERGENCES; kNone is the gradient of a token that counts for the
-// cross-entropy alone.
-enum class Divergence {
-  kForwardKL,
-  kReverseKL,
-  kJeffreys,
-  kJensenShannon,
-  kSkewForwardKL,
-  kSkewReverseKL,
-  kTotalVariation,
-  kAlphaBeta,
-  kHellinger,
-  kNone,
-};
 
 // (B, L, V) logits; strides in entries, the vocabulary contiguous.
 struct Logits {

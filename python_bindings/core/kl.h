@@ -190,7 +190,9 @@ template <bool kForward, bool kReverse> struct KLFold {
     store_normalizer<S>(all_t, scale, out.max_t, out.sum_t, n);
   }
 
-  RowResult result() const {
+  // D and what its gradient needs.
+  RowResult finish() const {
+    if (!kRatios || empty()) return {};
     const Masses m = masses();
     const double q_lost = (s.sum - keep_s + (peak.counts() ? 0.0 : m.peak_s)) / m.all_s;
     RowResult r;

@@ -8,6 +8,8 @@
 // of log-ratios infinite or NaN, and then the block is folded again with guards.
 #pragma once
 
+#include <type_traits>
+
 #include "hellinger.h"
 #include "two_sweeps.h"
 
@@ -21,6 +23,13 @@ template <class S> void store_result(const DivergenceCall& call, int64_t n, cons
   static_cast<S*>(call.peak_grad)[n] = saturated<S>(r.peak_grad);
 }
 
+// The fold that a divergence of one sweep takes.
+template <class D> struct OneSweep { using Fold = void; };
+template <> struct OneSweep<Tag<ForwardKL>> { using Fold = KLFold<true, false>; };
+template <> struct OneSweep<Tag<ReverseKL>> { using Fold = KLFold<false, true>; };
+template <> struct OneSweep<Tag<Jeffreys>> { using Fold = KLFold<true, true>; };
+template <> struct OneSweep<Tag<Hellinger>> { using Fold = HellingerFold<true>; };
+
 template <class V> void token_divergence_row(const DivergenceCall& call, int64_t n) {
   using S = Scalar<V>;
   if (!call.mask[n]) {
@@ -31,46 +40,39 @@ template <class V> void token_divergence_row(const DivergenceCall& call, int64_t
   const Rows& rows = call.rows;
   const Row s = row_of(rows.student, n, rows.tokens), t = row_of(rows.teacher, n, rows.tokens);
   const double scale = scale_of<V>(temperature_of<S>(call.temperature, n));
-  const auto one_sweep = [&](auto fold) {
-    Sweep<V, decltype(fold)>(s, t, fold).range(0, rows.vocab);
+  const auto sweep = [&](auto& fold) {
+    Sweep<V, std::decay_t<decltype(fold)>>(s, t, fold).range(0, rows.vocab);
+    const RowResult found = fold.finish();
     fold.template store<S>(call.out, n);
-    return fold.empty() ? RowResult{} : fold.result();
+    return found;
   };
   RowResult result;
-  switch (call.divergence) {
-    case Divergence::kForwardKL: result = one_sweep(KLFold<true, false>(scale)); break;
-    case Divergence::kReverseKL: result = one_sweep(KLFold<false, true>(scale)); break;
-    case Divergence::kJeffreys: result = one_sweep(KLFold<true, true>(scale)); break;
-    case Divergence::kHellinger: {
-      HellingerFold<true> fold(scale);
-      Sweep<V, HellingerFold<true>>(s, t, fold).range(0, rows.vocab);
-      result = fold.finish();
-      fold.template store<S>(call.out, n);
-      break;
+  with_divergence(call.divergence, [&](auto tag) {
+    using D = decltype(tag);
+    if constexpr (D::template Of<V>::kTwoSweeps) {
+      NormalizerFold first(scale);
+      sweep(first);
+      if (first.empty()) return;
+      const auto kept = [n](const void* array) -> double { return static_cast<const S*>(array)[n]; };
+      const Normalized normalized = Normalized::kept<V>(scale, kept(call.out.max_s), kept(call.out.sum_s),
+                                                        kept(call.out.max_t), kept(call.out.sum_t));
+      TermsFold<D> terms(normalized, first, call.alpha, call.beta);
+      Sweep<V, TermsFold<D>> second(s, t, terms);
+      if (first.peak.exists()) {
+        second.around(0, rows.vocab, first.peak.index);
+      } else {
+        second.range(0, rows.vocab);
+      }
+      result = terms.template result<V>(first);
+    } else {
+      using Fold = typename OneSweep<D>::Fold;
+      static_assert(!std::is_void_v<Fold>, "a divergence of one sweep needs a fold in OneSweep, others say kTwoSweeps");
+      if constexpr (!std::is_void_v<Fold>) {
+        Fold fold(scale);
+        result = sweep(fold);
+      }
     }
-    default: {
-      NormalizerFold fold(scale);
-      Sweep<V, NormalizerFold>(s, t, fold).range(0, rows.vocab);
-      fold.template store<S>(call.out, n);
-      if (fold.empty()) break;
-      with_divergence(call.divergence, [&](auto tag) {
-        using D = decltype(tag);
-        if constexpr (D::template Of<V>::kTwoSweeps) {
-          const auto kept = [n](const void* array) -> double { return static_cast<const S*>(array)[n]; };
-          const Normalized normalized = Normalized::kept<V>(scale, kept(call.out.max_s), kept(call.out.sum_s),
-                                                            kept(call.out.max_t), kept(call.out.sum_t));
-          TermsFold<D> terms(normalized, fold, call.alpha, call.beta);
-          Sweep<V, TermsFold<D>> second(s, t, terms);
-          if (fold.peak.exists()) {
-            second.around(0, rows.vocab, fold.peak.index);
-          } else {
-            second.range(0, rows.vocab);
-          }
-          result = terms.template result<V>(fold);
-        }
-      });
-    }
-  }
+  });
   store_result<S>(call, n, result);
 }
 

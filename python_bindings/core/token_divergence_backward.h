@@ -187,14 +187,15 @@ template <class V> void token_divergence_backward_row(const GradientCall& call, 
   const int64_t peak = weight == 0.0 ? -1 : call.peak[n];
   // In place, the peak's logit is gone after the row.
   S at_peak = peak < 0 ? S{0} : static_cast<S>(w * number(call.peak_grad) + row.cross_entropy_at(peak, x));
-  with_divergence(weight == 0.0 ? Divergence::kNone : call.divergence, [&](auto tag) {
+  const auto write_row = [&](auto tag) {
     using D = decltype(tag);
     if (ce_weight == 0.0) {
       gradient_row<V>(Gradient<V, D, false>(x), row);
     } else {
       gradient_row<V>(Gradient<V, D, true>(x), row);
     }
-  });
+  };
+  weight == 0.0 ? write_row(Tag<None>{}) : with_divergence(call.divergence, write_row);
   std::memset(out + rows.vocab * width, 0, (call.student_vocab - rows.vocab) * width);
   end_of_stream();
   if (peak >= 0) narrow_block(&at_peak, 1, rows.student.type, out, peak);
