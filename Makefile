@@ -17,8 +17,7 @@ WORKERS := -n $(JOBS)
 unexport TRITON_INTERPRET
 
 .PHONY: help setup demo format lint types test test-fast test-native test-interpret test-compile test-gpu sanitize fuzz \
-  bench \
-  bench-gpu kernels-table clean
+  bench bench-gpu kernels-table clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 from adakd_kernels.ops import backend
 
@@ -19,8 +19,15 @@ if INTERPRETING:
 
     interpreter.install()
 
-# The same examples every time, few where an example takes the interpreter a second; `make fuzz` asks for new ones.
-settings.register_profile("same", deadline=None, derandomize=True, max_examples=40 if INTERPRETING else 300)
+# The same examples every time, few where one takes the interpreter a second and where making a failure smaller takes
+# minutes. `make fuzz` asks for new ones.
+settings.register_profile(
+    "same",
+    deadline=None,
+    derandomize=True,
+    max_examples=40 if INTERPRETING else 300,
+    phases=[Phase.explicit, Phase.generate] if INTERPRETING else list(Phase),
+)
 settings.register_profile(
     "fuzz", deadline=None, max_examples=int(os.environ.get("FUZZ_EXAMPLES", "10000")), print_blob=True
 )

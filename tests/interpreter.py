@@ -1,7 +1,8 @@
 """Makes Triton's interpreter strict where it is laxer than a GPU.
 
-As shipped, it truncates fp32 to bf16 where hardware rounds to nearest even, and computes on the raw bits of bf16
-operands where a kernel forgot to cast them. Here the cast is exact and arithmetic on bf16 is an error.
+As shipped, it truncates fp32 to bf16 where hardware rounds to nearest even, loses fp64 on the way there, and computes
+on the raw bits of bf16 operands where a kernel forgot to cast them. Here the cast is exact and arithmetic on bf16 is an
+error.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ def install() -> None:
         source, target = src.dtype.scalar, dst_type.scalar
         if source == tl.bfloat16 and target == tl.float32:
             return _Handle((src.data.astype(np.uint32) << np.uint32(16)).view(np.float32), target)
-        if source == tl.float32 and target == tl.bfloat16:
-            return _Handle(round_to_bf16(src.data), target)
+        if source in (tl.float32, tl.float64) and target == tl.bfloat16:
+            # Hardware goes from fp64 by way of fp32; the interpreter as shipped makes 0 of most fp64 numbers.
+            return _Handle(round_to_bf16(src.data.astype(np.float32)), target)
         return shipped_cast(self, src, dst_type)
 
     def refusing(name: str, method: Any) -> Any:
