@@ -416,6 +416,8 @@ def _margin(z: Tensor, tau: Tensor) -> Tensor:
     return ((z.amax(-1) - lowest) / tau).nan_to_num(0.0, torch.inf).clamp_min(0.0)
 
 
+# The logarithm of a mass that is below the smallest number, and so counts as 0, is at most about as large.
+FLUSHED = 128.0
 # Of the larger mass: agreeing rows with 1 − q below 1e-4 are nearer than that.
 SIGN_ULPS = 128.0
 
@@ -423,6 +425,12 @@ SIGN_ULPS = 128.0
 def _log_masses(z: Tensor, tau: Tensor) -> Tensor:
     """log softmax(z/τ); NaN in a row of nothing but −inf."""
     return ((z - z.amax(-1, keepdim=True)) / tau.unsqueeze(-1)).log_softmax(-1)
+
+
+def _beside(q: Tensor) -> Tensor:
+    """1 − q of every entry; at the largest as the sum of the others, for there the difference has no digits."""
+    top = q.argmax(-1, keepdim=True)
+    return (1.0 - q).scatter(-1, top, q.scatter(-1, top, 0.0).sum(-1, keepdim=True))
 
 
 def check_divergence(
@@ -449,7 +457,8 @@ def check_divergence(
     acc = torch.finfo(tau.dtype)
     margin = torch.maximum(_margin(z_s, wide), _margin(z_t, wide)).flatten()
     unbounded = torch.tensor(divergence.name in UNBOUNDED)
-    beyond = unbounded & (margin > 0.25 * acc.max)
+    # The C++ kernels cut logarithms of fp64 logits off at 1e290, so that sums of them stay in the type.
+    beyond = unbounded & (margin > min(0.25 * acc.max, 1e289))
 
     def eager(s: Tensor) -> Tensor:
         return reference.token_divergence(s, teacher, tau, divergence)
@@ -464,10 +473,11 @@ def check_divergence(
     q, p = (log.exp().nan_to_num(0.0) for log in (log_q, log_p))
     # Of an entry that is −inf on a side, and of a row of nothing else, there is no logarithm.
     logs = 1.0 + (log_p - log_q).nan_to_num(0.0, 0.0, 0.0).abs().where(unbounded, 0.0)
-    own = ulps * acc.eps * (1.0 - q) * logs
+    beside = _beside(q)
+    own = ulps * acc.eps * beside * logs
     if divergence.name == "total_variation":
         # Where p and q nearly meet, rounding decides on the sign of q − p, and at a peak the sign on all of the row.
-        own = own + (1.0 - q) * ((p - q).abs() <= SIGN_ULPS * acc.eps * torch.maximum(p, q))
+        own = own + beside * ((p - q).abs() <= SIGN_ULPS * acc.eps * torch.maximum(p, q))
     vague = q * (own + (q * own).sum(-1, keepdim=True))
     assert_value_rows(value, eager(student), exact, names=names, ulps=max(16.0, ulps), lost=lost, beyond=beyond)
     if divergence.name == "hellinger":
@@ -478,7 +488,7 @@ def check_divergence(
         reference.token_divergence_grad(student, teacher, tau, divergence),
         reference.token_divergence_grad(z_s, z_t, wide, divergence),
         names=names,
-        floor=(vague + (acc.smallest_normal + lost).unsqueeze(-1)) / wide.unsqueeze(-1),
+        floor=(vague + (FLUSHED * acc.smallest_normal + lost).unsqueeze(-1)) / wide.unsqueeze(-1),
         share=share,
         beyond=beyond if divergence.name != "forward_kl" else None,
     )

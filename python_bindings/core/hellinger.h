@@ -73,14 +73,15 @@ template <bool kGradient> struct HellingerFold {
   template <bool kGuarded, class V, class T> Added add(const T* ps, const T* pt, int n) {
     if (s.anchor == -kInfinity || t.anchor == -kInfinity) {
       const Maxima first = block_maxima<V>(ps, pt, n);
-      if (passes(first.s)) return Added::kNewPeak;
       raise<V>(first);
+      if (passes(first.s)) return Added::kNewPeak;
     }
     if (!holds<V>()) return Added::kNotInThisType;
     Scalar<V> kappa = ratio<V>(s.sum, t.sum);
     Sums x = sums<V>(ps, pt, n, kappa);
+    const bool raised = raise<V>(x.max);
     if (passes(x.max.s)) return Added::kNewPeak;
-    if (raise<V>(x.max)) {
+    if (raised) {
       if (!holds<V>()) return Added::kNotInThisType;
       kappa = ratio<V>(s.sum, t.sum);
       x = sums<V>(ps, pt, n, kappa);
@@ -132,7 +133,6 @@ template <bool kGradient> struct HellingerFold {
 
   // The former peak joins the other entries.
   void take_peak(const Peak& next) {
-    raise<Floats>({next.s, next.t});
     products *= std::sqrt(s.move(anchor_at<Floats>(next.s), 2.0 * half));
     if (peak.exists()) join(peak);
     peak = next;
@@ -173,7 +173,7 @@ template <bool kGradient> struct HellingerFold {
   // s² of the row; 0 where one side is empty, NaN where one holds NaN.
   double result() const {
     if (s.sum == 0.0 || t.sum == 0.0) return 0.0;
-    return distance > 1.0 ? 1.0 : distance;
+    return distance > 1.0 ? 1.0 : distance < 0.0 ? 0.0 : distance;
   }
 
   // As a divergence: the peak joins the sums, which no block follows.

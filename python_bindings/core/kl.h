@@ -87,12 +87,13 @@ template <bool kForward, bool kReverse> struct KLFold {
   template <bool kGuarded, class V, class T> Added add(const T* ps, const T* pt, int n) {
     if (!peak.exists() || t.anchor == -kInfinity) {
       const Maxima first = block_maxima<V>(ps, pt, n);
-      if (passes(first.s)) return Added::kNewPeak;
       raise_teacher(first.t);
+      if (passes(first.s)) return Added::kNewPeak;
     }
     Sums x = sums<kGuarded, V>(ps, pt, n);
+    const bool raised = raise_teacher(x.max.t);
     if (passes(x.max.s)) return Added::kNewPeak;
-    if (raise_teacher(x.max.t)) x = sums<kGuarded, V>(ps, pt, n);
+    if (raised) x = sums<kGuarded, V>(ps, pt, n);
     // Sums in double are what they are: NaN comes from the logits.
     if (!(kGuarded && sizeof(Scalar<V>) == 8) && !x.finite()) return Added::kNotInThisType;
     s.sum += x.s;
@@ -130,7 +131,6 @@ template <bool kForward, bool kReverse> struct KLFold {
 
   // The former peak joins the other entries.
   void take_peak(const Peak& next) {
-    raise_teacher(next.t);
     shift_gaps(apart(s.origin(), next.s), 0.0);
     const double f = s.move(next.s, scale);
     keep_s *= f;
@@ -208,7 +208,11 @@ template <bool kForward, bool kReverse> struct KLFold {
     // From log-ratios less the peak's: Σ q·ψ over the others, with ψ less its value at the peak, -c.
     const double own = gap(peak);
     const double reverse = scale * (gap_s - keep_s * own) / m.all_s * kLn2;
-    const double forward = -scale * (gap_t - keep_t * own) / m.all_t * kLn2;
+    // From those less the anchors', near which the teacher has its mass. Far from both, the peak's has too few digits.
+    constexpr double kFar = 32.0;
+    const double offset = std::fabs(own * scale) < kFar ? m.log_ratio - own * scale
+                                                        : std::log2(m.all_t) - std::log2(m.all_s);
+    const double forward = -(scale * gap_t + keep_t * offset) / m.all_t * kLn2;
     const double ratio = std::exp2(-m.log_ratio), nats = m.log_ratio * kLn2;
     double c = 0.0, others = 0.0;
     if (kReverse) {
@@ -217,7 +221,7 @@ template <bool kForward, bool kReverse> struct KLFold {
       others += reverse - q_lost;
     }
     if (kForward) {
-      r.d += forward - nats * (keep_t + m.peak_t) / m.all_t;
+      r.d += forward - nats * m.peak_t / m.all_t;
       c += ratio;
       others += ratio * keep_s / m.all_s - keep_t / m.all_t;
     }
