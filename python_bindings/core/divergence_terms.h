@@ -19,6 +19,7 @@ template <class V> struct Parameters {
   V both, whole, part;  // α + β; the nearest whole number and what it lacks
   V per_alpha;          // 1/α
   bool lopsided;        // a mixture of them is next to one of its parts
+  V own_sign{};         // kSign: that of the peak's log-ratio, by which g is lowered everywhere
 
   Parameters(double alpha, double beta) {
     split(alpha, this->alpha, rest_of_alpha);
@@ -140,10 +141,10 @@ template <class V> struct TotalVariation : Terms<V> {
     const Ratios<V> r(at);
     const V half_top = constant<V>(0.5) * r.top;
     f = half_top * absolute(r.r_p - r.r_q);
-    g = half_top * r.r_q * sign(at);
+    g = half_top * r.r_q * (sign(at) - this->parameters.own_sign);
   }
   ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {
-    return exp2(at.log_q) * fma(constant<V>(0.5) * w, sign(at), -w_sum_g);
+    return exp2(at.log_q) * fma(constant<V>(0.5) * w, sign(at) - this->parameters.own_sign, -w_sum_g);
   }
 };
 

@@ -14,6 +14,15 @@ namespace ADAKD_ISA {
 // What the gradient of one token takes besides its logits.
 struct TokenNumbers {
   double alpha, beta, scale, max_s, sum_s, max_t, sum_t, w, w_sum_g, ce_max, ce_factor;
+  double own_sign = 0.0;
+
+  // Most of a row's mass may have the peak's sign, and the gradient of all of it is then a small difference: with g lowered
+  // by c·q, it is 0 there but for Σ(g + c·q), which the peak's gradient knows with all digits.
+  void take_sign(double sum_g, double logit, double peak_grad) {
+    const double others = -peak_grad * sum_s / std::exp2((logit - max_s) * scale);
+    own_sign = std::nearbyint(2.0 * (sum_g - others));
+    w_sum_g = w * others;
+  }
 
   template <class V> Normalized normalized() const { return Normalized::kept<V>(scale, max_s, sum_s, max_t, sum_t); }
 };
@@ -26,14 +35,16 @@ template <class V, class D, bool kCrossEntropy> struct Gradient {
   static constexpr bool kDivergence = !std::is_same<Divergence, None<V>>::value;
 
   const TokenNumbers& numbers;
-  const Parameters<V> parameters;
+  Parameters<V> parameters;
   const Frame<V> frame;
   const V w, w_sum_g, ce_max, ce_factor;
 
   explicit Gradient(const TokenNumbers& x)
       : numbers(x), parameters(x.alpha, x.beta), frame(x.template normalized<V>()),
         w(constant<V>(x.w)), w_sum_g(constant<V>(x.w_sum_g)), ce_max(constant<V>(x.ce_max)),
-        ce_factor(constant<V>(x.ce_factor)) {}
+        ce_factor(constant<V>(x.ce_factor)) {
+    parameters.own_sign = constant<V>(x.own_sign);
+  }
 
   // ∂L/∂zs of an entry, and in `check` something that is finite only where no guard was needed and nothing overflowed.
   template <bool kGuarded> ADAKD_INLINE V entry(V zs, V zt, V& check) const {
@@ -164,7 +175,7 @@ template <class V> void token_divergence_backward_row(const GradientCall& call, 
     return;
   }
   const double tau = temperature_of<S>(call.temperature, n), w = weight / tau;
-  const TokenNumbers x{call.alpha,
+  TokenNumbers x{call.alpha,
                        call.beta,
                        scale_of<V>(tau),
                        number(call.in.max_s),
@@ -189,6 +200,9 @@ template <class V> void token_divergence_backward_row(const GradientCall& call, 
   S at_peak = peak < 0 ? S{0} : static_cast<S>(w * number(call.peak_grad) + row.cross_entropy_at(peak, x));
   const auto write_row = [&](auto tag) {
     using D = decltype(tag);
+    if constexpr (D::template Of<V>::kSign) {
+      if (peak >= 0) x.take_sign(number(call.sum_g), entry_of(row.s, peak), number(call.peak_grad));
+    }
     if (ce_weight == 0.0) {
       gradient_row<V>(Gradient<V, D, false>(x), row);
     } else {

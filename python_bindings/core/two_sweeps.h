@@ -46,13 +46,19 @@ template <class D> struct TermsFold {
 
   Normalized normalized;
   double alpha, beta;
+  double own_sign = 0.0;  // kSign: that of the peak's log-ratio
   double f = 0.0, g = 0.0;
 
   TermsFold(const Normalized& normalized, const NormalizerFold& first, double alpha, double beta)
       : normalized(normalized), alpha(alpha), beta(beta) {
     // The backward has to find the signs that were added up here, from the normalisers that it knows. Elsewhere a shift of
     // all log-ratios against the peak's would be an error of the peak's gradient.
-    if (!first.peak.counts() || D::template Of<double>::kSign) return;
+    if (!first.peak.counts()) return;
+    if (D::template Of<double>::kSign) {
+      const double gap = first.masses().log_ratio;
+      own_sign = gap > 0.0 ? 1.0 : gap < 0.0 ? -1.0 : 0.0;
+      return;
+    }
     const double from_s = first.peak.s - normalized.m_s, from_t = first.peak.t - normalized.m_t;
     const double log_ratio = first.masses().log_ratio;
     constexpr double kFar = 1.0e3;  // c_gap would be a small difference of two large numbers
@@ -61,7 +67,9 @@ template <class D> struct TermsFold {
 
   template <bool kGuarded, class V, class T> Added add(const T* ps, const T* pt, int n) {
     using Divergence = typename D::template Of<V>;
-    const Parameters<V> parameters(alpha, beta);
+    Parameters<V> parameters(alpha, beta);
+    parameters.own_sign = constant<V>(own_sign);
+    const V own_c = constant<V>(-0.5 * own_sign);
     const Divergence divergence(parameters);
     const Frame<V> frame(normalized);
     const V minus_infinity = broadcast<V>(-kInfinity), zero = V{};
@@ -75,7 +83,8 @@ template <class D> struct TermsFold {
       V check = at.gap;
       if (kGuarded) {
         const Mask<V> kept = (zs != minus_infinity) & (zt != minus_infinity);
-        const V lost = Divergence::kWithoutQ ? -exp2(at.log_q) : zero;
+        // What (c - κ)·q comes to: κ = 1 where g leaves out the term q, c where the terms have it already.
+        const V lost = Divergence::kWithoutQ ? -exp2(at.log_q) : Divergence::kSign ? own_c * exp2(at.log_q) : zero;
         f_here = kept ? f_here : zero;
         g_here = kept ? g_here : lost;
         check = kept ? check : zero;
@@ -118,8 +127,12 @@ template <class D> struct TermsFold {
     double own_f, own_g;
     Divergence(parameters).terms(Entry<double>{log_q, log_q - m.log_ratio, m.log_ratio}, own_f, own_g);
     r.d += own_f;
-    const double c = -own_g / q;
-    r.set_gradient(first.peak.index, q, c, g + c * m.beside);
+    if (Divergence::kSign) {
+      r.set_gradient(first.peak.index, q, -0.5 * own_sign, g);
+    } else {
+      const double c = -own_g / q;
+      r.set_gradient(first.peak.index, q, c, g + c * m.beside);
+    }
     return r;
   }
 };
