@@ -105,7 +105,7 @@ def launch(kernel: str, divergence: str, student: Tensor, teacher: Tensor, inpla
         with_ce = kernel == "backward_ce"
         of_ce = number if with_ce else None
         token_divergence_bwd(
-            student, teacher, out, number, number, number, number, number, number, number,
+            student, teacher, out, number, number, number, number, number, number, number, labels, number,
             labels if with_ce else None, of_ce, of_ce, of_ce, divergence, alpha, beta,
         )  # fmt: skip
 

@@ -4,19 +4,49 @@ A tile is (LANES, VEC) entries, consecutive in memory: VEC are one load of 16 by
 step of a sweep takes one tile or two (TILES), so that what a lane pays for a step is shared by more entries. Every lane
 folds its own entries, and the lanes meet once, after the row: no loop has a reduction across threads, or a barrier.
 
-Logits are in the accumulation type; `scale` turns a difference of logits into a power of two (log2(e)/τ). Maxima start
-at a large finite negative number, NEG, so that a tile of nothing but −inf folds to zero sums.
+Logits are in the accumulation type. Differences of two are taken in a unit of 2²⁴, in which none leaves the type's range
+and neither does a sum of them over a row; `scale` turns one into a power of two (2²⁴·log2(e)/τ). Maxima start at the
+lowest finite number, so that every finite logit counts, at whatever level, and a tile of nothing but −inf folds to zero
+sums.
 """
+
+import sys
 
 import triton
 import triton.language as tl
 
 from .launch import ALIGNED_ENTRIES
 
-NEG = tl.constexpr(-1.0e30)
+UNIT = tl.constexpr(2.0**-24)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 ALIGNED = tl.constexpr(ALIGNED_ENTRIES)
+
+
+@triton.constexpr_function
+def lowest(dtype):
+    """The lowest finite number of an accumulation type."""
+    return -sys.float_info.max if dtype == tl.float64 else -(2.0 - 2.0**-23) * 2.0**127
+
+
+@triton.jit
+def finite(x):
+    """x cut off at the type's range; NaN stays."""
+    LOWEST: tl.constexpr = lowest(x.dtype)
+    x = tl.maximum(x, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, -LOWEST, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def exponent_scale(tau):
+    """2²⁴·log2(e)/τ: what turns a difference of logits, in its unit, into a power of two."""
+    return finite(tl.full((), LOG2E / UNIT, tau.dtype) / tau)
+
+
+@triton.jit
+def below(z, m):
+    """(z − m)·2⁻²⁴, rounded once. The product with a power of two is exact, so that this is one multiply-add."""
+    return z * UNIT - m * UNIT
 
 
 @triton.jit
@@ -103,8 +133,15 @@ def store_zeros(Row, skew, V: tl.constexpr, SKEWED: tl.constexpr, LANES: tl.cons
 
 @triton.jit
 def log2_mass(z, m, c, scale):
-    """(z − m)·scale − c, bounded below so that differences of two of them, and their products with 0, stay finite."""
-    return tl.maximum((z - m) * scale - c, NEG, propagate_nan=tl.PropagateNan.ALL)
+    """(z − m)/τ·log2(e) − c, bounded below so that differences of two of them, and products with 0, stay finite."""
+    return tl.maximum(below(z, m) * scale - c, lowest(z.dtype), propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def log2_1p(x):
+    """log2(1 + x) of x ≥ 0, relatively exact near 0: the logarithm of the rounded sum, corrected for its rounding."""
+    rounded = (1.0 + x) - 1.0
+    return tl.where(rounded == 0.0, x * LOG2E, tl.log2(1.0 + x) * (x / tl.where(rounded == 0.0, 1.0, rounded)))
 
 
 @triton.jit
