@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from .peak import find_peak, lane_of_peak, lane_rounds, load_rest_of_lane
-from .rows import below, edge_entries, edge_start, load_tile, lowest, whole_steps
+from .peak import find_peak, lane_with_peak, load_rest_of_lane
+from .rows import below, edge_entries, edge_start, load_tile, lowest, shrink, whole_steps
 
 # A sum over any entry is at least 1, the mass of the largest; one over none stands for so little that it adds nothing.
 NONE = tl.constexpr(1.0e-12)
@@ -105,7 +105,7 @@ def row_distance(l_s, l_t, h, rcp, f_s, f_t, sum_s, sum_t):
 
 @triton.jit
 def sweep_distance(
-    S, T, skew, scale, V: tl.constexpr, SKEWED: tl.constexpr,
+    S, T, skew, scale, share, V: tl.constexpr, SKEWED: tl.constexpr,
     TILES: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """(m_s, m_t, l_s, l_t, s²) of a row."""
@@ -113,8 +113,8 @@ def sweep_distance(
     m_s, m_t, l_s, l_t, h, rcp, _ = sweep_lanes(S, T, skew, half, V, SKEWED, TILES, LANES, VEC, ACC)
     new_s = tl.max(m_s, 0)
     new_t = tl.max(m_t, 0)
-    f_s = tl.exp2(below(m_s, new_s) * half)
-    f_t = tl.exp2(below(m_t, new_t) * half)
+    f_s = shrink(m_s, new_s, half, share)
+    f_t = shrink(m_t, new_t, half, share)
     sum_s = tl.sum(l_s * (f_s * f_s), 0)
     sum_t = tl.sum(l_t * (f_t * f_t), 0)
     return new_s, new_t, sum_s, sum_t, row_distance(l_s, l_t, h, rcp, f_s, f_t, sum_s, sum_t)
@@ -122,37 +122,40 @@ def sweep_distance(
 
 @triton.jit
 def sweep_hellinger(
-    S, T, skew, scale, V: tl.constexpr, SKEWED: tl.constexpr,
+    S, T, skew, scale, share, V: tl.constexpr, SKEWED: tl.constexpr,
     TILES: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """(m_s, m_t, l_s, l_t, s², Σg, peak, its logit in t, gradient there) of a row."""
     half = 0.5 * scale
     m_s, m_t, l_s, l_t, h, rcp, both = sweep_lanes(S, T, skew, half, V, SKEWED, TILES, LANES, VEC, ACC)
-    peak, t_peak = find_peak(S, T, m_s, l_s, skew, V, SKEWED, LANES, VEC, ACC)
-    new_s = tl.max(m_s, 0)
+    new_s, lane = lane_with_peak(m_s, l_s)
     new_t = tl.max(m_t, 0)
-    f_s = tl.exp2(below(m_s, new_s) * half)
-    f_t = tl.exp2(below(m_t, new_t) * half)
+    f_s = shrink(m_s, new_s, half, share)
+    f_t = shrink(m_t, new_t, half, share)
     # The sums over the entries beside the peak: those of its lane are taken anew.
-    lane = lane_of_peak(peak, LANES, VEC)
+    peak, t_peak = find_peak(S, T, new_s, lane, skew, V, SKEWED, LANES, VEC, ACC)
     other = tl.arange(0, LANES) != lane
     tail_s = tl.where(other, l_s * (f_s * f_s), 0.0)
     tail_t = tl.where(other, l_t * (f_t * f_t), 0.0)
     both = tl.where(other, both * (f_s * f_t), 0.0)
-    for i in range(0, lane_rounds(V, LANES, VEC, SKEWED)):
-        s, t = load_rest_of_lane(S, T, i, lane, peak, skew, V, SKEWED, LANES, VEC, ACC)
+    start = lane * VEC
+    while start < V + skew:
+        s, t = load_rest_of_lane(S, T, start, peak, skew, V, SKEWED, LANES, VEC, ACC)
         a = tl.exp2(below(s, new_s) * half)
         b = tl.exp2(below(t, new_t) * half)
         tail_s += tl.sum(a * a, 1)
         tail_t += tl.sum(b * b, 1)
         both += tl.sum(a * b, 1)
+        start += LANES * LANES
+    b = shrink(t_peak, new_t, half, share)
+    # −q·S of the peak with S = Σ (g + c·q) over the others, g = −½√(pq) and c = ½√(p/q) of the peak.
+    both = tl.sum(both - b * tail_s, 0)
     tail_s = tl.sum(tail_s, 0)
-    both = tl.sum(both, 0)
-    b = tl.exp2(below(t_peak, new_t) * half)
     sum_s = tail_s + tl.where(peak < V + skew, 1.0, 0.0)
     sum_t = tl.sum(tail_t, 0) + b * b
     h = row_distance(l_s, l_t, h, rcp, f_s, f_t, sum_s, sum_t)
-    # −q·S of the peak with S = Σ (g + c·q) over the others, g = −½√(pq) and c = ½√(p/q) of the peak.
     some_s = tl.where(sum_s == 0.0, 1.0, sum_s)
-    grad = 0.5 * (both - b * tail_s) * tl.rsqrt(some_s * tl.where(sum_t == 0.0, 1.0, sum_t)) / some_s
-    return new_s, new_t, sum_s, sum_t, h, 0.5 * h - 0.5, peak, t_peak, grad
+    norm = 0.5 * tl.rsqrt(some_s * tl.where(sum_t == 0.0, 1.0, sum_t))
+    # Σg by Σ√(pq) of all entries, not by s², which has lost it where it is near 1.
+    sum_g = -norm * (both + b * (tail_s + 1.0))
+    return new_s, new_t, sum_s, sum_t, h, sum_g, peak, t_peak, norm * both / some_s

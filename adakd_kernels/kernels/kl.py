@@ -6,19 +6,29 @@ Logarithms are to base 2 until the results are returned.
 import triton
 import triton.language as tl
 
-from .peak import find_peak, lane_of_peak, lane_rounds, load_rest_of_lane
-from .rows import LN2, UNIT, below, edge_entries, edge_start, finite, load_tile, log2_1p, log2_mass, lowest, whole_steps
+from .peak import find_peak, lane_with_peak, load_rest_of_lane
+from .rows import (
+    LN2,
+    UNIT,
+    below,
+    edge_entries,
+    edge_start,
+    finite,
+    load_tile,
+    log2_1p,
+    log2_mass,
+    lowest,
+    shrink,
+    whole_steps,
+)
 
 
 @triton.jit
-def move_maxima(scale, m_s, m_t, new_s, new_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t):
-    """The sums of `fold_kl` below new maxima: a gap moves by its mass times the change of the difference."""
-    x = below(m_s, new_s)
-    y = below(m_t, new_t)
-    f_s = tl.exp2(x * scale)
-    f_t = tl.exp2(y * scale)
-    gap_s = (gap_s + keep_s * (x - y)) * f_s
-    gap_t = (gap_t - keep_t * (x - y)) * f_t
+def move_maxima(f_s, f_t, m_s, m_t, new_s, new_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t):
+    """The sums of `fold_kl` below new maxima, where masses shrink by f: a gap moves by its mass times the difference's."""
+    moved = below(m_s, new_s) - below(m_t, new_t)
+    gap_s = (gap_s + keep_s * moved) * f_s
+    gap_t = (gap_t - keep_t * moved) * f_t
     return l_s * f_s, l_t * f_t, keep_s * f_s, keep_t * f_t, gap_s, gap_t
 
 
@@ -62,8 +72,10 @@ def fold_kl(
         t_2 = load_tile(T, start + LANES * VEC, skew, V, SKEWED, EDGE, LANES, VEC, ACC)
         new_s = tl.maximum(new_s, tl.max(s_2, 1))
         new_t = tl.maximum(new_t, tl.max(t_2, 1))
+    f_s = tl.exp2(below(m_s, new_s) * scale)
+    f_t = tl.exp2(below(m_t, new_t) * scale)
     l_s, l_t, keep_s, keep_t, gap_s, gap_t = move_maxima(
-        scale, m_s, m_t, new_s, new_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t
+        f_s, f_t, m_s, m_t, new_s, new_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t
     )
     l_s, l_t, keep_s, keep_t, gap_s, gap_t = add_kl(
         s, t, scale, new_s[:, None], new_t[:, None], l_s, l_t, keep_s, keep_t, gap_s, gap_t
@@ -77,7 +89,7 @@ def fold_kl(
 
 @triton.jit
 def sweep_kl(
-    S, T, skew, scale, V: tl.constexpr, SKEWED: tl.constexpr, DIVERGENCE: tl.constexpr,
+    S, T, skew, scale, share, V: tl.constexpr, SKEWED: tl.constexpr, DIVERGENCE: tl.constexpr,
     TILES: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """(m_s, m_t, l_s, l_t, D, Σg, peak, its logit in t, gradient there) of a row: forward KL, reverse KL or their sum."""
@@ -101,14 +113,15 @@ def sweep_kl(
             S, T, start, skew, scale, m_s, m_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t,
             V, SKEWED, False, TILES, LANES, VEC, ACC,
         )  # fmt: skip
-    peak, t_peak = find_peak(S, T, m_s, l_s, skew, V, SKEWED, LANES, VEC, ACC)
-    new_s = tl.max(m_s, 0)
+    new_s, lane = lane_with_peak(m_s, l_s)
     new_t = tl.max(m_t, 0)
+    f_s = shrink(m_s, new_s, scale, share)
+    f_t = shrink(m_t, new_t, scale, share)
     l_s, l_t, keep_s, keep_t, gap_s, gap_t = move_maxima(
-        scale, m_s, m_t, new_s, new_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t
+        f_s, f_t, m_s, m_t, new_s, new_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t
     )
     # From here on the sums are over the entries beside the peak: those of its lane are taken anew.
-    lane = lane_of_peak(peak, LANES, VEC)
+    peak, t_peak = find_peak(S, T, new_s, lane, skew, V, SKEWED, LANES, VEC, ACC)
     other = tl.arange(0, LANES) != lane
     l_s = tl.where(other, l_s, 0.0)
     l_t = tl.where(other, l_t, 0.0)
@@ -116,55 +129,54 @@ def sweep_kl(
     keep_t = tl.where(other, keep_t, 0.0)
     gap_s = tl.where(other, gap_s, 0.0)
     gap_t = tl.where(other, gap_t, 0.0)
-    for i in range(0, lane_rounds(V, LANES, VEC, SKEWED)):
-        s, t = load_rest_of_lane(S, T, i, lane, peak, skew, V, SKEWED, LANES, VEC, ACC)
+    start = lane * VEC
+    while start < V + skew:
+        s, t = load_rest_of_lane(S, T, start, peak, skew, V, SKEWED, LANES, VEC, ACC)
         l_s, l_t, keep_s, keep_t, gap_s, gap_t = add_kl(
             s, t, scale, new_s, new_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t
         )
-    l_s, l_t, d, sum_g, grad = kl_of_sums(
-        tl.sum(l_s, 0), tl.sum(l_t, 0), tl.sum(keep_s, 0), tl.sum(keep_t, 0), tl.sum(gap_s, 0), tl.sum(gap_t, 0),
-        peak < V + skew, t_peak, new_t, scale, DIVERGENCE,
-    )  # fmt: skip
-    return new_s, new_t, l_s, l_t, d, sum_g, peak, t_peak, grad
-
-
-@triton.jit
-def kl_of_sums(tail_s, tail_t, keep_s, keep_t, gap_s, gap_t, found, t_peak, m_t, scale, DIVERGENCE: tl.constexpr):
-    """(l_s, l_t, D, Σg, τ·∂D/∂zˢ at the peak) from the peak and the sums of `fold_kl` over the other entries.
-
-    With c = −g/q of the peak, g + c·q is 0 there, and the gradient is −q·S, S = Σ (g + c·q) over the others.
-    """
+        start += LANES * LANES
+    # With c = −g/q of the peak, g + c·q is 0 there, and the gradient is −q·S, S = Σ (g + c·q) over the others. What
+    # cancels in S does so in every lane, before the lanes' sums are rounded.
     counts = t_peak != -float("inf")
+    y = tl.maximum(below(t_peak, new_t), 2.0 * UNIT * lowest(ACC), propagate_nan=tl.PropagateNan.ALL)
+    b = shrink(t_peak, new_t, scale, share)
+    gap_s = tl.sum(gap_s + keep_s * tl.where(counts, y, 0.0), 0)
+    gap_t = tl.sum(gap_t, 0)
+    forward_rest = tl.sum(b * l_s - keep_t, 0)
+    tail_s = tl.sum(l_s, 0)
+    tail_t = tl.sum(l_t, 0)
+    keep_s = tl.sum(keep_s, 0)
+    keep_t = tl.sum(keep_t, 0)
     # A student without finite entries has no mass; the peak of any other one has unnormalised mass 1.
+    found = peak < V + skew
     l_s = tail_s + tl.where(found, 1.0, 0.0)
-    b = tl.exp2(below(t_peak, m_t) * scale)
     l_t = tail_t + b
     some_s = tl.where(l_s == 0.0, 1.0, l_s)
     some_t = tl.where(l_t == 0.0, 1.0, l_t)
-    log_ratio = tl.where(b == 1.0, log2_1p(tail_t), tl.log2(some_t)) - log2_1p(tail_s)
-    y = log2_mass(t_peak, m_t, 0.0, scale)
-    gap = log_ratio - y  # log2(q/p) of the peak
     q = tl.where(counts, 1.0 / some_s, 0.0)
-    gap_s = gap_s / some_s * scale
-    gap_t = gap_t / some_t * scale
-    reverse = LN2 * (gap_s + keep_s / some_s * log_ratio + q * gap)
-    forward = LN2 * (gap_t - keep_t / some_t * log_ratio - b / some_t * gap)
+    log_ratio = tl.where(b == 1.0, log2_1p(tail_t), tl.log2(some_t)) - log2_1p(tail_s)
+    gap = log_ratio - log2_mass(t_peak, new_t, 0.0, scale)  # log2(q/p) of the peak
+    gap = tl.where(counts, gap, log_ratio)
+    reverse_rest = LN2 * (gap_s / some_s * scale)
+    reverse = reverse_rest + LN2 * gap * (keep_s / some_s + q)
+    forward = LN2 * (gap_t / some_t * scale - keep_t / some_t * log_ratio - b / some_t * gap)
     # Where the peak does not count, it is the only entry of l_s beside tail_s.
     q_lost = (tail_s - keep_s) / some_s + tl.where(found & (t_peak == -float("inf")), 1.0 / some_s, 0.0)
     p_kept = (keep_t + b) / some_t
-    reverse_rest = LN2 * (gap_s + keep_s / some_s * y) - (LN2 * gap + 1.0) * q_lost
-    forward_rest = (b * tail_s - keep_t) / some_t
+    reverse_rest -= (LN2 * gap + 1.0) * q_lost
+    forward_rest /= some_t
     if DIVERGENCE == "forward_kl":
         d = forward
         sum_g = -p_kept
-        rest = forward_rest
+        rest_g = forward_rest
     elif DIVERGENCE == "reverse_kl":
         d = reverse
         sum_g = reverse - q_lost
-        rest = reverse_rest
+        rest_g = reverse_rest
     else:
         tl.static_assert(DIVERGENCE == "jeffreys")
         d = forward + reverse
         sum_g = reverse - q_lost - p_kept
-        rest = reverse_rest + forward_rest
-    return l_s, l_t, finite(d), finite(sum_g), finite(-rest * q)
+        rest_g = reverse_rest + forward_rest
+    return new_s, new_t, l_s, l_t, finite(d), finite(sum_g), peak, t_peak, finite(-rest_g * q)

@@ -18,6 +18,8 @@ from ..reference import accumulation_dtype
 
 # A row that does not start at a multiple of this many entries is skewed: 16 bytes in 16 bits, the widest load.
 ALIGNED_ENTRIES = 8
+# Of a thread, where half of an SM's 64 warps are to be resident.
+REGISTERS = 64
 # Below this a row has few whole steps or none, which alone gain from starting at an aligned entry.
 _SHORT_ROW = 8192
 # Family of the target -> kernel -> class of the divergence -> itemsize of the wider logits -> tiles a step, warps.
@@ -46,7 +48,12 @@ def launch_config(kernel: str, divergence: str, vocab: int, student: Tensor, tea
     while warps > 1 and tiles * warps * warp_size * vec >= 2 * vocab:
         warps //= 2
     config = {"LANES": warps * warp_size, "VEC": vec, "num_warps": warps}
-    return config if kernel == "backward" else {"TILES": tiles, **config}
+    if kernel == "backward":
+        return config
+    if family == "cuda" and kernel == "forward" and itemsize == 2:
+        # What comes once after a sweep would take more registers than the sweeps, only to overlap itself.
+        config["maxnreg"] = REGISTERS
+    return {"TILES": tiles, **config}
 
 
 def acc_type(student: Tensor, teacher: Tensor) -> tuple[torch.dtype, tl.dtype]:

@@ -8,36 +8,31 @@ After the loop that lane's entries, 1/LANES of the row, are read again: once for
 import triton
 import triton.language as tl
 
-from .launch import ALIGNED_ENTRIES
-from .rows import inside
-
-
-@triton.constexpr_function
-def lane_rounds(V, LANES, VEC, SKEWED):
-    """How many tiles take the tiles of a row, one entry of the first axis each, from its aligned start."""
-    tiles = -(-(V + (ALIGNED_ENTRIES - 1 if SKEWED else 0)) // (LANES * VEC))
-    return -(-tiles // LANES)
+from .rows import ALIGNED, inside, lowest
 
 
 @triton.jit
 def load_lane(
-    Row, i, lane, skew, V: tl.constexpr, SKEWED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
-    """(offsets, logits) of what one lane met in tiles i·LANES to (i + 1)·LANES: (LANES, VEC), −inf outside the row."""
-    tiles = i * LANES + tl.arange(0, LANES)
-    offs_v = tiles[:, None] * (LANES * VEC) + lane * VEC + tl.arange(0, VEC)[None, :]
+    Row, start, skew, V: tl.constexpr, SKEWED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr
+):
+    """(offsets, logits) of the LANES entries that one lane met from its offset `start` on, (LANES, 1); −inf outside.
+
+    The next ones start LANES² later. That the number of such rounds depends on the lane keeps them a loop: unrolled, they
+    would take the registers of the sweeps.
+    """
+    entry = tl.arange(0, LANES)
+    offs_v = (start + (entry // VEC) * (LANES * VEC) + entry % VEC)[:, None]
     return offs_v, tl.load(Row + offs_v, mask=inside(offs_v, skew, V, SKEWED), other=-float("inf")).to(ACC)
 
 
 @triton.jit
 def load_rest_of_lane(
-    S, T, i, lane, peak, skew, V: tl.constexpr, SKEWED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    S, T, start, peak, skew, V: tl.constexpr, SKEWED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """Both rows' logits by `load_lane`, −inf at the peak."""
-    offs_v, s = load_lane(S, i, lane, skew, V, SKEWED, LANES, VEC, ACC)
-    _, t = load_lane(T, i, lane, skew, V, SKEWED, LANES, VEC, ACC)
+    offs_v, s = load_lane(S, start, skew, V, SKEWED, LANES, VEC, ACC)
+    _, t = load_lane(T, start, skew, V, SKEWED, LANES, VEC, ACC)
     return tl.where(offs_v == peak, -float("inf"), s), tl.where(offs_v == peak, -float("inf"), t)
 
 
@@ -48,23 +43,29 @@ def lane_of_peak(peak, LANES: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
+def lane_with_peak(m_s, l_s):
+    """(maximum of the row, or the lowest number where it has no finite entry; the lowest lane that has it)."""
+    highest, lane = tl.max(tl.where(l_s == 0.0, -float("inf"), m_s), 0, return_indices=True)
+    return tl.maximum(highest, lowest(m_s.dtype)), lane
+
+
+@triton.jit
 def find_peak(
-    S, T, m_s, l_s, skew, V: tl.constexpr, SKEWED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    S, T, m_s, lane, skew, V: tl.constexpr, SKEWED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """(offset from the row's aligned start, teacher's logit there) from the lanes' maxima and sums.
+    """(offset from the row's aligned start, teacher's logit there) of the row's maximum, the first in its lane.
 
-    The first of equal entries of the lowest lane. Where a row has no finite entry, or NaN hides it, the offset is one
-    that no entry has and the logit −inf.
+    Where the row has no finite entry, the offset is one that no entry has and the logit −inf.
     """
-    ROUNDS: tl.constexpr = lane_rounds(V, LANES, VEC, SKEWED)
-    NOWHERE: tl.constexpr = ROUNDS * LANES * LANES * VEC
-    highest, lane = tl.max(tl.where(l_s == 0.0, -float("inf"), m_s), 0, return_indices=True)
+    NOWHERE: tl.constexpr = V + ALIGNED
     first = tl.full((LANES,), NOWHERE, tl.int32)
-    for i in range(0, ROUNDS):
-        offs_v, s = load_lane(S, i, lane, skew, V, SKEWED, LANES, VEC, ACC)
-        first = tl.minimum(first, tl.min(tl.where(s == highest, offs_v, NOWHERE), 1))
-    peak = tl.where(highest == -float("inf"), NOWHERE, tl.min(first, 0))
+    start = lane * VEC
+    while start < V + skew:
+        offs_v, s = load_lane(S, start, skew, V, SKEWED, LANES, VEC, ACC)
+        first = tl.minimum(first, tl.min(tl.where(s == m_s, offs_v, NOWHERE), 1))
+        start += LANES * LANES
+    peak = tl.min(first, 0)
     return peak, tl.load(T + peak, mask=peak < NOWHERE, other=-float("inf")).to(ACC)
 
 

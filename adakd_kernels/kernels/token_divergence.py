@@ -17,7 +17,7 @@ from .hellinger import sweep_hellinger
 from .kl import sweep_kl
 from .launch import acc_type, launch_config, on_device, row_strides, skewed
 from .peak import store_peak
-from .rows import exponent_scale, row_start, store_normalizer
+from .rows import exponent_rounding, exponent_scale, row_start, store_normalizer
 from .two_sweeps import sweep_normalizers, sweep_terms
 
 
@@ -42,26 +42,27 @@ def token_divergence_fwd_kernel(
     start_t, _ = row_start(n, L, stride_tb, stride_tl, unit_t, SKEWED)
     S += start_s
     T += start_t
-    scale = exponent_scale(tl.load(Tau + n))
+    tau = tl.load(Tau + n)
+    scale = exponent_scale(tau)
     if DIVERGENCE == "hellinger":
         m_s, m_t, l_s, l_t, d, sum_g, peak, t_peak, grad = sweep_hellinger(
-            S, T, skew, scale, V, SKEWED, TILES, LANES, VEC, ACC
+            S, T, skew, scale, exponent_rounding(tau), V, SKEWED, TILES, LANES, VEC, ACC
         )
     elif DIVERGENCE == "forward_kl" or DIVERGENCE == "reverse_kl" or DIVERGENCE == "jeffreys":
         m_s, m_t, l_s, l_t, d, sum_g, peak, t_peak, grad = sweep_kl(
-            S, T, skew, scale, V, SKEWED, DIVERGENCE, TILES, LANES, VEC, ACC
+            S, T, skew, scale, exponent_rounding(tau), V, SKEWED, DIVERGENCE, TILES, LANES, VEC, ACC
         )
     else:
-        m_s, m_t, tail_s, l_t, c_s, c_t, peak = sweep_normalizers(
+        m_s, m_t, l_s, l_t, tail_s, peak, gap = sweep_normalizers(
             S, T, skew, scale, V, SKEWED, TILES, LANES, VEC, ACC
         )
         # The normalisers are stored between the sweeps, so that the second one need not hold them.
-        l_s = tail_s + 1.0
         store_normalizer(MaxS, SumS, n, m_s, l_s)
         store_normalizer(MaxT, SumT, n, m_t, l_t)
         d, sum_g, t_peak, grad = sweep_terms(
-            S, T, skew, scale, m_s, m_t, tail_s, c_s, c_t, peak, V, SKEWED, DIVERGENCE, ALPHA, BETA, LANES, VEC, ACC
-        )
+            S, T, Tau + n, skew, scale, m_s, m_t, l_s, l_t, tail_s, peak, gap,
+            V, SKEWED, DIVERGENCE, ALPHA, BETA, LANES, VEC, ACC,
+        )  # fmt: skip
     tl.store(D + n, d)  # 0 for an empty row: none of its entries counts
     tl.store(SumG + n, sum_g)
     store_peak(Peak, PeakGrad, n, peak, skew, t_peak != -float("inf"), grad)

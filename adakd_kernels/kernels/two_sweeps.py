@@ -3,9 +3,21 @@
 import triton
 import triton.language as tl
 
-from .divergence_terms import divergence_terms
-from .peak import find_peak, lane_of_peak, lane_rounds, load_rest_of_lane
-from .rows import below, edge_entries, edge_start, finite, load_tile, log2_1p, log2_mass, lowest, whole_steps
+from .divergence_terms import divergence_terms, peak_terms
+from .peak import find_peak, lane_of_peak, lane_with_peak, load_rest_of_lane
+from .rows import (
+    below,
+    edge_entries,
+    edge_start,
+    exponent_rounding,
+    finite,
+    load_tile,
+    log2_1p,
+    log2_mass,
+    lowest,
+    shrink,
+    whole_steps,
+)
 
 
 @triton.jit
@@ -41,11 +53,7 @@ def sweep_normalizers(
     S, T, skew, scale, V: tl.constexpr, SKEWED: tl.constexpr,
     TILES: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """(m_s, m_t, l_s − 1, l_t, log2 l_s, log2 l_t, peak) of a row: the first of two sweeps.
-
-    The student's peak has unnormalised mass 1, so that its sum is that of the other entries, which it keeps exact, and 1;
-    a student without finite entries has −1.
-    """
+    """(m_s, m_t, l_s, l_t, l_s of every lane without the peak, peak, log2(q/p) there): the first sweep."""
     STEP: tl.constexpr = TILES * LANES * VEC
     m_s = tl.full((LANES,), lowest(ACC), ACC)
     m_t = m_s
@@ -58,28 +66,38 @@ def sweep_normalizers(
     for start in range(whole_steps(V, STEP, SKEWED)[0], whole_steps(V, STEP, SKEWED)[1], STEP):
         m_s, l_s = fold_normalizer(S, start, skew, scale, m_s, l_s, V, SKEWED, False, TILES, LANES, VEC, ACC)
         m_t, l_t = fold_normalizer(T, start, skew, scale, m_t, l_t, V, SKEWED, False, TILES, LANES, VEC, ACC)
-    peak, t_peak = find_peak(S, T, m_s, l_s, skew, V, SKEWED, LANES, VEC, ACC)
-    new_s = tl.max(m_s, 0)
+    new_s, lane = lane_with_peak(m_s, l_s)
     new_t = tl.max(m_t, 0)
-    lane = lane_of_peak(peak, LANES, VEC)
+    # The second sweep takes its masses with the rounded scale, and these are added to them.
+    l_s *= shrink(m_s, new_s, scale, 0.0)
+    l_t *= shrink(m_t, new_t, scale, 0.0)
+    peak, t_peak = find_peak(S, T, new_s, lane, skew, V, SKEWED, LANES, VEC, ACC)
     other = tl.arange(0, LANES) != lane
-    l_s = tl.where(other, l_s * tl.exp2(below(m_s, new_s) * scale), 0.0)
-    l_t = tl.where(other, l_t * tl.exp2(below(m_t, new_t) * scale), 0.0)
-    for i in range(0, lane_rounds(V, LANES, VEC, SKEWED)):
-        s, t = load_rest_of_lane(S, T, i, lane, peak, skew, V, SKEWED, LANES, VEC, ACC)
+    l_s = tl.where(other, l_s, 0.0)
+    l_t = tl.where(other, l_t, 0.0)
+    start = lane * VEC
+    while start < V + skew:
+        s, t = load_rest_of_lane(S, T, start, peak, skew, V, SKEWED, LANES, VEC, ACC)
         l_s += tl.sum(tl.exp2(below(s, new_s) * scale), 1)
         l_t += tl.sum(tl.exp2(below(t, new_t) * scale), 1)
+        start += LANES * LANES
     tail_s = tl.sum(l_s, 0)
     tail_t = tl.sum(l_t, 0)
-    b = tl.exp2(below(t_peak, new_t) * scale)
-    l_t = tail_t + b
-    c_t = tl.where(b == 1.0, log2_1p(tail_t), tl.log2(tl.where(l_t == 0.0, 1.0, l_t)))
-    return new_s, new_t, tl.where(peak < V + skew, tail_s, -1.0), l_t, log2_1p(tail_s), c_t, peak
+    more_t = tl.sum(l_t - l_s, 0)
+    # A student without finite entries has no mass; the peak of any other one has unnormalised mass 1.
+    sum_s = tail_s + tl.where(peak < V + skew, 1.0, 0.0)
+    b = shrink(t_peak, new_t, scale, 0.0)
+    sum_t = tail_t + b
+    some_t = tl.where(sum_t == 0.0, 1.0, sum_t)
+    # Where the peaks are one and the masses nearly equal, so is the sign of their difference right.
+    gap = tl.where(b == 1.0, log2_1p(more_t / sum_s), tl.log2(some_t) - log2_1p(tail_s))
+    gap -= log2_mass(t_peak, new_t, 0.0, scale)
+    return new_s, new_t, sum_s, sum_t, l_s, peak, gap
 
 
 @triton.jit
 def sweep_terms(
-    S, T, skew, scale, m_s, m_t, tail_s, c_s, c_t, peak, V: tl.constexpr, SKEWED: tl.constexpr,
+    S, T, Tau, skew, scale, m_s, m_t, l_s, l_t, tail_s, peak, gap, V: tl.constexpr, SKEWED: tl.constexpr,
     DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -88,6 +106,9 @@ def sweep_terms(
     With c = −g/q of the peak, g + c·q is 0 there, and the gradient is −q·S, S = Σ (g + c·q) over the other entries.
     """
     STEP: tl.constexpr = LANES * VEC
+    # As in the backward, so that both find the same sign of q − p.
+    c_s = tl.log2(tl.where(l_s == 0.0, 1.0, l_s))
+    c_t = tl.log2(tl.where(l_t == 0.0, 1.0, l_t))
     d = tl.zeros((LANES,), ACC)
     sum_g = d
     for i in range(0, edge_entries(V, V, STEP, SKEWED), STEP):
@@ -108,18 +129,22 @@ def sweep_terms(
     other = tl.arange(0, LANES) != lane
     d = tl.where(other, d, 0.0)
     sum_g = tl.where(other, sum_g, 0.0)
-    for i in range(0, lane_rounds(V, LANES, VEC, SKEWED)):
-        s, t = load_rest_of_lane(S, T, i, lane, peak, skew, V, SKEWED, LANES, VEC, ACC)
+    start = lane * VEC
+    while start < V + skew:
+        s, t = load_rest_of_lane(S, T, start, peak, skew, V, SKEWED, LANES, VEC, ACC)
         f, g = kept_terms(s, t, scale, m_s, m_t, c_s, c_t, DIVERGENCE, ALPHA, BETA)
         d += f
         sum_g += g
-    rest_d = tl.sum(d, 0)
-    rest_g = tl.sum(sum_g, 0)
+        start += LANES * LANES
     found = peak < V + skew
     t_peak = tl.load(T + peak, mask=found, other=-float("inf")).to(ACC)
     counts = t_peak != -float("inf")
-    f, g, q = divergence_terms(-c_s, log2_mass(t_peak, m_t, c_t, scale), DIVERGENCE, ALPHA, BETA)
+    f, c, q = peak_terms(c_s, gap, DIVERGENCE, ALPHA, BETA)
+    # What cancels does so in every lane, before the lanes' sums are rounded.
+    grad = -q * tl.sum(sum_g + c * q * tail_s, 0)
+    # Where a row is confident, the rounding of the scale takes the same factor off all masses but the peak's.
+    typical = tl.maximum(tl.log2(tl.sum(tail_s, 0) * (1.0 / V)), -64.0)
+    grad *= tl.exp2(typical * exponent_rounding(tl.load(Tau)))
     lost = tl.where(found, -q, 0.0) if DIVERGENCE == "skew_reverse_kl" else 0.0
-    # The mass beside the peak is q·tail_s, so that c times it is −g·tail_s.
-    grad = -q * (rest_g - g * tail_s)
-    return finite(rest_d + tl.where(counts, f, 0.0)), finite(rest_g + tl.where(counts, g, lost)), t_peak, finite(grad)
+    d = tl.sum(d, 0) + tl.where(counts, f, 0.0)
+    return finite(d), finite(tl.sum(sum_g, 0) + tl.where(counts, -c * q, lost)), t_peak, finite(grad)
