@@ -18,8 +18,9 @@ from ..reference import accumulation_dtype
 
 # A row that does not start at a multiple of this many entries is skewed: 16 bytes in 16 bits, the widest load.
 ALIGNED_ENTRIES = 8
-# Of a thread, where half of an SM's 64 warps are to be resident.
-REGISTERS = 64
+# The most registers of a thread that leave room for half of an SM's 64 warps. At 64, the logarithm's constants would be
+# made anew in every step; at 72, the compiler takes 64 all the same.
+_REGISTERS = dict.fromkeys(DIVERGENCES, 64) | dict.fromkeys(("jensen_shannon", "skew_forward_kl", "skew_reverse_kl"), 72)
 # Below this a row has few whole steps or none, which alone gain from starting at an aligned entry.
 _SHORT_ROW = 8192
 # Family of the target -> kernel -> class of the divergence -> itemsize of the wider logits -> tiles a step, warps.
@@ -52,7 +53,7 @@ def launch_config(kernel: str, divergence: str, vocab: int, student: Tensor, tea
         return config
     if family == "cuda" and kernel == "forward" and itemsize == 2:
         # What comes once after a sweep would take more registers than the sweeps, only to overlap itself.
-        config["maxnreg"] = REGISTERS
+        config["maxnreg"] = _REGISTERS[divergence]
     return {"TILES": tiles, **config}
 
 
