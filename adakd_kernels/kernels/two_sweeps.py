@@ -139,15 +139,17 @@ def sweep_terms(
     found = peak < V + skew
     t_peak = tl.load(T + peak, mask=found, other=-float("inf")).to(ACC)
     counts = t_peak != -float("inf")
-    # Where the peak has less than half of the mass, the sweep's own roundings are those that cancel.
-    gap = tl.where(c_s < 1.0, gap, -c_s - log2_mass(t_peak, m_t, c_t, scale))
+    # Where the peak has less than half of the mass, nothing cancels, and c is the sweep's with its own roundings.
+    confident = c_s < 1.0
+    gap = tl.where(confident, gap, -c_s - log2_mass(t_peak, m_t, c_t, scale))
     f, c, q = peak_terms(c_s, gap, DIVERGENCE, ALPHA, BETA)
     # What cancels does so in every lane, before the lanes' sums are rounded.
-    grad = -q * tl.sum(sum_g + c * q * tail_s, 0)
+    rest = tl.sum(sum_g + c * q * tail_s, 0)
     # Where a row is confident, the rounding of the scale takes the same factor off all masses but the peak's; the share q
     # of it does not cancel with the normaliser's.
     typical = tl.maximum(tl.log2(tl.sum(tail_s, 0) * (1.0 / V)), -64.0)
-    grad *= tl.exp2(q * typical * exponent_rounding(tl.load(Tau)))
+    rest *= tl.exp2(q * typical * exponent_rounding(tl.load(Tau)))
     lost = tl.where(found, -q, 0.0) if DIVERGENCE == "skew_reverse_kl" else 0.0
     d = tl.sum(d, 0) + tl.where(counts, f, 0.0)
-    return finite(d), finite(tl.sum(sum_g, 0) + tl.where(counts, -c * q, lost)), t_peak, finite(grad)
+    sum_g = tl.sum(sum_g, 0) + tl.where(counts, -c * q, lost)
+    return finite(d), finite(sum_g), t_peak, finite(-q * tl.where(confident, rest, sum_g + c))
