@@ -43,11 +43,15 @@ def write_grad(
     _, g, q = divergence_terms(log_q, log_p, DIVERGENCE, ALPHA, BETA)
     kept = (s != -float("inf")) & (t != -float("inf"))
     grad = tl.where(kept, weight * (g - q * sum_g), 0.0)
-    grad = tl.where(offs_v == peak, peak_grad, grad)
+    # From here on in numbers of the tile, of which each entry's is known to the compiler.
+    first = start + tl.arange(0, LANES) * VEC
+    entry = tl.arange(0, VEC)[None, :]
+    at_peak = (peak - first)[:, None] == entry
+    grad = tl.where(at_peak, peak_grad, grad)
     if WITH_CE:
         grad = tl.where(weight != 0.0, grad, 0.0)  # the token may count for the cross-entropy alone
         q_1 = tl.exp2((s - ce_max) * LOG2E - ce_c)
-        grad_ce = ce_weight * (q_1 - tl.where(offs_v == label, 1.0, 0.0))
+        grad_ce = ce_weight * (q_1 - tl.where((label - first)[:, None] == entry, 1.0, 0.0))
         if EDGE:  # a weight that is NaN is seen in the common vocabulary, and nowhere else
             grad_ce = tl.where(inside(offs_v, skew, V, SKEWED), grad_ce, 0.0)
         grad += grad_ce

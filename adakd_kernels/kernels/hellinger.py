@@ -146,7 +146,7 @@ def sweep_hellinger(
         tail_s += tl.sum(a * a, 1)
         tail_t += tl.sum(b * b, 1)
         both += tl.sum(a * b, 1)
-        start += LANES * LANES
+        start += LANES * LANES * VEC
     b = shrink(t_peak, new_t, half, share)
     # −q·S of the peak with S = Σ (g + c·q) over the others, g = −½√(pq) and c = ½√(p/q) of the peak.
     both = tl.sum(both - b * tail_s, 0)

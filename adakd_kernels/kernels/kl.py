@@ -135,7 +135,7 @@ def sweep_kl(
         l_s, l_t, keep_s, keep_t, gap_s, gap_t = add_kl(
             s, t, scale, new_s, new_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t
         )
-        start += LANES * LANES
+        start += LANES * LANES * VEC
     # With c = −g/q of the peak, g + c·q is 0 there, and the gradient is −q·S, S = Σ (g + c·q) over the others. What
     # cancels in S does so in every lane, before the lanes' sums are rounded.
     counts = t_peak != -float("inf")

@@ -18,9 +18,6 @@ from ..reference import accumulation_dtype
 
 # A row that does not start at a multiple of this many entries is skewed: 16 bytes in 16 bits, the widest load.
 ALIGNED_ENTRIES = 8
-# The most registers of a thread that leave room for half of an SM's 64 warps. At 64, the logarithm's constants would be
-# made anew in every step; at 72, the compiler takes 64 all the same.
-_REGISTERS = dict.fromkeys(DIVERGENCES, 64) | dict.fromkeys(("jensen_shannon", "skew_forward_kl", "skew_reverse_kl"), 72)
 # Below this a row has few whole steps or none, which alone gain from starting at an aligned entry.
 _SHORT_ROW = 8192
 # Family of the target -> kernel -> class of the divergence -> itemsize of the wider logits -> tiles a step, warps.
@@ -38,7 +35,10 @@ def divergence_class(divergence: str) -> str:
 
 
 def launch_config(kernel: str, divergence: str, vocab: int, student: Tensor, teacher: Tensor) -> dict[str, int]:
-    """TILES (of a forward), LANES, VEC and num_warps; a vocabulary below half a step takes fewer warps."""
+    """TILES (of a forward), LANES, VEC, num_warps, and for NVIDIA a bound of the registers.
+
+    A vocabulary below half a step takes fewer warps.
+    """
     family, warp_size = "cuda", 32
     if not knobs.runtime.interpret:
         target = driver.active.get_current_target()
@@ -49,12 +49,12 @@ def launch_config(kernel: str, divergence: str, vocab: int, student: Tensor, tea
     while warps > 1 and tiles * warps * warp_size * vec >= 2 * vocab:
         warps //= 2
     config = {"LANES": warps * warp_size, "VEC": vec, "num_warps": warps}
-    if kernel == "backward":
-        return config
-    if family == "cuda" and kernel == "forward" and itemsize == 2:
-        # What comes once after a sweep would take more registers than the sweeps, only to overlap itself.
-        config["maxnreg"] = _REGISTERS[divergence]
-    return {"TILES": tiles, **config}
+    # What comes once a row would take more registers than the sweeps, only to overlap itself. Narrow access needs more.
+    if itemsize == 2 and family == "cuda" and vocab >= _SHORT_ROW and any(_alike_and_aligned(student, teacher)):
+        config["maxnreg"] = 64  # leaves room for half of an SM's 64 warps
+    if itemsize == 8 and family == "cuda":
+        config["maxnreg"] = 128  # by itself the compiler would rather spill than take more than 64
+    return config if kernel == "backward" else {"TILES": tiles, **config}
 
 
 def acc_type(student: Tensor, teacher: Tensor) -> tuple[torch.dtype, tl.dtype]:
@@ -85,13 +85,18 @@ def row_strides(logits: Tensor) -> tuple[int, int, int]:
     return stride_b // unit, stride_l // unit, unit
 
 
+def _alike_and_aligned(*tensors: Tensor) -> tuple[bool, bool]:
+    """Whether the rows of all tensors start off an aligned entry by the same number, and whether by none."""
+    strides = [_row_strides(x) for x in tensors]
+    alike = all((a - b) % ALIGNED_ENTRIES == 0 for other in strides for a, b in zip(strides[0], other, strict=True))
+    return alike, all(row_strides(x)[2] % 16 == 0 for x in tensors)  # 16 is what Triton itself takes note of
+
+
 def skewed(vocab: int, *tensors: Tensor) -> bool:
     """Whether the tensors' rows start off an aligned entry, all by the same number of entries.
 
     Then a kernel reads and writes aligned tiles that begin before the row. Where the tensors disagree it cannot, and
     the access is as narrow as the rows require. A short row has no whole tile that would gain from it.
     """
-    strides = [_row_strides(x) for x in tensors]
-    alike = all((a - b) % ALIGNED_ENTRIES == 0 for other in strides for a, b in zip(strides[0], other, strict=True))
-    aligned = all(row_strides(x)[2] % 16 == 0 for x in tensors)  # what Triton itself takes note of
+    alike, aligned = _alike_and_aligned(*tensors)
     return vocab >= _SHORT_ROW and alike and not aligned

@@ -15,14 +15,15 @@ from .rows import ALIGNED, inside, lowest
 def load_lane(
     Row, start, skew, V: tl.constexpr, SKEWED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr
 ):
-    """(offsets, logits) of the LANES entries that one lane met from its offset `start` on, (LANES, 1); −inf outside.
+    """(first offset, logits) of what one lane met in LANES tiles from its offset `start` on: (LANES,), (LANES, VEC).
 
-    The next ones start LANES² later. That the number of such rounds depends on the lane keeps them a loop: unrolled, they
-    would take the registers of the sweeps.
+    −inf outside the row. The next ones start LANES²·VEC later. The shape is that of a tile, so that sums of a lane's
+    entries add to those of the lanes as they lie. That the number of such rounds depends on the lane keeps them a loop:
+    unrolled, they would take the registers of the sweeps.
     """
-    entry = tl.arange(0, LANES)
-    offs_v = (start + (entry // VEC) * (LANES * VEC) + entry % VEC)[:, None]
-    return offs_v, tl.load(Row + offs_v, mask=inside(offs_v, skew, V, SKEWED), other=-float("inf")).to(ACC)
+    first = start + tl.arange(0, LANES) * (LANES * VEC)
+    offs_v = first[:, None] + tl.arange(0, VEC)[None, :]
+    return first, tl.load(Row + offs_v, mask=inside(offs_v, skew, V, SKEWED), other=-float("inf")).to(ACC)
 
 
 @triton.jit
@@ -31,9 +32,10 @@ def load_rest_of_lane(
     ACC: tl.constexpr,
 ):  # fmt: skip
     """Both rows' logits by `load_lane`, −inf at the peak."""
-    offs_v, s = load_lane(S, start, skew, V, SKEWED, LANES, VEC, ACC)
+    first, s = load_lane(S, start, skew, V, SKEWED, LANES, VEC, ACC)
     _, t = load_lane(T, start, skew, V, SKEWED, LANES, VEC, ACC)
-    return tl.where(offs_v == peak, -float("inf"), s), tl.where(offs_v == peak, -float("inf"), t)
+    at_peak = (peak - first)[:, None] == tl.arange(0, VEC)[None, :]
+    return tl.where(at_peak, -float("inf"), s), tl.where(at_peak, -float("inf"), t)
 
 
 @triton.jit
@@ -59,13 +61,14 @@ def find_peak(
     Where the row has no finite entry, the offset is one that no entry has and the logit −inf.
     """
     NOWHERE: tl.constexpr = V + ALIGNED
-    first = tl.full((LANES,), NOWHERE, tl.int32)
+    place = tl.full((LANES,), NOWHERE, tl.int32)
     start = lane * VEC
     while start < V + skew:
-        offs_v, s = load_lane(S, start, skew, V, SKEWED, LANES, VEC, ACC)
-        first = tl.minimum(first, tl.min(tl.where(s == m_s, offs_v, NOWHERE), 1))
-        start += LANES * LANES
-    peak = tl.min(first, 0)
+        first, s = load_lane(S, start, skew, V, SKEWED, LANES, VEC, ACC)
+        in_tile = tl.min(tl.where(s == m_s, tl.arange(0, VEC)[None, :], VEC), 1)
+        place = tl.minimum(place, tl.where(in_tile < VEC, first + in_tile, NOWHERE))
+        start += LANES * LANES * VEC
+    peak = tl.min(place, 0)
     return peak, tl.load(T + peak, mask=peak < NOWHERE, other=-float("inf")).to(ACC)
 
 

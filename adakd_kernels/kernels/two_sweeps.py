@@ -80,7 +80,7 @@ def sweep_normalizers(
         s, t = load_rest_of_lane(S, T, start, peak, skew, V, SKEWED, LANES, VEC, ACC)
         l_s += tl.sum(tl.exp2(below(s, new_s) * scale), 1)
         l_t += tl.sum(tl.exp2(below(t, new_t) * scale), 1)
-        start += LANES * LANES
+        start += LANES * LANES * VEC
     tail_s = tl.sum(l_s, 0)
     tail_t = tl.sum(l_t, 0)
     more_t = tl.sum(l_t - l_s, 0)
@@ -109,19 +109,25 @@ def sweep_terms(
     # As in the backward, so that both find the same sign of q − p.
     c_s = tl.log2(tl.where(l_s == 0.0, 1.0, l_s))
     c_t = tl.log2(tl.where(l_t == 0.0, 1.0, l_t))
+    # To the compiler, each lane's own numbers: two that all lanes share are no operands of one instruction.
+    own = (0.0 * tail_s)[:, None]
+    m_s_lane = m_s + own
+    m_t_lane = m_t + own
+    c_s_lane = c_s + own
+    c_t_lane = c_t + own
     d = tl.zeros((LANES,), ACC)
     sum_g = d
     for i in range(0, edge_entries(V, V, STEP, SKEWED), STEP):
         start = edge_start(i, V, STEP, SKEWED)
         s = load_tile(S, start, skew, V, SKEWED, True, LANES, VEC, ACC)
         t = load_tile(T, start, skew, V, SKEWED, True, LANES, VEC, ACC)
-        f, g = kept_terms(s, t, scale, m_s, m_t, c_s, c_t, DIVERGENCE, ALPHA, BETA)
+        f, g = kept_terms(s, t, scale, m_s_lane, m_t_lane, c_s_lane, c_t_lane, DIVERGENCE, ALPHA, BETA)
         d += f
         sum_g += g
     for start in range(whole_steps(V, STEP, SKEWED)[0], whole_steps(V, STEP, SKEWED)[1], STEP):
         s = load_tile(S, start, skew, V, SKEWED, False, LANES, VEC, ACC)
         t = load_tile(T, start, skew, V, SKEWED, False, LANES, VEC, ACC)
-        f, g = kept_terms(s, t, scale, m_s, m_t, c_s, c_t, DIVERGENCE, ALPHA, BETA)
+        f, g = kept_terms(s, t, scale, m_s_lane, m_t_lane, c_s_lane, c_t_lane, DIVERGENCE, ALPHA, BETA)
         d += f
         sum_g += g
     # The sums over the entries beside the peak: those of its lane are taken anew.
@@ -135,7 +141,7 @@ def sweep_terms(
         f, g = kept_terms(s, t, scale, m_s, m_t, c_s, c_t, DIVERGENCE, ALPHA, BETA)
         d += f
         sum_g += g
-        start += LANES * LANES
+        start += LANES * LANES * VEC
     found = peak < V + skew
     t_peak = tl.load(T + peak, mask=found, other=-float("inf")).to(ACC)
     counts = t_peak != -float("inf")
