@@ -1,8 +1,8 @@
 """Makes Triton's interpreter strict where it is laxer than a GPU.
 
 As shipped, it truncates fp32 to bf16 where hardware rounds to nearest even, computes on the raw bits of bf16 operands
-where a kernel forgot to cast them, and rounds twice in a fused multiply-add. Here the cast is exact, arithmetic on bf16 is
-an error, and a fused multiply-add rounds once.
+where a kernel forgot to cast them, and rounds twice in a fused multiply-add. Here the cast is exact, arithmetic on bf16
+is an error, and a fused multiply-add rounds once.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 U is one pass over the (B, L, V) logits. The statistics read 2U of the valid rows, the divergence 2U of the selected
 rows (4U where it takes two sweeps), the backward 2U of the selected rows, and it writes the gradient, 1U, where
-unselected rows are zeros. A divergence reads again what one lane met of a row, 1/LANES of it: of the student once for its
-peak, and of both rows for the sums beside the peak, once a sweep; and the teacher's logit at the peak, once a sweep.
+unselected rows are zeros. A divergence reads again what one lane met of a row, 1/LANES of it: of the student once for
+its peak, and of both rows for the sums beside the peak, once a sweep; and the teacher's logit there, once a sweep.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def entries_of_a_lane(student, teacher, peak, divergence):
 
 
 def read_again(student, teacher, rows, divergence):
-    """Bytes that a divergence reads of some rows beside its sweeps; rows here start at an aligned entry, or are short."""
+    """Bytes that a divergence reads of some rows beside its sweeps; the rows are short, so that no lane is skewed."""
     sweeps = 1 if divergence.name in ONE_SWEEP else 2
     size_s, size_t = student.element_size(), teacher.element_size()
     total = 0

@@ -112,7 +112,7 @@ def one_minus_exp2(x):
 
 @triton.jit
 def peak_terms(log_l, gap, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr):
-    """(f, −g/q, q) of the student's peak, from log2 of its normaliser and log2(q/p): `divergence_terms`, exact where p ≈ q.
+    """(f, −g/q, q) of the student's peak, from log2 of its normaliser and log2(q/p): those above, exact at p ≈ q.
 
     There, f may be smaller than the rounding of p and q, and so may the D of a confident row.
     """

@@ -43,15 +43,13 @@ def write_grad(
     _, g, q = divergence_terms(log_q, log_p, DIVERGENCE, ALPHA, BETA)
     kept = (s != -float("inf")) & (t != -float("inf"))
     grad = tl.where(kept, weight * (g - q * sum_g), 0.0)
-    # From here on in numbers of the tile, of which each entry's is known to the compiler.
-    first = start + tl.arange(0, LANES) * VEC
     entry = tl.arange(0, VEC)[None, :]
-    at_peak = (peak - first)[:, None] == entry
+    at_peak = (peak - start)[:, None] == entry
     grad = tl.where(at_peak, peak_grad, grad)
     if WITH_CE:
         grad = tl.where(weight != 0.0, grad, 0.0)  # the token may count for the cross-entropy alone
         q_1 = tl.exp2((s - ce_max) * LOG2E - ce_c)
-        grad_ce = ce_weight * (q_1 - tl.where((label - first)[:, None] == entry, 1.0, 0.0))
+        grad_ce = ce_weight * (q_1 - tl.where((label - start)[:, None] == entry, 1.0, 0.0))
         if EDGE:  # a weight that is NaN is seen in the common vocabulary, and nowhere else
             grad_ce = tl.where(inside(offs_v, skew, V, SKEWED), grad_ce, 0.0)
         grad += grad_ce
@@ -108,14 +106,17 @@ def token_divergence_bwd_kernel(
     m_t = tl.load(MaxT + n)
     c_s = tl.log2(tl.load(SumS + n))
     c_t = tl.log2(tl.load(SumT + n))
+    # Counted from a lane's first entry of a tile, so that those of its entries are constants to compare with.
+    peak -= tl.arange(0, LANES) * VEC
+    label -= tl.arange(0, LANES) * VEC
     for i in range(0, edge_entries(V, VS, STEP, SKEWED), STEP):
         start = edge_start(i, V, STEP, SKEWED)
         write_grad(
-            S, T, Grad, start, skew, scale, weight, sum_g, m_s, c_s, m_t, c_t, peak, peak_grad, label, ce_weight, ce_max, ce_c,
-            V, VS, SKEWED, True, DIVERGENCE, ALPHA, BETA, WITH_CE, LANES, VEC, ACC,
+            S, T, Grad, start, skew, scale, weight, sum_g, m_s, c_s, m_t, c_t, peak, peak_grad,
+            label, ce_weight, ce_max, ce_c, V, VS, SKEWED, True, DIVERGENCE, ALPHA, BETA, WITH_CE, LANES, VEC, ACC,
         )  # fmt: skip
     for start in range(whole_steps(V, STEP, SKEWED)[0], whole_steps(V, STEP, SKEWED)[1], STEP):
         write_grad(
-            S, T, Grad, start, skew, scale, weight, sum_g, m_s, c_s, m_t, c_t, peak, peak_grad, label, ce_weight, ce_max, ce_c,
-            V, VS, SKEWED, False, DIVERGENCE, ALPHA, BETA, WITH_CE, LANES, VEC, ACC,
+            S, T, Grad, start, skew, scale, weight, sum_g, m_s, c_s, m_t, c_t, peak, peak_grad,
+            label, ce_weight, ce_max, ce_c, V, VS, SKEWED, False, DIVERGENCE, ALPHA, BETA, WITH_CE, LANES, VEC, ACC,
         )  # fmt: skip

@@ -25,7 +25,7 @@ from .rows import (
 
 @triton.jit
 def move_maxima(f_s, f_t, m_s, m_t, new_s, new_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t):
-    """The sums of `fold_kl` below new maxima, where masses shrink by f: a gap moves by its mass times the difference's."""
+    """The sums of `fold_kl` below new maxima, where masses shrink by f: a gap moves by its mass times that of x − y."""
     moved = below(m_s, new_s) - below(m_t, new_t)
     gap_s = (gap_s + keep_s * moved) * f_s
     gap_t = (gap_t - keep_t * moved) * f_t
@@ -59,8 +59,8 @@ def fold_kl(
 ):  # fmt: skip
     """A step of every lane's normalisers and, for both KL divergences, mass and summed log-ratio of what counts.
 
-    keep_s = Σ q and keep_t = Σ p over the entries that are −inf on no side, gap_s = Σ q·(x − y) and gap_t = Σ p·(y − x),
-    all unnormalised, x and y the logits' differences to their maxima by `below`. The compiler removes the sums that
+    keep_s = Σ q and keep_t = Σ p over the entries that are −inf on no side, gap_s = Σ q·(x − y) and gap_t = Σ p·(y −
+    x), all unnormalised, x and y the logits' differences to their maxima by `below`. The compiler removes the sums that
     DIVERGENCE does not use.
     """
     s = load_tile(S, start, skew, V, SKEWED, EDGE, LANES, VEC, ACC)
@@ -92,7 +92,7 @@ def sweep_kl(
     S, T, skew, scale, share, V: tl.constexpr, SKEWED: tl.constexpr, DIVERGENCE: tl.constexpr,
     TILES: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """(m_s, m_t, l_s, l_t, D, Σg, peak, its logit in t, gradient there) of a row: forward KL, reverse KL or their sum."""
+    """(m_s, m_t, l_s, l_t, D, Σg, peak, its logit in t, gradient there): forward KL, reverse KL or their sum."""
     STEP: tl.constexpr = TILES * LANES * VEC
     zero = tl.zeros((LANES,), ACC)
     m_s = tl.full((LANES,), lowest(ACC), ACC)

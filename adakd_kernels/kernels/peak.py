@@ -1,8 +1,9 @@
-"""The student's most likely entry of a row, its peak, and the sums of a row without it (docs/maths.md, sections 4 and 5).
+"""The student's most likely entry of a row, its peak, and the sums of a row without it (docs/maths.md, section 4).
 
-A confident row has nearly all its mass on one entry, and everything that its gradient there depends on is a sum over the
-others: 1 − q of 1e-9 is lost beside q. The loops do not know the peak and add it to the sums of the lane that meets it.
-After the loop that lane's entries, 1/LANES of the row, are read again: once for the peak, once for their sums without.
+A confident row has nearly all its mass on one entry, and everything that its gradient there depends on is a sum over
+the others: 1 − q of 1e-9 is lost beside q. The loops do not know the peak and add it to the sums of the lane that meets
+it. After the loop that lane's entries, 1/LANES of the row, are read again: once for the peak, once for their sums
+without it.
 """
 
 import triton
@@ -15,7 +16,7 @@ from .rows import ALIGNED, inside, lowest
 def load_lane(
     Row, start, skew, V: tl.constexpr, SKEWED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr
 ):
-    """(first offset, logits) of what one lane met in LANES tiles from its offset `start` on: (LANES,), (LANES, VEC).
+    """(first offset, logits) of what one lane met in LANES tiles, from offset `start` on: (LANES,), (LANES, VEC).
 
     −inf outside the row. The next ones start LANES²·VEC later. The shape is that of a tile, so that sums of a lane's
     entries add to those of the lanes as they lie. That the number of such rounds depends on the lane keeps them a loop:

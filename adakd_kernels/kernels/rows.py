@@ -4,10 +4,10 @@ A tile is (LANES, VEC) entries, consecutive in memory: VEC are one load of 16 by
 step of a sweep takes one tile or two (TILES), so that what a lane pays for a step is shared by more entries. Every lane
 folds its own entries, and the lanes meet once, after the row: no loop has a reduction across threads, or a barrier.
 
-Logits are in the accumulation type. Differences of two are taken in a unit of 2²⁴, in which none leaves the type's range
-and neither does a sum of them over a row; `scale` turns one into a power of two (2²⁴·log2(e)/τ). Maxima start at the
-lowest finite number, so that every finite logit counts, at whatever level, and a tile of nothing but −inf folds to zero
-sums.
+Logits are in the accumulation type. Differences of two are taken in a unit of 2²⁴, in which none leaves the type's
+range and neither does a sum of them over a row; `scale` turns one into a power of two (2²⁴·log2(e)/τ). Maxima start at
+the lowest finite number, so that every finite logit counts, at whatever level, and a tile of nothing but −inf folds to
+zero sums.
 """
 
 import sys
@@ -165,10 +165,11 @@ def log2_mass(z, m, c, scale):
 
 @triton.jit
 def shrink(m, new_m, scale, share):
-    """2^((m − new_m)/τ·log2(e)): what the masses below one maximum shrink by below another; `share` is `exponent_rounding`.
+    """2^((m − new_m)/τ·log2(e)): what the masses below one maximum shrink by below another.
 
-    In fp32 the difference, its product with the scale and the scale bring errors of 1e-6 each where it is large, so that
-    here, once a row, what their roundings leave comes back, and the whole power of two is split off.
+    In fp32 the difference, its product with the scale and the scale bring errors of 1e-6 each where it is large, so
+    that here, once a row, what their roundings leave comes back (of the scale's it is `share`, `exponent_rounding`),
+    and the whole power of two is split off.
     """
     x = below(m, new_m)
     factor = tl.exp2(x * scale)

@@ -1,8 +1,8 @@
 """`token_divergence`: D(p^τ, q^τ) of every token and its gradient in the student's logits (equations (1), (7), (10)).
 
 Forward: reads 2U (two sweeps: 4U) of the rows that count, and 3/LANES of 1U again (two sweeps: 5/LANES) for the sums
-beside the student's most likely entry (`peak.py`); writes eight numbers a token. U is one pass over an N x V tensor, LANES
-the threads of a program, 256 where a row is long. The backward is in `gradient.py`.
+beside the student's most likely entry (`peak.py`); writes eight numbers a token. U is one pass over an N x V tensor,
+LANES the threads of a program, 256 where a row is long. The backward is in `gradient.py`.
 """
 
 from __future__ import annotations
@@ -42,20 +42,24 @@ def token_divergence_fwd_kernel(
     start_t, _ = row_start(n, L, stride_tb, stride_tl, unit_t, SKEWED)
     S += start_s
     T += start_t
+    ONE_SWEEP: tl.constexpr = (
+        DIVERGENCE == "hellinger"
+        or DIVERGENCE == "jeffreys"
+        or DIVERGENCE == "forward_kl"
+        or DIVERGENCE == "reverse_kl"
+    )
     tau = tl.load(Tau + n)
     scale = exponent_scale(tau)
     if DIVERGENCE == "hellinger":
         m_s, m_t, l_s, l_t, d, sum_g, peak, t_peak, grad = sweep_hellinger(
             S, T, skew, scale, exponent_rounding(tau), V, SKEWED, TILES, LANES, VEC, ACC
         )
-    elif DIVERGENCE == "forward_kl" or DIVERGENCE == "reverse_kl" or DIVERGENCE == "jeffreys":
+    elif ONE_SWEEP:
         m_s, m_t, l_s, l_t, d, sum_g, peak, t_peak, grad = sweep_kl(
             S, T, skew, scale, exponent_rounding(tau), V, SKEWED, DIVERGENCE, TILES, LANES, VEC, ACC
         )
     else:
-        m_s, m_t, l_s, l_t, tail_s, peak, gap = sweep_normalizers(
-            S, T, skew, scale, V, SKEWED, TILES, LANES, VEC, ACC
-        )
+        m_s, m_t, l_s, l_t, tail_s, peak, gap = sweep_normalizers(S, T, skew, scale, V, SKEWED, TILES, LANES, VEC, ACC)
         # The normalisers are stored between the sweeps, so that the second one need not hold them.
         store_normalizer(MaxS, SumS, n, m_s, l_s)
         store_normalizer(MaxT, SumT, n, m_t, l_t)
@@ -66,7 +70,7 @@ def token_divergence_fwd_kernel(
     tl.store(D + n, d)  # 0 for an empty row: none of its entries counts
     tl.store(SumG + n, sum_g)
     store_peak(Peak, PeakGrad, n, peak, skew, t_peak != -float("inf"), grad)
-    if DIVERGENCE == "hellinger" or DIVERGENCE == "forward_kl" or DIVERGENCE == "reverse_kl" or DIVERGENCE == "jeffreys":
+    if ONE_SWEEP:
         store_normalizer(MaxS, SumS, n, m_s, l_s)
         store_normalizer(MaxT, SumT, n, m_t, l_t)
 
@@ -74,7 +78,7 @@ def token_divergence_fwd_kernel(
 def token_divergence_fwd(
     student: Tensor, teacher: Tensor, temperature: Tensor, mask: Tensor, divergence: str, alpha: float, beta: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(B, L, Vs), (B, L, Vt), (B, L), (B, L) bool -> D, Σg, max and sum of student and teacher, peak and gradient there."""
+    """(B, L, Vs), (B, L, Vt), (B, L), (B, L) bool -> D, Σg, max and sum of both, peak, gradient there."""
     dtype, acc = acc_type(student, teacher)
     d, sum_g, max_s, sum_s, max_t, sum_t, peak_grad = (
         torch.empty(mask.shape, dtype=dtype, device=mask.device) for _ in range(7)

@@ -151,8 +151,8 @@ def sweep_terms(
     f, c, q = peak_terms(c_s, gap, DIVERGENCE, ALPHA, BETA)
     # What cancels does so in every lane, before the lanes' sums are rounded.
     rest = tl.sum(sum_g + c * q * tail_s, 0)
-    # Where a row is confident, the rounding of the scale takes the same factor off all masses but the peak's; the share q
-    # of it does not cancel with the normaliser's.
+    # Where a row is confident, the rounding of the scale takes the same factor off all masses but the peak's; the share
+    # q of it does not cancel with the normaliser's.
     typical = tl.maximum(tl.log2(tl.sum(tail_s, 0) * (1.0 / V)), -64.0)
     rest *= tl.exp2(q * typical * exponent_rounding(tl.load(Tau)))
     lost = tl.where(found, -q, 0.0) if DIVERGENCE == "skew_reverse_kl" else 0.0
