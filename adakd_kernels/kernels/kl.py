@@ -141,7 +141,8 @@ def sweep_kl(
     counts = t_peak != -float("inf")
     y = tl.maximum(below(t_peak, new_t), 2.0 * UNIT * lowest(ACC), propagate_nan=tl.PropagateNan.ALL)
     b = shrink(t_peak, new_t, scale, share)
-    gap_s = tl.sum(gap_s + keep_s * tl.where(counts, y, 0.0), 0)
+    y = tl.where(counts, y, 0.0)
+    gap_s = tl.sum(gap_s + keep_s * y, 0)
     gap_t = tl.sum(gap_t, 0)
     forward_rest = tl.sum(b * l_s - keep_t, 0)
     tail_s = tl.sum(l_s, 0)
@@ -158,14 +159,16 @@ def sweep_kl(
     log_ratio = tl.where(b == 1.0, log2_1p(tail_t), tl.log2(some_t)) - log2_1p(tail_s)
     gap = log_ratio - log2_mass(t_peak, new_t, 0.0, scale)  # log2(q/p) of the peak
     gap = tl.where(counts, gap, log_ratio)
-    reverse_rest = LN2 * (gap_s / some_s * scale)
-    reverse = reverse_rest + LN2 * gap * (keep_s / some_s + q)
+    # Multiplied by the scale last: a difference times a small mass may be in the type's range where it alone is not.
+    q_kept = keep_s / some_s + q
+    reverse = LN2 * ((gap_s / some_s - y * q_kept) * scale + log_ratio * q_kept)
+    reverse_rest = LN2 * (gap_s / some_s * q * scale)
     forward = LN2 * (gap_t / some_t * scale - keep_t / some_t * log_ratio - b / some_t * gap)
     # Where the peak does not count, it is the only entry of l_s beside tail_s.
     q_lost = (tail_s - keep_s) / some_s + tl.where(found & (t_peak == -float("inf")), 1.0 / some_s, 0.0)
     p_kept = (keep_t + b) / some_t
-    reverse_rest -= (LN2 * gap + 1.0) * q_lost
-    forward_rest /= some_t
+    reverse_rest -= (LN2 * gap + 1.0) * (q_lost * q)
+    forward_rest *= q / some_t
     if DIVERGENCE == "forward_kl":
         d = forward
         sum_g = -p_kept
@@ -179,4 +182,6 @@ def sweep_kl(
         d = forward + reverse
         sum_g = reverse - q_lost - p_kept
         rest_g = reverse_rest + forward_rest
-    return new_s, new_t, l_s, l_t, finite(d), finite(sum_g), peak, t_peak, finite(-rest_g * q)
+    # Where D leaves the type's range, Σg stops where the log-ratios of the backward do, so that the two cancel there too.
+    sum_g = tl.minimum(finite(sum_g), -LN2 * lowest(ACC), propagate_nan=tl.PropagateNan.ALL)
+    return new_s, new_t, l_s, l_t, finite(d), sum_g, peak, t_peak, finite(-rest_g)
