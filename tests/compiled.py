@@ -105,7 +105,7 @@ def launch(kernel: str, divergence: str, student: Tensor, teacher: Tensor, inpla
         with_ce = kernel == "backward_ce"
         of_ce = number if with_ce else None
         token_divergence_bwd(
-            student, teacher, out, number, number, number, number, number, number, number,
+            student, teacher, out, number, number, number, number, number, number, number, labels, number,
             labels if with_ce else None, of_ce, of_ce, of_ce, divergence, alpha, beta,
         )  # fmt: skip
 
@@ -120,6 +120,7 @@ class Loop:
     barriers: int
     loads: Counter[int]  # instructions by width in bits, global memory only
     stores: Counter[int]
+    masked: bool  # whether a load is, as those at an edge are, and of one lane's entries after a sweep
 
     @property
     def load_bytes(self) -> int:
@@ -144,9 +145,9 @@ class Code:
 
     @property
     def sweeps(self) -> list[Loop]:
-        """The loops over the whole steps of a row: those with the widest loads. The others are its edges, and zeros."""
+        """The loops over the whole steps of a row: those with the widest loads, without a mask."""
         widest = max((bits for loop in self.loops for bits in loop.loads), default=0)
-        return [loop for loop in self.loops if widest in loop.loads]
+        return [loop for loop in self.loops if widest in loop.loads and not loop.masked]
 
     def occupancy(self) -> float:
         """Share of the 64 warps of an SM of sm_90 that registers (65,536) and shared memory (228 KiB) leave room for.
@@ -177,6 +178,7 @@ def _number(pattern: str, text: str) -> int:
 
 
 class _Instruction(NamedTuple):
+    guard: str  # @P0, or empty
     name: str  # LDG
     modifiers: list[str]  # E, 128
     operands: str  # R4, [R2.64]
@@ -189,7 +191,7 @@ def _innermost(loops: list[range]) -> list[range]:
 
 
 # Either a label, or an instruction such as  /*0a30*/  @!P0 LDG.E.128 R4, [R2.64] ;
-_SASS_LINE = re.compile(r"(\.L_x_\d+):|\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)((?:\.\w+)*)([^;]*);")
+_SASS_LINE = re.compile(r"(\.L_x_\d+):|\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+)?\s*([A-Z]\w*)((?:\.\w+)*)([^;]*);")
 # By the start of the name, the first that fits; the rest is alu. Uniform instructions and branches limit nothing here.
 _SASS_PIPES = {
     "mufu": ("MUFU",),
@@ -205,16 +207,16 @@ def _instructions(sass: str) -> tuple[list[_Instruction], list[range]]:
     code: list[_Instruction] = []
     labels: dict[str, int] = {}
     loops: list[range] = []
-    for label, name, modifiers, operands in _SASS_LINE.findall(sass):
+    for label, guard, name, modifiers, operands in _SASS_LINE.findall(sass):
         if label:
             labels[label] = len(code)
             continue
-        code.append(_Instruction(name, modifiers.split(".")[1:], operands))
+        code.append(_Instruction(guard, name, modifiers.split(".")[1:], operands))
         target = re.search(r"\.L_x_\d+", operands)
         # A branch to itself pads the end of the code.
         if name == "BRA" and target and labels.get(target[0], len(code) - 1) < len(code) - 1:
             loops.append(range(labels[target[0]], len(code)))
-    assert any(name == "EXIT" for name, *_ in code), "no instruction was recognised in the output of nvdisasm"
+    assert any(i.name == "EXIT" for i in code), "no instruction was recognised in the output of nvdisasm"
     return code, loops
 
 
@@ -234,6 +236,7 @@ def _sass_loop(body: list[_Instruction]) -> Loop:
         barriers=sum(i.name == "BAR" for i in body),
         loads=_sass_widths(body, "LDG"),
         stores=_sass_widths(body, "STG"),
+        masked=any(i.guard for i in body if i.name == "LDG"),
     )
 
 
@@ -267,7 +270,21 @@ def _gcn_widths(ops: list[str], what: str) -> Counter[int]:
     return Counter(_GCN_BITS[width[1]] for width in found if width)
 
 
-def _gcn_loop(ops: list[str]) -> Loop:
+def _gcn_masked(ops: list[str], operands: list[str]) -> bool:
+    """Whether an address is chosen by a mask: what it leaves out gets one beyond the buffer, or no lane to load it."""
+    writer: dict[str, str] = {}
+    for op, text in zip(ops, operands, strict=True):
+        registers = [x.strip() for x in text.split(",")]
+        if op.startswith("buffer_load") and writer.get(registers[1], "").startswith("v_cndmask_b32"):
+            return True
+        if written := re.fullmatch(r"v\[(\d+):(\d+)\]", registers[0]):
+            writer.update({f"v{n}": op for n in range(int(written[1]), int(written[2]) + 1)})
+        else:
+            writer[registers[0]] = op
+    return any("saveexec" in op for op in ops)
+
+
+def _gcn_loop(ops: list[str], operands: list[str]) -> Loop:
     slow = re.compile(r"v_(exp|log|rcp|rsq|sqrt)_")
     mufu = sum(bool(slow.match(op)) for op in ops)
     return Loop(
@@ -277,12 +294,14 @@ def _gcn_loop(ops: list[str]) -> Loop:
         barriers=ops.count("s_barrier"),
         loads=_gcn_widths(ops, "load"),
         stores=_gcn_widths(ops, "store"),
+        masked=_gcn_masked(ops, operands),
     )
 
 
 def _read_amdgcn(kernel: CompiledKernel) -> Code:
     text = kernel.asm["amdgcn"]
     ops: list[str] = []
+    arguments: list[str] = []
     labels: dict[str, int] = {}
     loops: list[range] = []
     # Either a label, or an instruction with its operands.
@@ -291,11 +310,12 @@ def _read_amdgcn(kernel: CompiledKernel) -> Code:
             labels[label] = len(ops)
             continue
         ops.append(op)
+        arguments.append(operands)
         target = re.search(r"\.LBB\w+", operands)
         if op.startswith(("s_cbranch", "s_branch")) and target and target[0] in labels:
             loops.append(range(labels[target[0]], len(ops)))
     assert "s_endpgm" in ops, "no instruction was recognised in the assembly"
-    bodies = [_gcn_loop([ops[i] for i in loop]) for loop in _innermost(loops)]
+    bodies = [_gcn_loop([ops[i] for i in loop], [arguments[i] for i in loop]) for loop in _innermost(loops)]
     spills = _number(r"\.vgpr_spill_count:\s+(\d+)", text) + sum(op.startswith("scratch_") for op in ops)
     return Code(
         registers=_number(r"\.vgpr_count:\s+(\d+)", text),

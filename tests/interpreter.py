@@ -1,8 +1,8 @@
 """Makes Triton's interpreter strict where it is laxer than a GPU.
 
-As shipped, it truncates fp32 to bf16 where hardware rounds to nearest even, loses fp64 on the way there, and computes
-on the raw bits of bf16 operands where a kernel forgot to cast them. Here the cast is exact and arithmetic on bf16 is an
-error.
+As shipped, it truncates fp32 to bf16 where hardware rounds to nearest even, loses fp64 on the way there, computes on
+the raw bits of bf16 operands where a kernel forgot to cast them, and rounds twice in a fused multiply-add. Here the
+cast is exact, arithmetic on bf16 is an error, and a fused multiply-add rounds once.
 """
 
 from __future__ import annotations
@@ -41,6 +41,11 @@ def install() -> None:
             return _Handle(round_to_bf16(src.data.astype(np.float32)), target)
         return shipped_cast(self, src, dst_type)
 
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        wider = {4: np.float64, 8: np.longdouble}.get(z.data.dtype.itemsize, np.float32)
+        exact = x.data.astype(wider) * y.data.astype(wider) + z.data.astype(wider)
+        return _Handle(exact.astype(z.data.dtype), z.dtype.scalar)
+
     def refusing(name: str, method: Any) -> Any:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             if any(isinstance(arg, _Handle) and arg.dtype.scalar == tl.bfloat16 for arg in args):
@@ -50,6 +55,7 @@ def install() -> None:
         return call
 
     _Builder.cast_impl = cast_impl
+    _Builder.create_fma = create_fma
     for name in ("create_fp_ext", "create_fp_trunc"):
         setattr(_Builder, name, lambda self, src, dst_type: self.cast_impl(src, dst_type))
     for name in dir(_Builder):

@@ -346,6 +346,8 @@ class _Launch:
             self._access(i, active)
         elif i.name == "shfl":
             self._shuffle(i, active)
+        elif i.name == "redux":
+            self._reduce_warps(i, active)
         else:
             self._compute(i, active)
 
@@ -533,6 +535,19 @@ class _Launch:
         origin = self.thread - lane + np.where((from_lane >= 0) & (from_lane < WARP), from_lane, lane)
         moved = undefined[origin] if undefined is not None else None
         self._put(i.operands[0], np.broadcast_to(value, lane.shape)[origin], moved, lanes)
+
+    def _reduce_warps(self, i: Instruction, lanes: np.ndarray) -> None:
+        """The least or largest integer of a whole warp, to all of its threads."""
+        self._whole_warps(i, lanes)
+        value, undefined = self._get(i.operands[1], i.type)
+        members, unknown = self._get(i.operands[2], "b32")
+        self._refuse(unknown, lanes, i, "the members of a warp")
+        operation = {"min": np.min, "max": np.max}.get(i.modifiers[1])
+        if operation is None or (np.broadcast_to(members, lanes.shape)[lanes] != 2**WARP - 1).any():
+            raise NotImplementedError(f"PTX instruction {i.text}")
+        result = operation(np.broadcast_to(value, lanes.shape).reshape(-1, WARP), axis=1).repeat(WARP)
+        nowhere = None if undefined is None else undefined.reshape(-1, WARP).any(axis=1).repeat(WARP)
+        self._put(i.operands[0], result, nowhere, lanes)
 
     def _access(self, i: Instruction, lanes: np.ndarray) -> None:
         """A load or a store of one value a thread, or of a vector of them."""

@@ -121,10 +121,6 @@ def test_kernel_compiles_clean(kernel, divergence, student_dtype, teacher_dtype)
     assert not any(found.values()), found
 
 
-# Its edges and its whole steps together take more registers; docs/kernels.md shows it.
-FEW_WARPS_AT_GPT2 = {("backward_ce", "skew_reverse_kl"): 0.375}
-
-
 @each_kernel
 def test_odd_vocabulary_compiles_clean(kernel, divergence):
     """One row right after the other, so that seven of eight rows start off a multiple of 16 bytes."""
@@ -133,10 +129,7 @@ def test_odd_vocabulary_compiles_clean(kernel, divergence):
     for target in TARGETS:
         code = compiled(target, kernel, divergence, x, x)
         found[target] = faults(code, x, x) + narrow_access(code, x, x) + slow_loops(code, kernel, divergence)
-        if (kernel, divergence) not in FEW_WARPS_AT_GPT2:
-            found[target] += crowded(code, target)
-        elif target == "sm_90":
-            assert code.occupancy() == FEW_WARPS_AT_GPT2[kernel, divergence]
+        found[target] += crowded(code, target)
     assert not any(found.values()), found
 
 
@@ -282,8 +275,8 @@ def test_helper_sees_what_a_loop_waits_for_and_its_exponentials(target):
 
 
 def test_helper_sees_few_resident_warps():
-    x = logits(GPT2, BF16)
-    code = compiled("sm_90", "backward_ce", "skew_reverse_kl", x, x)
+    x = logits(GPT2, FP64)
+    code = compiled("sm_90", "forward", "skew_reverse_kl", x, x)
     assert crowded(code, "sm_90")
 
 

@@ -6,13 +6,16 @@ Logarithms are to base 2 until a result is stored. `docs/maths.md`, sections 3 a
 import triton
 import triton.language as tl
 
-from .rows import LN2
+from .rows import LN2, log2_1p
 
 # log2(1 + r)/r for r in [√½ − 1, √2 − 1), lowest power first: the polynomial of least relative error, 2.6e-8, which is
 # less than fp32 rounds.
 LOG2_POLYNOMIAL = tl.constexpr(
     (1.44269502, -0.72134733, 0.48091063, -0.36070368, 0.28791624, -0.23894481, 0.21571563, -0.20726982, 0.12583704)
 )
+
+# Below this the series of 1 − e^−z is exact in fp64 after nine terms.
+SMALL = tl.constexpr(2.0**-5)
 
 
 @triton.jit
@@ -95,3 +98,53 @@ def divergence_terms(log_q, log_p, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr
             mix = ALPHA * r_q + (1.0 - ALPHA) * r_p
             log_ratio = LN2 * (tl.minimum(gap, 0.0) - log2_of_mixture(mix))
             return q * log_ratio, q * (log_ratio - ALPHA * (r_q * reciprocal(mix))), q
+
+
+@triton.jit
+def one_minus_exp2(x):
+    """1 − 2^−x of x ≥ 0, relatively exact near 0."""
+    z = x * LN2
+    series = 0.0 * z + 1.0
+    for n in tl.static_range(9, 1, -1):
+        series = 1.0 - z * (1.0 / n) * series
+    return tl.where(z < SMALL, z * series, 1.0 - tl.exp2(-x))
+
+
+@triton.jit
+def peak_terms(log_l, gap, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr):
+    """(f, −g/q, q) of the student's peak, from log2 of its normaliser and log2(q/p): those above, exact at p ≈ q.
+
+    There, f may be smaller than the rounding of p and q, and so may the D of a confident row.
+    """
+    q = tl.exp2(-log_l)
+    q_above = gap > 0.0
+    log_top = -log_l - tl.where(q_above, 0.0, gap)
+    away = one_minus_exp2(tl.abs(gap))
+    top = tl.where(q_above, q, q * tl.exp2(-gap))
+    if DIVERGENCE == "total_variation":
+        return 0.5 * top * away, tl.where(gap > 0.0, -0.5, tl.where(gap < 0.0, 0.5, 0.0 * gap)), q
+    elif DIVERGENCE == "alpha_beta":
+        scale = tl.exp2((ALPHA + BETA) * log_top)
+        one = one_minus_exp2(tl.where(q_above, ALPHA * gap, -BETA * gap))
+        all_ = one_minus_exp2((ALPHA + BETA) * tl.abs(gap))
+        f = scale * ((ALPHA + BETA) * one - tl.where(q_above, ALPHA * all_, BETA * all_))
+        # q_ab − mixed of `divergence_terms`
+        g = scale * tl.where(q_above, one, one - all_)
+        return f * (1.0 / (ALPHA * BETA * (ALPHA + BETA))), g * (-1.0 / ALPHA) / q, q
+    else:
+        # The share of p in the mixture.
+        WEIGHT: tl.constexpr = BETA if DIVERGENCE == "jensen_shannon" else (
+            ALPHA if DIVERGENCE == "skew_forward_kl" else 1.0 - ALPHA
+        )  # fmt: skip
+        log_mix = log2_1p(tl.where(q_above, -WEIGHT * away, (WEIGHT - 1.0) * away))
+        p_term = LN2 * (tl.minimum(-gap, 0.0, propagate_nan=tl.PropagateNan.ALL) - log_mix)
+        q_term = LN2 * (tl.minimum(gap, 0.0, propagate_nan=tl.PropagateNan.ALL) - log_mix)
+        p = tl.where(q_above, q * tl.exp2(-gap), top)
+        mix = WEIGHT * p + (1.0 - WEIGHT) * q
+        if DIVERGENCE == "jensen_shannon":
+            return BETA * p * p_term + (1.0 - BETA) * q * q_term, -(1.0 - BETA) * q_term, q
+        elif DIVERGENCE == "skew_forward_kl":
+            return p * p_term, (1.0 - ALPHA) * (p / mix), q
+        else:
+            tl.static_assert(DIVERGENCE == "skew_reverse_kl")
+            return q * q_term, ALPHA * (q / mix) - q_term, q

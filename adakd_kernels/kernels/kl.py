@@ -6,27 +6,43 @@ Logarithms are to base 2 until the results are returned.
 import triton
 import triton.language as tl
 
-from .rows import LN2, NEG, edge_entries, edge_start, load_tile, log2_mass, whole_steps
+from .peak import find_peak, lane_with_peak, load_rest_of_lane
+from .rows import (
+    LN2,
+    UNIT,
+    below,
+    edge_entries,
+    edge_start,
+    finite,
+    load_tile,
+    log2_1p,
+    log2_mass,
+    lowest,
+    shrink,
+    whole_steps,
+)
 
 
 @triton.jit
-def move_maxima(scale, m_s, m_t, new_s, new_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t):
-    """The sums of `fold_kl` below new maxima: a gap moves by its mass times the change of the log-ratio."""
-    f_s = tl.exp2((m_s - new_s) * scale)
-    f_t = tl.exp2((m_t - new_t) * scale)
-    shift = ((m_s - new_s) - (m_t - new_t)) * scale
-    gap_s = (gap_s + keep_s * shift) * f_s
-    gap_t = (gap_t - keep_t * shift) * f_t
+def move_maxima(f_s, f_t, m_s, m_t, new_s, new_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t):
+    """The sums of `fold_kl` below new maxima, where masses shrink by f: a gap moves by its mass times that of x − y."""
+    moved = below(m_s, new_s) - below(m_t, new_t)
+    gap_s = (gap_s + keep_s * moved) * f_s
+    gap_t = (gap_t - keep_t * moved) * f_t
     return l_s * f_s, l_t * f_t, keep_s * f_s, keep_t * f_t, gap_s, gap_t
 
 
 @triton.jit
 def add_kl(s, t, scale, m_s, m_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t):
-    """The sums of `fold_kl` with those of a tile."""
-    x = log2_mass(s, m_s[:, None], 0.0, scale)
-    y = log2_mass(t, m_t[:, None], 0.0, scale)
-    a = tl.exp2(x)
-    b = tl.exp2(y)
+    """The sums of `fold_kl` with those of a tile, below maxima that broadcast with it."""
+    x = below(s, m_s)
+    y = below(t, m_t)
+    a = tl.exp2(x * scale)
+    b = tl.exp2(y * scale)
+    # Lower than any finite difference: 0·(x − y) is 0 where an entry is −inf.
+    FLOOR: tl.constexpr = 2.0 * UNIT * lowest(s.dtype)
+    x = tl.maximum(x, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    y = tl.maximum(y, FLOOR, propagate_nan=tl.PropagateNan.ALL)
     a_kept = tl.where(t != -float("inf"), a, 0.0)
     b_kept = tl.where(s != -float("inf"), b, 0.0)
     gap_s += tl.sum(a_kept * (x - y), 1)
@@ -43,8 +59,9 @@ def fold_kl(
 ):  # fmt: skip
     """A step of every lane's normalisers and, for both KL divergences, mass and summed log-ratio of what counts.
 
-    keep_s = Σ q and keep_t = Σ p over the entries that are −inf on no side, gap_s = Σ q·log2(q/p) and gap_t = Σ
-    p·log2(p/q), all unnormalised. What is not used is not computed.
+    keep_s = Σ q and keep_t = Σ p over the entries that are −inf on no side, gap_s = Σ q·(x − y) and gap_t = Σ p·(y −
+    x), all unnormalised, x and y the logits' differences to their maxima by `below`. The compiler removes the sums that
+    DIVERGENCE does not use.
     """
     s = load_tile(S, start, skew, V, SKEWED, EDGE, LANES, VEC, ACC)
     t = load_tile(T, start, skew, V, SKEWED, EDGE, LANES, VEC, ACC)
@@ -55,26 +72,30 @@ def fold_kl(
         t_2 = load_tile(T, start + LANES * VEC, skew, V, SKEWED, EDGE, LANES, VEC, ACC)
         new_s = tl.maximum(new_s, tl.max(s_2, 1))
         new_t = tl.maximum(new_t, tl.max(t_2, 1))
+    f_s = tl.exp2(below(m_s, new_s) * scale)
+    f_t = tl.exp2(below(m_t, new_t) * scale)
     l_s, l_t, keep_s, keep_t, gap_s, gap_t = move_maxima(
-        scale, m_s, m_t, new_s, new_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t
+        f_s, f_t, m_s, m_t, new_s, new_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t
     )
-    l_s, l_t, keep_s, keep_t, gap_s, gap_t = add_kl(s, t, scale, new_s, new_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t)
+    l_s, l_t, keep_s, keep_t, gap_s, gap_t = add_kl(
+        s, t, scale, new_s[:, None], new_t[:, None], l_s, l_t, keep_s, keep_t, gap_s, gap_t
+    )
     if TILES == 2:
         l_s, l_t, keep_s, keep_t, gap_s, gap_t = add_kl(
-            s_2, t_2, scale, new_s, new_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t
+            s_2, t_2, scale, new_s[:, None], new_t[:, None], l_s, l_t, keep_s, keep_t, gap_s, gap_t
         )
     return new_s, new_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t
 
 
 @triton.jit
 def sweep_kl(
-    S, T, skew, scale, V: tl.constexpr, SKEWED: tl.constexpr, DIVERGENCE: tl.constexpr,
+    S, T, skew, scale, share, V: tl.constexpr, SKEWED: tl.constexpr, DIVERGENCE: tl.constexpr,
     TILES: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """(m_s, m_t, l_s, l_t, D, Σg) of a row in one sweep: forward KL, reverse KL or their sum."""
+    """(m_s, m_t, l_s, l_t, D, Σg, peak, its logit in t, gradient there): forward KL, reverse KL or their sum."""
     STEP: tl.constexpr = TILES * LANES * VEC
     zero = tl.zeros((LANES,), ACC)
-    m_s = tl.full((LANES,), NEG, ACC)
+    m_s = tl.full((LANES,), lowest(ACC), ACC)
     m_t = m_s
     l_s = zero
     l_t = zero
@@ -92,30 +113,75 @@ def sweep_kl(
             S, T, start, skew, scale, m_s, m_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t,
             V, SKEWED, False, TILES, LANES, VEC, ACC,
         )  # fmt: skip
-    new_s = tl.max(m_s, 0)
+    new_s, lane = lane_with_peak(m_s, l_s)
     new_t = tl.max(m_t, 0)
+    f_s = shrink(m_s, new_s, scale, share)
+    f_t = shrink(m_t, new_t, scale, share)
     l_s, l_t, keep_s, keep_t, gap_s, gap_t = move_maxima(
-        scale, m_s, m_t, new_s, new_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t
+        f_s, f_t, m_s, m_t, new_s, new_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t
     )
-    l_s = tl.sum(l_s, 0)
-    l_t = tl.sum(l_t, 0)
+    # From here on the sums are over the entries beside the peak: those of its lane are taken anew.
+    peak, t_peak = find_peak(S, T, new_s, lane, skew, V, SKEWED, LANES, VEC, ACC)
+    other = tl.arange(0, LANES) != lane
+    l_s = tl.where(other, l_s, 0.0)
+    l_t = tl.where(other, l_t, 0.0)
+    keep_s = tl.where(other, keep_s, 0.0)
+    keep_t = tl.where(other, keep_t, 0.0)
+    gap_s = tl.where(other, gap_s, 0.0)
+    gap_t = tl.where(other, gap_t, 0.0)
+    start = lane * VEC
+    while start < V + skew:
+        s, t = load_rest_of_lane(S, T, start, peak, skew, V, SKEWED, LANES, VEC, ACC)
+        l_s, l_t, keep_s, keep_t, gap_s, gap_t = add_kl(
+            s, t, scale, new_s, new_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t
+        )
+        start += LANES * LANES * VEC
+    # With c = −g/q of the peak, g + c·q is 0 there, and the gradient is −q·S, S = Σ (g + c·q) over the others. What
+    # cancels in S does so in every lane, before the lanes' sums are rounded.
+    counts = t_peak != -float("inf")
+    y = tl.maximum(below(t_peak, new_t), 2.0 * UNIT * lowest(ACC), propagate_nan=tl.PropagateNan.ALL)
+    b = shrink(t_peak, new_t, scale, share)
+    y = tl.where(counts, y, 0.0)
+    gap_s = tl.sum(gap_s + keep_s * y, 0)
+    gap_t = tl.sum(gap_t, 0)
+    forward_rest = tl.sum(b * l_s - keep_t, 0)
+    tail_s = tl.sum(l_s, 0)
+    tail_t = tl.sum(l_t, 0)
     keep_s = tl.sum(keep_s, 0)
     keep_t = tl.sum(keep_t, 0)
+    # A student without finite entries has no mass; the peak of any other one has unnormalised mass 1.
+    found = peak < V + skew
+    l_s = tail_s + tl.where(found, 1.0, 0.0)
+    l_t = tail_t + b
     some_s = tl.where(l_s == 0.0, 1.0, l_s)
     some_t = tl.where(l_t == 0.0, 1.0, l_t)
-    log_ratio = tl.log2(some_t) - tl.log2(some_s)
-    reverse = (tl.sum(gap_s, 0) + keep_s * log_ratio) / some_s * LN2
-    forward = (tl.sum(gap_t, 0) - keep_t * log_ratio) / some_t * LN2
-    p_kept = keep_t / some_t
-    q_lost = (l_s - keep_s) / some_s
+    q = tl.where(counts, 1.0 / some_s, 0.0)
+    log_ratio = tl.where(b == 1.0, log2_1p(tail_t), tl.log2(some_t)) - log2_1p(tail_s)
+    gap = log_ratio - log2_mass(t_peak, new_t, 0.0, scale)  # log2(q/p) of the peak
+    gap = tl.where(counts, gap, log_ratio)
+    # Multiplied by the scale last: a difference times a small mass may be in the type's range where it alone is not.
+    q_kept = keep_s / some_s + q
+    reverse = LN2 * ((gap_s / some_s - y * q_kept) * scale + log_ratio * q_kept)
+    reverse_rest = LN2 * (gap_s / some_s * q * scale)
+    forward = LN2 * (gap_t / some_t * scale - keep_t / some_t * log_ratio - b / some_t * gap)
+    # Where the peak does not count, it is the only entry of l_s beside tail_s.
+    q_lost = (tail_s - keep_s) / some_s + tl.where(found & (t_peak == -float("inf")), 1.0 / some_s, 0.0)
+    p_kept = (keep_t + b) / some_t
+    reverse_rest -= (LN2 * gap + 1.0) * (q_lost * q)
+    forward_rest *= q / some_t
     if DIVERGENCE == "forward_kl":
         d = forward
         sum_g = -p_kept
+        rest_g = forward_rest
     elif DIVERGENCE == "reverse_kl":
         d = reverse
         sum_g = reverse - q_lost
+        rest_g = reverse_rest
     else:
         tl.static_assert(DIVERGENCE == "jeffreys")
         d = forward + reverse
         sum_g = reverse - q_lost - p_kept
-    return new_s, new_t, l_s, l_t, d, sum_g
+        rest_g = reverse_rest + forward_rest
+    # Where D leaves the type's range, Σg stops where the log-ratios of the backward do: the two cancel there too.
+    sum_g = tl.minimum(finite(sum_g), -LN2 * lowest(ACC), propagate_nan=tl.PropagateNan.ALL)
+    return new_s, new_t, l_s, l_t, finite(d), sum_g, peak, t_peak, finite(-rest_g)

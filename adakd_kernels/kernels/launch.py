@@ -42,7 +42,10 @@ def sweeps(divergence: str) -> int:
 
 
 def launch_config(kernel: str, divergence: str, vocab: int, student: Tensor, teacher: Tensor) -> dict[str, int]:
-    """TILES (of a forward), LANES, VEC and num_warps; a vocabulary below half a step takes fewer warps."""
+    """TILES (of a forward), LANES, VEC, num_warps, and for NVIDIA a bound of the registers.
+
+    A vocabulary below half a step takes fewer warps.
+    """
     family, warp_size = "cuda", 32
     if not knobs.runtime.interpret:
         target = driver.active.get_current_target()
@@ -53,6 +56,11 @@ def launch_config(kernel: str, divergence: str, vocab: int, student: Tensor, tea
     while warps > 1 and tiles * warps * warp_size * vec >= 2 * vocab:
         warps //= 2
     config = {"LANES": warps * warp_size, "VEC": vec, "num_warps": warps}
+    # What comes once a row would take more registers than the sweeps, only to overlap itself. Narrow access needs more.
+    if itemsize == 2 and family == "cuda" and vocab >= _SHORT_ROW and any(_alike_and_aligned(student, teacher)):
+        config["maxnreg"] = 64  # leaves room for half of an SM's 64 warps
+    if itemsize == 8 and family == "cuda":
+        config["maxnreg"] = 128  # by itself the compiler would rather spill than take more than 64
     return config if kernel == "backward" else {"TILES": tiles, **config}
 
 
@@ -84,13 +92,18 @@ def row_strides(logits: Tensor) -> tuple[int, int, int]:
     return stride_b // unit, stride_l // unit, unit
 
 
+def _alike_and_aligned(*tensors: Tensor) -> tuple[bool, bool]:
+    """Whether the rows of all tensors start off an aligned entry by the same number, and whether by none."""
+    strides = [_row_strides(x) for x in tensors]
+    alike = all((a - b) % ALIGNED_ENTRIES == 0 for other in strides for a, b in zip(strides[0], other, strict=True))
+    return alike, all(row_strides(x)[2] % 16 == 0 for x in tensors)  # 16 is what Triton itself takes note of
+
+
 def skewed(vocab: int, *tensors: Tensor) -> bool:
     """Whether the tensors' rows start off an aligned entry, all by the same number of entries.
 
     Then a kernel reads and writes aligned tiles that begin before the row. Where the tensors disagree it cannot, and
     the access is as narrow as the rows require. A short row has no whole tile that would gain from it.
     """
-    strides = [_row_strides(x) for x in tensors]
-    alike = all((a - b) % ALIGNED_ENTRIES == 0 for other in strides for a, b in zip(strides[0], other, strict=True))
-    aligned = all(row_strides(x)[2] % 16 == 0 for x in tensors)  # what Triton itself takes note of
+    alike, aligned = _alike_and_aligned(*tensors)
     return vocab >= _SHORT_ROW and alike and not aligned

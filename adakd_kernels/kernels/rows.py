@@ -4,19 +4,74 @@ A tile is (LANES, VEC) entries, consecutive in memory: VEC are one load of 16 by
 step of a sweep takes one tile or two (TILES), so that what a lane pays for a step is shared by more entries. Every lane
 folds its own entries, and the lanes meet once, after the row: no loop has a reduction across threads, or a barrier.
 
-Logits are in the accumulation type; `scale` turns a difference of logits into a power of two (log2(e)/τ). Maxima start
-at a large finite negative number, NEG, so that a tile of nothing but −inf folds to zero sums.
+Logits are in the accumulation type. Differences of two are taken in a unit of 2²⁴, in which none leaves the type's
+range and neither does a sum of them over a row; `scale` turns one into a power of two (2²⁴·log2(e)/τ). Maxima start at
+the lowest finite number, so that every finite logit counts, at whatever level, and a tile of nothing but −inf folds to
+zero sums.
 """
+
+import sys
 
 import triton
 import triton.language as tl
 
 from .launch import ALIGNED_ENTRIES
 
-NEG = tl.constexpr(-1.0e30)
+UNIT = tl.constexpr(2.0**-24)
 LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E_REST = tl.constexpr(1.925963033500e-8)  # what fp32 leaves of log2(e)
 LN2 = tl.constexpr(0.6931471805599453)
 ALIGNED = tl.constexpr(ALIGNED_ENTRIES)
+
+
+@triton.constexpr_function
+def lowest(dtype):
+    """The lowest finite number of an accumulation type."""
+    return -sys.float_info.max if dtype == tl.float64 else -(2.0 - 2.0**-23) * 2.0**127
+
+
+@triton.jit
+def finite(x):
+    """x cut off at the type's range; NaN stays."""
+    LOWEST: tl.constexpr = lowest(x.dtype)
+    x = tl.maximum(x, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, -LOWEST, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def halves(x):
+    """x as two numbers of 12 bits, whose products with another's are exact."""
+    high = (x.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+    return high, x - high
+
+
+@triton.jit
+def exponent_scale(tau):
+    """2²⁴·log2(e)/τ: what turns a difference of logits, in its unit, into a power of two."""
+    return finite(tl.full((), LOG2E / UNIT, tau.dtype) / tau)
+
+
+@triton.jit
+def exponent_rounding(tau):
+    """What the rounding of `exponent_scale` leaves of it, as a share: up to 6e-8 in fp32, and 0 where it is cut off.
+
+    A tail of 1e-9 of the mass lies 30 powers of e below the peak, and there it is moved by 2e-6.
+    """
+    if tau.dtype == tl.float32:
+        s_1, s_2 = halves(exponent_scale(tau))
+        t_1, t_2 = halves(tau)
+        left = (((tl.full((), LOG2E / UNIT, tl.float32) - s_1 * t_1) - s_1 * t_2) - s_2 * t_1) - s_2 * t_2
+        share = left * (UNIT / LOG2E) + LOG2E_REST / LOG2E
+        share = tl.where(tl.abs(share) < 1e-6, share, 0.0)
+    else:
+        share = 0.0 * tau
+    return share
+
+
+@triton.jit
+def below(z, m):
+    """(z − m)·2⁻²⁴, rounded once. The product with a power of two is exact, so that this is one multiply-add."""
+    return z * UNIT - m * UNIT
 
 
 @triton.jit
@@ -103,8 +158,37 @@ def store_zeros(Row, skew, V: tl.constexpr, SKEWED: tl.constexpr, LANES: tl.cons
 
 @triton.jit
 def log2_mass(z, m, c, scale):
-    """(z − m)·scale − c, bounded below so that differences of two of them, and their products with 0, stay finite."""
-    return tl.maximum((z - m) * scale - c, NEG, propagate_nan=tl.PropagateNan.ALL)
+    """(z − m)/τ·log2(e) − c, bounded below so that differences of two of them, and products with 0, stay finite."""
+    # Rounded once: a small c would else always round to the same side of a product that is rounded before.
+    return tl.maximum(tl.fma(below(z, m), scale, -c), lowest(z.dtype), propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def shrink(m, new_m, scale, share):
+    """2^((m − new_m)/τ·log2(e)): what the masses below one maximum shrink by below another.
+
+    In fp32 the difference, its product with the scale and the scale bring errors of 1e-6 each where it is large, so
+    that here, once a row, what their roundings leave comes back (of the scale's it is `share`, `exponent_rounding`),
+    and the whole power of two is split off.
+    """
+    x = below(m, new_m)
+    factor = tl.exp2(x * scale)
+    if factor.dtype == tl.float32:
+        moved = x - m * UNIT
+        left = (m * UNIT - (x - moved)) - (new_m * UNIT + moved)
+        x_1, x_2 = halves(x)
+        s_1, s_2 = halves(scale)
+        whole = tl.floor(x_1 * s_1)
+        part = (x_1 * s_1 - whole) + ((x_1 * s_2 + x_2 * s_1) + (x_2 * s_2 + x * scale * share + left * scale))
+        factor = tl.where(x * scale < -200.0, 0.0, tl.exp2(whole) * tl.exp2(part))
+    return factor
+
+
+@triton.jit
+def log2_1p(x):
+    """log2(1 + x) of x > −1, relatively exact near 0: the logarithm of the rounded sum, corrected for its rounding."""
+    rounded = (1.0 + x) - 1.0
+    return tl.where(rounded == 0.0, x * LOG2E, tl.log2(1.0 + x) * (x / tl.where(rounded == 0.0, 1.0, rounded)))
 
 
 @triton.jit

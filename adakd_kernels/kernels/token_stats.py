@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .hellinger import sweep_hellinger
+from .hellinger import sweep_distance
 from .launch import acc_type, launch_config, on_device, row_strides, skewed
-from .rows import LOG2E, row_start, store_normalizer
+from .rows import exponent_rounding, exponent_scale, row_start, store_normalizer
 
 
 @triton.jit(do_not_specialize=["L", "stride_sb", "stride_sl", "stride_tb", "stride_tl"])
@@ -29,8 +29,9 @@ def token_stats_fwd_kernel(
         return
     start_s, skew = row_start(n, L, stride_sb, stride_sl, unit_s, SKEWED)
     start_t, _ = row_start(n, L, stride_tb, stride_tl, unit_t, SKEWED)
-    m_s, m_t, l_s, l_t, h = sweep_hellinger(
-        S + start_s, T + start_t, skew, tl.full((), LOG2E, ACC), V, SKEWED, TILES, LANES, VEC, ACC
+    tau = tl.full((), 1.0, ACC)
+    m_s, m_t, l_s, l_t, h = sweep_distance(
+        S + start_s, T + start_t, skew, exponent_scale(tau), exponent_rounding(tau), V, SKEWED, TILES, LANES, VEC, ACC
     )
     tl.store(H + n, h)
     store_normalizer(MaxS, SumS, n, m_s, l_s)
