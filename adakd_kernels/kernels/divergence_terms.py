@@ -42,6 +42,28 @@ def reciprocal(x):
 
 
 @triton.jit
+def logs_over_mixture(gap, mix, WEIGHT: tl.constexpr):
+    """log2(p/m) and log2(q/m) for m = WEIGHT·p + (1 − WEIGHT)·q; `mix` is m over the larger of p and q.
+
+    Where one weight is next to 0, m is next to its heavy part nearly everywhere, and that part's logarithm next to 0:
+    it is taken as that of 1 + x, from a small x with all its digits.
+    """
+    log_mix = log2_of_mixture(mix)
+    log_p = tl.minimum(-gap, 0.0) - log_mix
+    log_q = tl.minimum(gap, 0.0) - log_mix
+    if WEIGHT < 0.01 or WEIGHT > 0.99:
+        LIGHT: tl.constexpr = WEIGHT if WEIGHT < 0.5 else 1.0 - WEIGHT
+        light_over_heavy = -gap if WEIGHT < 0.5 else gap  # log2
+        ratio = LIGHT * tl.exp2(tl.minimum(light_over_heavy, 100.0))
+        of_heavy = -log2_1p(ratio - LIGHT)
+        of_light = light_over_heavy + of_heavy
+        near = ratio <= 1.0
+        log_p = tl.where(near, of_light if WEIGHT < 0.5 else of_heavy, log_p)
+        log_q = tl.where(near, of_heavy if WEIGHT < 0.5 else of_light, log_q)
+    return log_p, log_q
+
+
+@triton.jit
 def divergence_terms(log_q, log_p, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr):
     """(f, g, q) of every entry, from log2 q and log2 p; f only where a second sweep needs it.
 
@@ -81,22 +103,21 @@ def divergence_terms(log_q, log_p, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr
             sign = tl.where(gap > 0.0, 1.0, tl.where(gap < 0.0, -1.0, 0.0))
             return half, 0.5 * q * sign, q
         elif DIVERGENCE == "jensen_shannon":
-            log_mix = log2_of_mixture(BETA * r_p + (1.0 - BETA) * r_q)
-            p_term = tl.minimum(-gap, 0.0) - log_mix
-            q_term = ((1.0 - BETA) * LN2) * q * (tl.minimum(gap, 0.0) - log_mix)
+            p_term, q_term = logs_over_mixture(gap, BETA * r_p + (1.0 - BETA) * r_q, BETA)
+            q_term = ((1.0 - BETA) * LN2) * q * q_term
             return (BETA * LN2) * top * r_p * p_term + q_term, q_term, q
         elif DIVERGENCE == "skew_forward_kl":
             mix = ALPHA * r_p + (1.0 - ALPHA) * r_q
             p = top * r_p
             return (
-                LN2 * p * (tl.minimum(-gap, 0.0) - log2_of_mixture(mix)),
+                LN2 * p * logs_over_mixture(gap, mix, ALPHA)[0],
                 -(1.0 - ALPHA) * p * (r_q * reciprocal(mix)),
                 q,
             )
         else:
             tl.static_assert(DIVERGENCE == "skew_reverse_kl", "a divergence without a branch in divergence_terms")
             mix = ALPHA * r_q + (1.0 - ALPHA) * r_p
-            log_ratio = LN2 * (tl.minimum(gap, 0.0) - log2_of_mixture(mix))
+            log_ratio = LN2 * logs_over_mixture(gap, mix, 1.0 - ALPHA)[1]
             return q * log_ratio, q * (log_ratio - ALPHA * (r_q * reciprocal(mix))), q
 
 
@@ -136,7 +157,11 @@ def peak_terms(log_l, gap, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr, BETA: 
         WEIGHT: tl.constexpr = BETA if DIVERGENCE == "jensen_shannon" else (
             ALPHA if DIVERGENCE == "skew_forward_kl" else 1.0 - ALPHA
         )  # fmt: skip
-        log_mix = log2_1p(tl.where(q_above, -WEIGHT * away, (WEIGHT - 1.0) * away))
+        # m over the larger of p and q is 1 less a share; where little is left, from its parts.
+        share = tl.where(q_above, WEIGHT * away, (1.0 - WEIGHT) * away)
+        low = tl.exp2(-tl.abs(gap))
+        parts = tl.where(q_above, WEIGHT * low + (1.0 - WEIGHT), (1.0 - WEIGHT) * low + WEIGHT)
+        log_mix = tl.where(share < 0.5, log2_1p(-share), tl.log2(parts))
         p_term = LN2 * (tl.minimum(-gap, 0.0, propagate_nan=tl.PropagateNan.ALL) - log_mix)
         q_term = LN2 * (tl.minimum(gap, 0.0, propagate_nan=tl.PropagateNan.ALL) - log_mix)
         p = tl.where(q_above, q * tl.exp2(-gap), top)

@@ -99,7 +99,8 @@ template <class S> inline double temperature_of(const void* temperatures, int64_
   return tau < kLeast ? kLeast : tau;
 }
 
-// Powers of two in a unit of logits at temperature τ, as the kernel's type has it: never 0, whose product with -inf is NaN.
+// Powers of two in a unit of logits at temperature τ, as the kernel's type has it. Never 0, for its product with -inf is
+// NaN.
 template <class V> inline double scale_of(double tau) {
   constexpr double kLeast = std::numeric_limits<Scalar<V>>::min();
   const double scale = kLog2e / tau;
@@ -160,8 +161,8 @@ struct Peak {
   bool exists() const { return index >= 0; }
   // Whether it is an entry of D: the teacher may have -inf there.
   bool counts() const { return exists() && t != -kInfinity; }
-  // Whether a logit lies so far above that it may be confident: then it is the peak. An eighth of its mass is beside it
-  // otherwise, and nothing cancels.
+  // Whether a logit lies so far above that it may be confident: then it is the peak. Otherwise this one has at least an
+  // eighth of its mass, and nothing cancels.
   bool passed_by(double logit, double scale) const {
     return logit > s && (!exists() || !((logit - s) * scale <= 3.0));
   }
