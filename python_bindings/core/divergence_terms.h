@@ -52,9 +52,10 @@ template <class V> struct Parameters {
 
 // What the classes share. kTwoSweeps: f and g need the normalisers first. kWithoutQ: g leaves out the term q, which
 // cancels in (10) while every entry counts; where entries are left out, their mass comes off Σg instead.
-// kSign: of a log-ratio, g takes nothing but the sign.
+// kSign: of a log-ratio, g takes nothing but the sign. kUnbounded: g grows with it, so that an infinite one or an overflow
+// shows in the gradient.
 template <class V> struct Terms {
-  static constexpr bool kTwoSweeps = false, kWithoutQ = false, kSign = false;
+  static constexpr bool kTwoSweeps = false, kWithoutQ = false, kSign = false, kUnbounded = false;
   const Parameters<V>& parameters;
   explicit Terms(const Parameters<V>& parameters) : parameters(parameters) {}
 };
@@ -76,6 +77,9 @@ template <class V> struct Ratios {
     r_q = q_above ? one : low;
   }
 };
+
+// A log-ratio that a mass of 0 is multiplied with, after a weight.
+template <class V> ADAKD_INLINE V above_overflow(V x) { return max(constant<V>(-1.0e18), x); }
 
 // log2(p/m) and log2(q/m) for m = weight_p·p + weight_q·q.
 template <class V> struct LogsOverMixture {
@@ -109,6 +113,7 @@ template <class V> struct ForwardKL : Terms<V> {
 };
 
 template <class V> struct ReverseKL : Terms<V> {
+  static constexpr bool kUnbounded = true;
   using Terms<V>::Terms;
   ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {
     return exp2(at.log_q) * fma(at.gap, w * constant<V>(kLn2), -w_sum_g);
@@ -116,6 +121,7 @@ template <class V> struct ReverseKL : Terms<V> {
 };
 
 template <class V> struct Jeffreys : Terms<V> {
+  static constexpr bool kUnbounded = true;
   using Terms<V>::Terms;
   ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {
     return fma(-w, exp2(at.log_p), exp2(at.log_q) * fma(at.gap, w * constant<V>(kLn2), -w_sum_g));
@@ -166,7 +172,7 @@ template <class V> struct JensenShannon : Terms<V> {
   ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {
     const Ratios<V> r(at);
     const V weight = w * parameters.rest_of_beta * constant<V>(kLn2);
-    return r.top * r.r_q * fma(weight, logs(at, r).q, -w_sum_g);
+    return r.top * r.r_q * fma(weight, above_overflow(logs(at, r).q), -w_sum_g);
   }
 };
 
@@ -212,7 +218,7 @@ template <class V> struct SkewReverseKL : Terms<V> {
     const Ratios<V> r(at);
     V log_ratio, share;
     parts(at, r, log_ratio, share);
-    return r.top * r.r_q * fma(w, log_ratio - share, -w_sum_g);
+    return r.top * r.r_q * fma(w, above_overflow(log_ratio - share), -w_sum_g);
   }
 };
 
@@ -220,22 +226,20 @@ template <class V> struct AlphaBeta : Terms<V> {
   static constexpr bool kTwoSweeps = true;
   using Terms<V>::Terms;
   using Terms<V>::parameters;
-  // x·(α + β), x <= 0. An error of α + β would be one of all powers alike, and not average out over the vocabulary: the
-  // part has more digits. Of -inf the two terms would cancel.
-  ADAKD_INLINE V times_both(V x) const {
-    x = max(constant<V>(-1.0e4), x);
-    return fma(parameters.whole, x, parameters.part * x);
-  }
+  // x·(α + β). An error of α + β would be one of all powers alike, and not average out over the vocabulary: the part has
+  // more digits.
+  ADAKD_INLINE V times_both(V x) const { return fma(parameters.whole, x, parameters.part * x); }
 
   // p^(α+β), q^(α+β) and p^α·q^β, each over the first result.
   ADAKD_INLINE V powers(const Entry<V>& at, V& p_ab, V& q_ab, V& mixed) const {
     const V one = constant<V>(1.0);
     const Mask<V> q_above = at.gap > 0;
-    const V low = exp2(times_both(-absolute(at.gap)));
+    const V low = exp2(times_both(-absolute(at.gap)));  // gap is finite where this counts
     mixed = exp2(q_above ? -parameters.alpha * at.gap : parameters.beta * at.gap);
     p_ab = q_above ? low : one;
     q_ab = q_above ? one : low;
-    return exp2(times_both(max(at.log_q, at.log_p)));
+    // Of -inf the two terms of the product would cancel.
+    return exp2(times_both(max(constant<V>(-1.0e4), max(at.log_q, at.log_p))));
   }
   ADAKD_INLINE void terms(const Entry<V>& at, V& f, V& g) const {
     const V alpha = parameters.alpha, beta = parameters.beta, one = constant<V>(1.0);

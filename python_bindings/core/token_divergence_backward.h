@@ -53,7 +53,7 @@ template <class V, class D, bool kCrossEntropy> struct Gradient {
     if constexpr (kDivergence) {
       const Entry<V> at = frame.template entry<kGuarded>(zs, zt);
       gradient = Divergence(parameters).gradient(at, w, w_sum_g);
-      check = fma(gradient, V{}, at.gap);
+      check = Divergence::kUnbounded ? gradient : at.gap;
       if (kGuarded) {
         const V minus_infinity = broadcast<V>(-kInfinity), zero = V{};
         gradient = (zs != minus_infinity) & (zt != minus_infinity) ? gradient : zero;
