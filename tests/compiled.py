@@ -145,9 +145,10 @@ class Code:
 
     @property
     def sweeps(self) -> list[Loop]:
-        """The loops over the whole steps of a row: those with the widest loads, without a mask."""
+        """The loops over the whole steps of a row: those with the widest loads, and without a mask if there are any."""
         widest = max((bits for loop in self.loops for bits in loop.loads), default=0)
-        return [loop for loop in self.loops if widest in loop.loads and not loop.masked]
+        wide = [loop for loop in self.loops if widest in loop.loads]
+        return [loop for loop in wide if not loop.masked] or wide
 
     def occupancy(self) -> float:
         """Share of the 64 warps of an SM of sm_90 that registers (65,536) and shared memory (228 KiB) leave room for.
@@ -273,15 +274,20 @@ def _gcn_widths(ops: list[str], what: str) -> Counter[int]:
 def _gcn_masked(ops: list[str], operands: list[str]) -> bool:
     """Whether an address is chosen by a mask: what it leaves out gets one beyond the buffer, or no lane to load it."""
     writer: dict[str, str] = {}
+    some_lanes = False
     for op, text in zip(ops, operands, strict=True):
         registers = [x.strip() for x in text.split(",")]
-        if op.startswith("buffer_load") and writer.get(registers[1], "").startswith("v_cndmask_b32"):
+        if "saveexec" in op or registers[0] == "exec":
+            some_lanes = "saveexec" in op
+        if op.startswith(("buffer_load", "global_load")) and (
+            some_lanes or writer.get(registers[1], "").startswith("v_cndmask_b32")
+        ):
             return True
         if written := re.fullmatch(r"v\[(\d+):(\d+)\]", registers[0]):
             writer.update({f"v{n}": op for n in range(int(written[1]), int(written[2]) + 1)})
         else:
             writer[registers[0]] = op
-    return any("saveexec" in op for op in ops)
+    return False
 
 
 def _gcn_loop(ops: list[str], operands: list[str]) -> Loop:

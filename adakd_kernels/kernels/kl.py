@@ -182,6 +182,6 @@ def sweep_kl(
         d = forward + reverse
         sum_g = reverse - q_lost - p_kept
         rest_g = reverse_rest + forward_rest
-    # Where D leaves the type's range, Σg stops where the log-ratios of the backward do: the two cancel there too.
+    # Where D leaves the type's range, Σg stops where the backward's log-ratios do, so that the two cancel there too.
     sum_g = tl.minimum(finite(sum_g), -LN2 * lowest(ACC), propagate_nan=tl.PropagateNan.ALL)
     return new_s, new_t, l_s, l_t, finite(d), sum_g, peak, t_peak, finite(-rest_g)

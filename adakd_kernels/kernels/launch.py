@@ -41,7 +41,9 @@ def sweeps(divergence: str) -> int:
     return DIVERGENCES[divergence].sweeps
 
 
-def launch_config(kernel: str, divergence: str, vocab: int, student: Tensor, teacher: Tensor) -> dict[str, int]:
+def launch_config(
+    kernel: str, divergence: str, vocab: int, student: Tensor, teacher: Tensor, *written: Tensor
+) -> dict[str, int]:
     """TILES (of a forward), LANES, VEC, num_warps, and for NVIDIA a bound of the registers.
 
     A vocabulary below half a step takes fewer warps.
@@ -57,7 +59,12 @@ def launch_config(kernel: str, divergence: str, vocab: int, student: Tensor, tea
         warps //= 2
     config = {"LANES": warps * warp_size, "VEC": vec, "num_warps": warps}
     # What comes once a row would take more registers than the sweeps, only to overlap itself. Narrow access needs more.
-    if itemsize == 2 and family == "cuda" and vocab >= _SHORT_ROW and any(_alike_and_aligned(student, teacher)):
+    if (
+        itemsize == 2
+        and family == "cuda"
+        and vocab >= _SHORT_ROW
+        and any(_alike_and_aligned(student, teacher, *written))
+    ):
         config["maxnreg"] = 64  # leaves room for half of an SM's 64 warps
     if itemsize == 8 and family == "cuda":
         config["maxnreg"] = 128  # by itself the compiler would rather spill than take more than 64

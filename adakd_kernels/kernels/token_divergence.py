@@ -111,5 +111,5 @@ def token_divergence_bwd(
                 weight.shape[1], *row_strides(student), *row_strides(teacher), *row_strides(out),
                 V=vocab, VS=student.shape[-1], SKEWED=skewed(vocab, student, teacher, out), DIVERGENCE=divergence,
                 ALPHA=alpha, BETA=beta, WITH_CE=labels is not None, ACC=acc,
-                **launch_config("backward", divergence, vocab, student, teacher),
+                **launch_config("backward", divergence, vocab, student, teacher, out),
             )  # fmt: skip
