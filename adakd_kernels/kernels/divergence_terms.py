@@ -152,7 +152,7 @@ def peak_terms(log_l, gap, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr, BETA: 
         # q_ab − mixed of `divergence_terms`
         g = scale * tl.where(q_above, one, one - all_)
         return f * (1.0 / (ALPHA * BETA * (ALPHA + BETA))), g * (-1.0 / ALPHA) / q, q
-    else:
+    elif DIVERGENCE == "jensen_shannon" or DIVERGENCE == "skew_forward_kl" or DIVERGENCE == "skew_reverse_kl":
         # The share of p in the mixture.
         WEIGHT: tl.constexpr = BETA if DIVERGENCE == "jensen_shannon" else (
             ALPHA if DIVERGENCE == "skew_forward_kl" else 1.0 - ALPHA
@@ -171,5 +171,7 @@ def peak_terms(log_l, gap, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr, BETA: 
         elif DIVERGENCE == "skew_forward_kl":
             return p * p_term, (1.0 - ALPHA) * (p / mix), q
         else:
-            tl.static_assert(DIVERGENCE == "skew_reverse_kl")
             return q * q_term, ALPHA * (q / mix) - q_term, q
+    else:
+        f, g, _ = divergence_terms(-log_l, -log_l - gap, DIVERGENCE, ALPHA, BETA)
+        return f, -g / q, q

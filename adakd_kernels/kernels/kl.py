@@ -178,7 +178,7 @@ def sweep_kl(
         sum_g = reverse - q_lost
         rest_g = reverse_rest
     else:
-        tl.static_assert(DIVERGENCE == "jeffreys")
+        tl.static_assert(DIVERGENCE == "jeffreys", "a divergence of one sweep needs a fold of its own")
         d = forward + reverse
         sum_g = reverse - q_lost - p_kept
         rest_g = reverse_rest + forward_rest

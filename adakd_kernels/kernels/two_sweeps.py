@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from .divergence_terms import divergence_terms, peak_terms
-from .launch import sweeps
 from .peak import find_peak, lane_of_peak, lane_with_peak, load_rest_of_lane
 from .rows import (
     below,
@@ -106,7 +105,6 @@ def sweep_terms(
 
     With c = −g/q of the peak, g + c·q is 0 there, and the gradient is −q·S, S = Σ (g + c·q) over the other entries.
     """
-    tl.static_assert(sweeps(DIVERGENCE) == 2, "a divergence of one sweep needs a fold of its own")
     STEP: tl.constexpr = LANES * VEC
     # As in the backward, so that both find the same sign of q − p.
     c_s = tl.log2(tl.where(l_s == 0.0, 1.0, l_s))
