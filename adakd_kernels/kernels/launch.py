@@ -58,16 +58,14 @@ def launch_config(
     while warps > 1 and tiles * warps * warp_size * vec >= 2 * vocab:
         warps //= 2
     config = {"LANES": warps * warp_size, "VEC": vec, "num_warps": warps}
-    # What comes once a row would take more registers than the sweeps, only to overlap itself. Narrow access needs more.
-    if (
-        itemsize == 2
-        and family == "cuda"
-        and vocab >= _SHORT_ROW
-        and any(_alike_and_aligned(student, teacher, *written))
-    ):
-        config["maxnreg"] = 64  # leaves room for half of an SM's 64 warps
+    if family == "cuda" and itemsize == 2 and vocab >= _SHORT_ROW:
+        # What comes once a row, and the edges of skewed rows, would take more registers than the sweeps do, only to
+        # overlap itself; 64 leave room for half of an SM's warps. Narrow access needs more.
+        alike, aligned = _alike_and_aligned(student, teacher, *written)
+        if (kernel == "forward" and (alike or aligned)) or (kernel == "backward" and alike and not aligned):
+            config["maxnreg"] = 64
     if itemsize == 8 and family == "cuda":
-        config["maxnreg"] = 128  # by itself the compiler would rather spill than take more than 64
+        config["maxnreg"] = 128  # by itself, the compiler spills rather than take more than 64
     return config if kernel == "backward" else {"TILES": tiles, **config}
 
 
