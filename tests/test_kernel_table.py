@@ -43,11 +43,11 @@ def test_every_kernel_has_a_row():
         assert f"| {kernel_table.NAMES[kernel]} | `{divergence}` | " in PAGE
 
 
-def test_every_kernel_but_one_is_bound_by_memory():
+def test_every_kernel_but_two_is_bound_by_memory():
     rows = re.findall(r"^\| (\S.*?) \| `(\w+)` \|.*\| (\w+) \| ([\d.]+) … [\d.]+ \| \d+ … \d+ \|$", PAGE, re.MULTILINE)
     assert len(rows) == len(kernel_table.KERNELS)
     beyond = {(name, div) for name, div, bound, lower in rows if bound != "memory" or float(lower) > 1.15}
-    assert beyond == {("backward with CE", "skew_reverse_kl")}
+    assert beyond == {("backward with CE", "skew_reverse_kl"), ("backward with CE", "jensen_shannon")}
 
 
 @pytest.mark.parametrize("name, of_class, itemsize", [("stats", "one_sweep", "2"), ("forward", "both_kls", "2")])
