@@ -73,7 +73,7 @@ def test_the_model_adds_up():
     """One sweep of 16 entries a thread, 4 bytes each, at half of the SM's warps."""
     loop = Loop(
         instructions=16 * 64, pipes={"mufu": 32, "fma": 256, "alu": 128, "lsu": 4}, shuffles=0, barriers=0,
-        loads={128: 4}, stores={},
+        loads={128: 4}, stores={}, masked=False,
     )  # fmt: skip
     code = Code(64, 0, 0, 0, 0, 0, loads={}, stores={}, loops=[loop], warps=8, shared_bytes=0)
     b = bracket(code, 4)
