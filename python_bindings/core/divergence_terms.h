@@ -51,14 +51,23 @@ template <class V> struct Parameters {
 };
 
 // What the classes share. kTwoSweeps: f and g need the normalisers first. kWithoutQ: g leaves out the term q, which
-// cancels in (10) while every entry counts; where entries are left out, their mass comes off Σg instead.
-// kSign: of a log-ratio, g takes nothing but the sign. kUnbounded: g grows with it, so that an infinite one or an overflow
-// shows in the gradient.
+// cancels in (10) while every entry counts; where entries are left out, their mass comes off Σg instead. kMixture: takes
+// logarithms of a mixture of q and p. kSign: of a log-ratio, g takes nothing but the sign. kUnbounded: g grows with the
+// log-ratio, so that an infinite one or an overflow shows in the gradient.
 template <class V> struct Terms {
-  static constexpr bool kTwoSweeps = false, kWithoutQ = false, kSign = false, kUnbounded = false;
+  static constexpr bool kTwoSweeps = false, kWithoutQ = false, kSign = false, kUnbounded = false, kMixture = false;
   const Parameters<V>& parameters;
   explicit Terms(const Parameters<V>& parameters) : parameters(parameters) {}
+  // The least power to which the terms raise a mass.
+  static double least_power(double, double) { return 1.0; }
 };
+
+// use(parameters), with `lopsided` known to the compiler: a branch in the loop would cost more than a second loop.
+template <class Divergence, class V, class Use> ADAKD_INLINE auto unswitched(Parameters<V> parameters, Use use) {
+  if (Divergence::kMixture && parameters.lopsided) return use(parameters);
+  parameters.lopsided = false;
+  return use(parameters);
+}
 
 // An entry: log2 q, log2 p and their difference.
 template <class V> struct Entry {
@@ -70,7 +79,7 @@ template <class V> struct Ratios {
   V top, r_p, r_q;
 
   ADAKD_INLINE explicit Ratios(const Entry<V>& at) {
-    const V one = constant<V>(1.0), low = exp2(-absolute(at.gap));
+    const V one = constant<V>(1.0), low = exp2(minus_absolute(at.gap));
     const Mask<V> q_above = at.gap > 0;
     top = exp2(max(at.log_q, at.log_p));
     r_p = q_above ? low : one;
@@ -155,7 +164,7 @@ template <class V> struct TotalVariation : Terms<V> {
 };
 
 template <class V> struct JensenShannon : Terms<V> {
-  static constexpr bool kTwoSweeps = true;
+  static constexpr bool kTwoSweeps = true, kMixture = true;
   using Terms<V>::Terms;
   using Terms<V>::parameters;
   ADAKD_INLINE LogsOverMixture<V> logs(const Entry<V>& at, const Ratios<V>& r) const {
@@ -165,9 +174,9 @@ template <class V> struct JensenShannon : Terms<V> {
   ADAKD_INLINE void terms(const Entry<V>& at, V& f, V& g) const {
     const Ratios<V> r(at);
     const LogsOverMixture<V> log = logs(at, r);
-    const V scale = constant<V>(kLn2) * r.top;
-    g = parameters.rest_of_beta * scale * r.r_q * log.q;
-    f = fma(parameters.beta * scale * r.r_p, log.p, g);
+    const V scale = constant<V>(kLn2) * r.top, q_part = parameters.rest_of_beta * r.r_q * log.q;
+    g = scale * q_part;
+    f = scale * fma(parameters.beta * r.r_p, log.p, q_part);
   }
   ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {
     const Ratios<V> r(at);
@@ -177,7 +186,7 @@ template <class V> struct JensenShannon : Terms<V> {
 };
 
 template <class V> struct SkewForwardKL : Terms<V> {
-  static constexpr bool kTwoSweeps = true;
+  static constexpr bool kTwoSweeps = true, kMixture = true;
   using Terms<V>::Terms;
   using Terms<V>::parameters;
   ADAKD_INLINE void terms(const Entry<V>& at, V& f, V& g) const {
@@ -196,7 +205,7 @@ template <class V> struct SkewForwardKL : Terms<V> {
 };
 
 template <class V> struct SkewReverseKL : Terms<V> {
-  static constexpr bool kTwoSweeps = true, kWithoutQ = true;
+  static constexpr bool kTwoSweeps = true, kWithoutQ = true, kMixture = true;
   using Terms<V>::Terms;
   using Terms<V>::parameters;
   // log2(q/m)·ln 2 and α·q/m.
@@ -226,6 +235,7 @@ template <class V> struct AlphaBeta : Terms<V> {
   static constexpr bool kTwoSweeps = true;
   using Terms<V>::Terms;
   using Terms<V>::parameters;
+  static double least_power(double alpha, double beta) { return min(1.0, alpha + beta); }
   // x·(α + β). An error of α + β would be one of all powers alike, and not average out over the vocabulary: the part has
   // more digits.
   ADAKD_INLINE V times_both(V x) const { return fma(parameters.whole, x, parameters.part * x); }
@@ -234,7 +244,7 @@ template <class V> struct AlphaBeta : Terms<V> {
   ADAKD_INLINE V powers(const Entry<V>& at, V& p_ab, V& q_ab, V& mixed) const {
     const V one = constant<V>(1.0);
     const Mask<V> q_above = at.gap > 0;
-    const V low = exp2(times_both(-absolute(at.gap)));  // gap is finite where this counts
+    const V low = exp2(times_both(minus_absolute(at.gap)));  // gap is finite where this counts
     mixed = exp2(q_above ? -parameters.alpha * at.gap : parameters.beta * at.gap);
     p_ab = q_above ? low : one;
     q_ab = q_above ? one : low;

@@ -31,7 +31,7 @@ template <bool kGradient> struct HellingerFold {
     bool finite() const { return std::isfinite(s + t + d + e); }
   };
 
-  template <class V, class T> Sums sums(const T* ps, const T* pt, int n, Scalar<V> kappa) const {
+  template <class V, class T> Sums sums(const Block<T>& block, Scalar<V> kappa) const {
     const V h = broadcast<V>(static_cast<Scalar<V>>(half));
     const V m_s = broadcast<V>(static_cast<Scalar<V>>(s.origin() * (kFused<V> ? half : 1.0)));
     const V m_t = broadcast<V>(static_cast<Scalar<V>>(t.origin() * (kFused<V> ? half : 1.0)));
@@ -52,9 +52,8 @@ template <bool kGradient> struct HellingerFold {
       if (kGradient) pp = fma(a, b, pp);
     };
     for_each_pair<V>(
-        n,
-        [&](int i) ADAKD_INLINE_LAMBDA {
-          const Pair<V> zs = load_pair(ps + i), zt = load_pair(pt + i);
+        block,
+        [&](const Pair<V>& zs, const Pair<V>& zt) ADAKD_INLINE_LAMBDA {
           entry(zs.first, zt.first, sum_s.first, sum_t.first, sum_d.first, sum_e.first, sum_p.first);
           entry(zs.second, zt.second, sum_s.second, sum_t.second, sum_d.second, sum_e.second, sum_p.second);
         },
@@ -70,26 +69,26 @@ template <bool kGradient> struct HellingerFold {
   }
 
   // An entry at -inf has a = 0 or b = 0 and needs no guard.
-  template <bool kGuarded, class V, class T> Added add(const T* ps, const T* pt, int n) {
+  template <bool kGuarded, class V, class T> Added add(const Block<T>& block) {
     if (s.anchor == -kInfinity || t.anchor == -kInfinity) {
-      const Maxima first = block_maxima<V>(ps, pt, n);
+      const Maxima first = block_maxima<V>(block);
       raise<V>(first);
       if (passes(first.s)) return Added::kNewPeak;
     }
     if (!holds<V>()) return Added::kNotInThisType;
     Scalar<V> kappa = ratio<V>(s.sum, t.sum);
-    Sums x = sums<V>(ps, pt, n, kappa);
+    Sums x = sums<V>(block, kappa);
     const bool raised = raise<V>(x.max);
     if (passes(x.max.s)) return Added::kNewPeak;
     if (raised) {
       if (!holds<V>()) return Added::kNotInThisType;
       kappa = ratio<V>(s.sum, t.sum);
-      x = sums<V>(ps, pt, n, kappa);
+      x = sums<V>(block, kappa);
     }
     double difference = around_own_ratio(x, kappa);
     if (difference < 0.5 * x.d) {
       kappa = ratio<V>(x.s, x.t);
-      x = sums<V>(ps, pt, n, kappa);
+      x = sums<V>(block, kappa);
       difference = around_own_ratio(x, kappa);
     }
     if (sizeof(Scalar<V>) == 4 && !x.finite()) return Added::kNotInThisType;
@@ -124,6 +123,8 @@ template <bool kGradient> struct HellingerFold {
   // Far from 0 such an anchor is not next to its logit.
   bool far(double logit) const { return !(std::fabs(logit * half) < 0x1p16); }
   template <class V> bool holds() const { return !kFused<V> || !(far(s.origin()) || far(t.origin())); }
+
+  bool has_no_mass(double logit) const { return s.has_no_mass(logit, half) && t.has_no_mass(logit, half); }
 
   bool passes(double logit) {
     if (!kGradient || !peak.passed_by(logit, 2.0 * half)) return false;

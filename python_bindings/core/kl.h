@@ -26,6 +26,15 @@ template <bool kForward, bool kReverse> struct KLFold {
   Peak peak{};
   double passing = -kInfinity;  // the logit of the new peak in a block that was not added
 
+  // The masses of both rows, at the peak and elsewhere. finish() fills them in.
+  struct Masses {
+    double all_s = 0.0, all_t = 0.0;
+    double beside = 0.0;  // Σ q but for the peak
+    double peak_s = 0.0, peak_t = 0.0;
+    double log_q = 0.0, log_ratio = 0.0;  // log2 q and log2(q/p) at the peak
+  };
+  Masses masses{};
+
   explicit KLFold(double scale) : scale(scale) {}
 
   struct Sums {
@@ -34,7 +43,7 @@ template <bool kForward, bool kReverse> struct KLFold {
     bool finite() const { return std::isfinite(s + t + gap_s + gap_t); }
   };
 
-  template <bool kGuarded, class V, class T> Sums sums(const T* ps, const T* pt, int n) const {
+  template <bool kGuarded, class V, class T> Sums sums(const Block<T>& block) const {
     const V k = constant<V>(scale), m_s = constant<V>(s.origin()), m_t = constant<V>(t.origin()), zero = V{};
     const V minus_infinity = broadcast<V>(-kInfinity), one = constant<V>(1.0);
     Total<V> total_s, total_t, total_rs, total_rt, total_ks, total_kt;
@@ -62,9 +71,8 @@ template <bool kForward, bool kReverse> struct KLFold {
       }
     };
     for_each_pair<V>(
-        n,
-        [&](int i) ADAKD_INLINE_LAMBDA {
-          const Pair<V> zs = load_pair(ps + i), zt = load_pair(pt + i);
+        block,
+        [&](const Pair<V>& zs, const Pair<V>& zt) ADAKD_INLINE_LAMBDA {
           entry(zs.first, zt.first, sum_s.first, sum_t.first, ratio_s.first, ratio_t.first, kept_s.first, kept_t.first);
           entry(zs.second, zt.second, sum_s.second, sum_t.second, ratio_s.second, ratio_t.second, kept_s.second,
                 kept_t.second);
@@ -84,16 +92,16 @@ template <bool kForward, bool kReverse> struct KLFold {
     return x;
   }
 
-  template <bool kGuarded, class V, class T> Added add(const T* ps, const T* pt, int n) {
+  template <bool kGuarded, class V, class T> Added add(const Block<T>& block) {
     if (!peak.exists() || t.anchor == -kInfinity) {
-      const Maxima first = block_maxima<V>(ps, pt, n);
+      const Maxima first = block_maxima<V>(block);
       raise_teacher(first.t);
       if (passes(first.s)) return Added::kNewPeak;
     }
-    Sums x = sums<kGuarded, V>(ps, pt, n);
+    Sums x = sums<kGuarded, V>(block);
     const bool raised = raise_teacher(x.max.t);
     if (passes(x.max.s)) return Added::kNewPeak;
-    if (raised) x = sums<kGuarded, V>(ps, pt, n);
+    if (raised) x = sums<kGuarded, V>(block);
     // Sums in double are what they are: NaN comes from the logits.
     if (!(kGuarded && sizeof(Scalar<V>) == 8) && !x.finite()) return Added::kNotInThisType;
     s.sum += x.s;
@@ -106,6 +114,8 @@ template <bool kForward, bool kReverse> struct KLFold {
     t.include(x.max.t);
     return Added::kYes;
   }
+
+  bool has_no_mass(double logit) const { return s.has_no_mass(logit, scale) && t.has_no_mass(logit, scale); }
 
   bool passes(double logit) {
     if (!peak.passed_by(logit, scale)) return false;
@@ -153,17 +163,12 @@ template <bool kForward, bool kReverse> struct KLFold {
 
   double gap(const Peak& at) const { return apart(apart(at.s, s.origin()), apart(at.t, t.origin())); }
 
-  // The masses of both rows, at the peak and elsewhere, and log2(q/p) at the peak.
-  struct Masses {
-    double all_s, all_t;
-    double beside;  // Σ q but for the peak
-    double peak_s, peak_t;
-    double log_ratio;
-  };
-  Masses masses() const {
-    Masses m{s.sum, t.sum, 0.0, 0.0, 0.0, 0.0};
+  Masses measure() const {
+    Masses m;
+    m.all_s = s.sum;
+    m.all_t = t.sum;
     if (peak.exists()) {
-      m.peak_s = s.mass(peak.s, scale);
+      m.peak_s = 1.0;  // the anchor is its logit
       m.peak_t = t.mass(peak.t, scale);
       m.all_s += m.peak_s;
       m.all_t += m.peak_t;
@@ -171,10 +176,10 @@ template <bool kForward, bool kReverse> struct KLFold {
     }
     if (peak.counts()) {
       // Next to 1, a mass is known by what lies beside it.
-      const double log_q = -std::log1p(s.sum / m.peak_s) / kLn2;
+      m.log_q = -std::log1p(s.sum / m.peak_s) / kLn2;
       const double log_p = t.sum < m.peak_t ? -std::log1p(t.sum / m.peak_t) / kLn2
                                             : apart(peak.t, t.origin()) * scale - std::log2(m.all_t);
-      m.log_ratio = apart(log_q, log_p);
+      m.log_ratio = apart(m.log_q, log_p);
     }
     return m;
   }
@@ -182,18 +187,17 @@ template <bool kForward, bool kReverse> struct KLFold {
 
   // Whose sums include the peak, as they are kept.
   template <class S> void store(const Normalizers& out, int64_t n) const {
-    const Masses m = masses();
     Side all_s = s, all_t = t;
-    all_s.sum = m.all_s;
-    all_t.sum = m.all_t;
+    all_s.sum = masses.all_s;
+    all_t.sum = masses.all_t;
     store_normalizer<S>(all_s, scale, out.max_s, out.sum_s, n);
     store_normalizer<S>(all_t, scale, out.max_t, out.sum_t, n);
   }
 
   // D and what its gradient needs.
-  RowResult finish() const {
+  RowResult finish() {
+    const Masses& m = masses = measure();
     if (!kRatios || empty()) return {};
-    const Masses m = masses();
     const double q_lost = (s.sum - keep_s + (peak.counts() ? 0.0 : m.peak_s)) / m.all_s;
     RowResult r;
     if (!peak.counts()) {
@@ -213,7 +217,7 @@ template <bool kForward, bool kReverse> struct KLFold {
     const double offset = std::fabs(own * scale) < kFar ? m.log_ratio - own * scale
                                                         : std::log2(m.all_t) - std::log2(m.all_s);
     const double forward = -(scale * gap_t + keep_t * offset) / m.all_t * kLn2;
-    const double ratio = std::exp2(-m.log_ratio), nats = m.log_ratio * kLn2;
+    const double ratio = kForward ? std::exp2(-m.log_ratio) : 0.0, nats = m.log_ratio * kLn2;
     double c = 0.0, others = 0.0;
     if (kReverse) {
       r.d += reverse + nats * (keep_s + m.peak_s) / m.all_s;

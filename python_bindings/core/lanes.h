@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "kernels.h"
 
@@ -106,6 +107,8 @@ ADAKD_INLINE Floats min(Floats a, Floats b) {
 }
 ADAKD_INLINE Doubles min(Doubles a, Doubles b) { return a < b ? a : b; }
 
+ADAKD_INLINE Floats minus_absolute(Floats x) { return (Floats)((Uints)x | 0x80000000u); }
+ADAKD_INLINE Doubles minus_absolute(Doubles x) { return (Doubles)((Longs)x | std::numeric_limits<int64_t>::min()); }
 ADAKD_INLINE Floats absolute(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
 ADAKD_INLINE Doubles absolute(Doubles x) { return (Doubles)((Longs)x & 0x7fffffffffffffff); }
 
@@ -113,6 +116,7 @@ inline double fma(double a, double b, double c) { return a * b + c; }
 inline double max(double a, double b) { return a > b ? a : b; }
 inline double min(double a, double b) { return a < b ? a : b; }
 inline double absolute(double x) { return std::fabs(x); }
+inline double minus_absolute(double x) { return -std::fabs(x); }
 inline double exp2(double x) { return std::exp2(x); }
 inline double log2(double x) { return std::log2(x); }
 
@@ -169,12 +173,16 @@ ADAKD_INLINE Doubles log2(Doubles x) {
 // ones: one load, and no shuffle; store_pair is its inverse.
 template <class V> struct Pair { V first, second; };
 
-// By halves: a loop over lanes would be a chain of dependent operations.
-template <int n> ADAKD_INLINE double sum_of(const double* x) {
-  if constexpr (n == 1) {
+// All lanes of a vector into one number by `join`, a half onto the other: a loop over lanes would be a chain of dependent
+// operations.
+template <class S, class X, class Join> ADAKD_INLINE S across(X x, Join join) {
+  if constexpr (sizeof(X) == sizeof(S)) {
     return x[0];
   } else {
-    return sum_of<n / 2>(x) + sum_of<n / 2>(x + n / 2);
+    typedef S HalfOfX __attribute__((vector_size(sizeof(X) / 2)));
+    HalfOfX halves[2];
+    std::memcpy(halves, &x, sizeof x);
+    return across<S>(join(halves[0], halves[1]), join);
   }
 }
 
@@ -191,24 +199,22 @@ template <class V> struct Total {
     x.first = x.second = V{};
   }
   ADAKD_INLINE double value() const {
-    double lanes[kLanes<V>];
-    for (int i = 0; i < kLanes<V>; ++i) lanes[i] = static_cast<double>(sum.first[i]) + sum.second[i];
-    return sum_of<kLanes<V>>(lanes);
+    Doubles lanes;
+    if constexpr (sizeof(Scalar<V>) == 8) {
+      lanes = sum.first + sum.second;
+    } else {
+      typedef float HalfVector __attribute__((vector_size(kBytes / 2)));
+      HalfVector half[4];
+      std::memcpy(half, &sum, sizeof sum);
+      const auto wide = [](HalfVector x) ADAKD_INLINE_LAMBDA { return __builtin_convertvector(x, Doubles); };
+      lanes = (wide(half[0]) + wide(half[2])) + (wide(half[1]) + wide(half[3]));
+    }
+    return across<double>(lanes, [](auto a, auto b) ADAKD_INLINE_LAMBDA { return a + b; });
   }
 };
 
-template <int n, class S> ADAKD_INLINE S max_of(const S* x) {
-  if constexpr (n == 1) {
-    return x[0];
-  } else {
-    const S a = max_of<n / 2>(x), b = max_of<n / 2>(x + n / 2);
-    return a > b ? a : b;
-  }
-}
 template <class V> ADAKD_INLINE Scalar<V> max_lanes(V x) {
-  Scalar<V> lanes[kLanes<V>];
-  std::memcpy(lanes, &x, sizeof x);
-  return max_of<kLanes<V>>(lanes);
+  return across<Scalar<V>>(x, [](auto a, auto b) ADAKD_INLINE_LAMBDA { return a > b ? a : b; });
 }
 
 template <class V> ADAKD_INLINE V load(const Scalar<V>* p) {

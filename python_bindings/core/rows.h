@@ -2,6 +2,7 @@
 #pragma once
 
 #include <limits>
+#include <type_traits>
 
 #include "exp_log.h"
 #include "kernels.h"
@@ -138,6 +139,8 @@ struct Side {
     return logit == -kInfinity ? 0.0 : std::exp2((logit - origin()) * scale);
   }
   void include(double logit) { max = logit > max ? logit : max; }
+  // Whether the mass of a logit is 0 beside the others', and its root, too.
+  bool has_no_mass(double logit, double scale) const { return anchor != -kInfinity && (logit - anchor) * scale < -400.0; }
 };
 
 // Max and sum of a row as they are kept; an empty row is (-inf, 0). `scale` as in the fold of the sum.
@@ -189,14 +192,27 @@ enum class Added {
   kNewPeak,        // nothing was added: the block's largest logit passes the peak
 };
 
-// Takes two rows through a fold, block by block. The fold has add<kGuarded, V>(s, t, n), and, where it keeps a peak,
+// Entries of both rows that lie next to each other, a whole number of pairs of vectors. Where one of them is left out, the
+// pair with it lies elsewhere.
+template <class T> struct Block {
+  const T *s, *t;
+  int n;
+  int hole = -1;  // where the pair starts that lies at hole_s and hole_t
+  const T *hole_s = nullptr, *hole_t = nullptr;
+
+  const T* s_at(int i) const { return i == hole ? hole_s : s + i; }
+  const T* t_at(int i) const { return i == hole ? hole_t : t + i; }
+};
+
+// Takes two rows through a fold, block by block. The fold has add<kGuarded, V>(block), and, where it keeps a peak,
 // take_peak(peak) and passing, the logit of the new one. A block goes to it as it lies in memory; then, if need be,
 // widened and with guards; then in double, which holds every difference of logits of the other types.
 template <class V, class Fold> class Sweep {
  public:
   Sweep(const Row& s, const Row& t, Fold& fold) : s_(s), t_(t), fold_(fold) {}
 
-  void range(int64_t begin, int64_t end) {
+  // Entries begin to end, but for the peak where it is one of them.
+  void range(int64_t begin, int64_t end, int64_t peak = -1) {
     for (int64_t start = begin; start < end;) {
       const int64_t left = end - start;
       int n = static_cast<int>(left < kBlock ? left : kBlock);
@@ -205,11 +221,11 @@ template <class V, class Fold> class Sweep {
         added = directly<V>(s_, t_, added, [&](auto entry) {
           using T = decltype(entry);
           n -= n % kStep;  // the rest of the row is a block of its own, and widened
-          return fold_.template add<false, V>(reinterpret_cast<const T*>(s_.data) + start,
-                                              reinterpret_cast<const T*>(t_.data) + start, n);
+          return start <= peak && peak < start + n ? with_hole<T>(start, n, static_cast<int>(peak - start))
+                                                   : fold_.template add<false, V>(block<T>(start, n));
         });
       }
-      if (added == Added::kNotInThisType) added = widened(start, n, -1);
+      if (added == Added::kNotInThisType) added = widened(start, n, peak);
       if constexpr (Fold::kPeak) {
         if (added == Added::kNewPeak) with_new_peak(start, n);
       }
@@ -217,17 +233,28 @@ template <class V, class Fold> class Sweep {
     }
   }
 
-  // A range that holds the peak, but for the peak.
-  void around(int64_t begin, int64_t end, int64_t peak) {
-    const int64_t first = begin + (peak - begin) / kStep * kStep, last = first + kStep < end ? first + kStep : end;
-    range(begin, first);
-    const bool added = last - first == kStep && whole_step(first, peak);
-    if (!added) widened(first, static_cast<int>(last - first), peak);
-    range(last, end);
-  }
-
  private:
   static constexpr int kStep = 2 * kLanes<V>;
+
+  template <class T> Block<T> block(int64_t start, int n) const {
+    return {reinterpret_cast<const T*>(s_.data) + start, reinterpret_cast<const T*>(t_.data) + start, n};
+  }
+
+  // A block without guards, but for one entry: whose place takes logits so low that they have no mass, and yet finite.
+  template <class T> Added with_hole(int64_t start, int n, int left_out) {
+    constexpr float kNoMass = std::is_same_v<T, Half> ? -6.0e4f : -1.0e30f;
+    if (!fold_.has_no_mass(kNoMass)) return Added::kNotInThisType;
+    Block<T> all = block<T>(start, n);
+    alignas(64) T hole_s[kStep], hole_t[kStep];
+    all.hole = left_out - left_out % kStep;
+    std::memcpy(hole_s, all.s + all.hole, sizeof hole_s);
+    std::memcpy(hole_t, all.t + all.hole, sizeof hole_t);
+    narrow(kNoMass, &hole_s[left_out % kStep]);
+    narrow(kNoMass, &hole_t[left_out % kStep]);
+    all.hole_s = hole_s;
+    all.hole_t = hole_t;
+    return fold_.template add<false, V>(all);
+  }
 
   Added widened(int64_t start, int n, int64_t left_out) {
     const Added added = widened_to<V>(start, n, left_out);
@@ -237,32 +264,19 @@ template <class V, class Fold> class Sweep {
     return added;
   }
 
-  // One step without guards, but for the peak: whose place takes a logit so low that it has no mass, and yet finite.
-  bool whole_step(int64_t start, int64_t peak) {
-    if (sizeof(Scalar<V>) == 8) return false;  // rows in double always take the guards
-    constexpr Scalar<V> kNoMass = -1.0e30f, kUsual = 1.0e20f;
-    if (!(std::fabs(entry_of(s_, peak)) < kUsual && std::fabs(entry_of(t_, peak)) < kUsual)) return false;
-    alignas(64) Scalar<V> wide_s[kStep], wide_t[kStep];
-    widen_block<V>(s_, start, kStep, wide_s);
-    widen_block<V>(t_, start, kStep, wide_t);
-    wide_s[peak - start] = wide_t[peak - start] = kNoMass;
-    return fold_.template add<false, V>(static_cast<const Scalar<V>*>(wide_s), static_cast<const Scalar<V>*>(wide_t), kStep) ==
-           Added::kYes;
-  }
-
   // Not inlined: its arrays would be on the stack of every call.
   template <class W> __attribute__((noinline)) Added widened_to(int64_t start, int n, int64_t left_out) {
     alignas(64) Scalar<W> wide_s[kBlock], wide_t[kBlock];
     widen_block<W>(s_, start, n, wide_s);
     const int padded = widen_block<W>(t_, start, n, wide_t);
-    if (left_out >= 0) wide_s[left_out - start] = wide_t[left_out - start] = -kInfinity;
-    return fold_.template add<true, W>(wide_s, wide_t, padded);
+    if (start <= left_out && left_out < start + n) wide_s[left_out - start] = wide_t[left_out - start] = -kInfinity;
+    return fold_.template add<true, W>(Block<Scalar<W>>{wide_s, wide_t, padded});
   }
 
   void with_new_peak(int64_t start, int n) {
     const int64_t index = start + find(start, n, fold_.passing);
     fold_.take_peak(Peak{index, entry_of(s_, index), entry_of(t_, index)});
-    around(start, start + n, index);
+    range(start, start + n, index);
   }
 
   // The place of a block's largest student logit.
@@ -286,12 +300,14 @@ template <class V, class Fold> class Sweep {
   Fold& fold_;
 };
 
-// Calls step(offset) for every pair of vectors of a block of n entries, and flush() after every few of them.
-template <class V, class Step, class Flush> ADAKD_INLINE void for_each_pair(int n, Step step, Flush flush) {
+// Calls step(zs, zt) with every pair of vectors of a block, and flush() after every few of them.
+template <class V, class T, class Step, class Flush>
+ADAKD_INLINE void for_each_pair(const Block<T>& block, Step step, Flush flush) {
   constexpr int kStep = 2 * kLanes<V>, kChain = 16 * kStep;
-  for (int begin = 0; begin < n; begin += kChain) {
-    const int end = begin + kChain < n ? begin + kChain : n;
-    for (int i = begin; i < end; i += kStep) step(i);
+  const Block<T> x = block;
+  for (int begin = 0; begin < x.n; begin += kChain) {
+    const int end = begin + kChain < x.n ? begin + kChain : x.n;
+    for (int i = begin; i < end; i += kStep) step(load_pair(x.s_at(i)), load_pair(x.t_at(i)));
     flush();
   }
 }
@@ -300,10 +316,10 @@ template <class V, class Step, class Flush> ADAKD_INLINE void for_each_pair(int 
 struct Maxima {
   double s, t;
 };
-template <class V, class T> inline Maxima block_maxima(const T* s, const T* t, int n) {
+template <class V, class T> inline Maxima block_maxima(const Block<T>& block) {
   V max_s = broadcast<V>(-kInfinity), max_t = max_s;
-  for (int i = 0; i < n; i += 2 * kLanes<V>) {
-    const Pair<V> a = load_pair(s + i), b = load_pair(t + i);
+  for (int i = 0; i < block.n; i += 2 * kLanes<V>) {
+    const Pair<V> a = load_pair(block.s_at(i)), b = load_pair(block.t_at(i));
     max_s = max(max(max_s, a.first), a.second);
     max_t = max(max(max_t, b.first), b.second);
   }

@@ -56,13 +56,10 @@ template <class V> void token_divergence_row(const DivergenceCall& call, int64_t
       const auto kept = [n](const void* array) -> double { return static_cast<const S*>(array)[n]; };
       const Normalized normalized = Normalized::kept<V>(scale, kept(call.out.max_s), kept(call.out.sum_s),
                                                         kept(call.out.max_t), kept(call.out.sum_t));
-      TermsFold<D> terms(normalized, first, call.alpha, call.beta);
+      TermsFold<D> terms(normalized, call.alpha, call.beta);
+      terms.template align_with_peak<V>(first);
       Sweep<V, TermsFold<D>> second(s, t, terms);
-      if (first.peak.exists()) {
-        second.around(0, rows.vocab, first.peak.index);
-      } else {
-        second.range(0, rows.vocab);
-      }
+      second.range(0, rows.vocab, first.peak.index);
       result = terms.template result<V>(first);
     } else {
       using Fold = typename OneSweep<D>::Fold;

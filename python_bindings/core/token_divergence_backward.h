@@ -65,6 +65,15 @@ template <class V, class D, bool kCrossEntropy> struct Gradient {
 
   // n entries without guards; gives how many were done before the first group that needs them.
   template <bool kStream, class T> int fast(const T* s, const T* t, T* out, int n) const {
+    // From a copy: what is stored could be a member of *this, for all that the compiler knows, and would be loaded again.
+    Gradient x = *this;
+    return unswitched<Divergence>(parameters, [&](const Parameters<V>& known) ADAKD_INLINE_LAMBDA {
+      x.parameters = known;
+      return x.template fast_loop<kStream>(s, t, out, n);
+    });
+  }
+
+  template <bool kStream, class T> ADAKD_INLINE int fast_loop(const T* s, const T* t, T* out, int n) const {
     for (int i = 0; i < n; i += 2 * kLanes<V>) {
       const Pair<V> zs = load_pair(s + i), zt = load_pair(t + i);
       V check_1, check_2;

@@ -49,34 +49,50 @@ template <class D> struct TermsFold {
   double own_sign = 0.0;  // kSign: that of the peak's log-ratio
   double f = 0.0, g = 0.0;
 
-  TermsFold(const Normalized& normalized, const NormalizerFold& first, double alpha, double beta)
-      : normalized(normalized), alpha(alpha), beta(beta) {
-    // The backward has to find the signs that were added up here, from the normalisers that it knows. Elsewhere a shift of
-    // all log-ratios against the peak's would be an error of the peak's gradient.
+  TermsFold(const Normalized& normalized, double alpha, double beta) : normalized(normalized), alpha(alpha), beta(beta) {}
+
+  // Puts the peak and the other entries on one scale, as vectors of V have it.
+  template <class V> void align_with_peak(const NormalizerFold& first) {
     if (!first.peak.counts()) return;
+    const double log_ratio = first.masses.log_ratio;
     if (D::template Of<double>::kSign) {
-      const double gap = first.masses().log_ratio;
+      // The backward has to find the signs that are added up here, from the normalisers that it knows: so has the peak
+      // where its log-ratio is within the rounding of the sums. With equal rows, all signs are then the same.
+      const bool known = std::fabs(log_ratio) > -8.0 * std::numeric_limits<Scalar<V>>::epsilon() * first.masses.log_q;
+      const V s = broadcast<V>(static_cast<Scalar<V>>(first.peak.s)), t = broadcast<V>(static_cast<Scalar<V>>(first.peak.t));
+      const double gap = known ? log_ratio : Frame<V>(normalized).template entry<true>(s, t).gap[0];
       own_sign = gap > 0.0 ? 1.0 : gap < 0.0 ? -1.0 : 0.0;
       return;
     }
+    // A shift of all log-ratios against the peak's would be an error of the peak's gradient.
     const double from_s = first.peak.s - normalized.m_s, from_t = first.peak.t - normalized.m_t;
-    const double log_ratio = first.masses().log_ratio;
     constexpr double kFar = 1.0e3;  // c_gap would be a small difference of two large numbers
-    if (std::fabs(log_ratio) < kFar) this->normalized.c_gap = (from_s - from_t) * normalized.scale - log_ratio;
+    if (std::fabs(log_ratio) < kFar) normalized.c_gap = (from_s - from_t) * normalized.scale - log_ratio;
   }
 
-  template <bool kGuarded, class V, class T> Added add(const T* ps, const T* pt, int n) {
-    using Divergence = typename D::template Of<V>;
+  bool has_no_mass(double logit) const {
+    constexpr double kNone = -400.0;
+    const double log_q = (logit - normalized.m_s) * normalized.scale, log_p = (logit - normalized.m_t) * normalized.scale;
+    return (log_q > log_p ? log_q : log_p) * D::template Of<double>::least_power(alpha, beta) < kNone;
+  }
+
+  template <bool kGuarded, class V, class T> Added add(const Block<T>& block) {
     Parameters<V> parameters(alpha, beta);
     parameters.own_sign = constant<V>(own_sign);
+    return unswitched<typename D::template Of<V>>(parameters, [&](const Parameters<V>& x) ADAKD_INLINE_LAMBDA {
+      return add<kGuarded, V>(block, x);
+    });
+  }
+
+  template <bool kGuarded, class V, class T> ADAKD_INLINE Added add(const Block<T>& block, const Parameters<V>& parameters) {
+    using Divergence = typename D::template Of<V>;
     const V own_c = constant<V>(-0.5 * own_sign);
     const Divergence divergence(parameters);
     const Frame<V> frame(normalized);
     const V minus_infinity = broadcast<V>(-kInfinity), zero = V{};
     Total<V> total_f, total_g;
-    Pair<V> sum_f{}, sum_g{};
-    bool finite = true;
-    const auto entry = [&](V zs, V zt, V& ff, V& gg) ADAKD_INLINE_LAMBDA {
+    Pair<V> sum_f{}, sum_g{}, finite{};  // finite: 0, or NaN once a log-ratio is not
+    const auto entry = [&](V zs, V zt, V& ff, V& gg, V& finite) ADAKD_INLINE_LAMBDA {
       const Entry<V> at = frame.template entry<kGuarded>(zs, zt);
       V f_here, g_here;
       divergence.terms(at, f_here, g_here);
@@ -91,21 +107,19 @@ template <class D> struct TermsFold {
       }
       ff += f_here;
       gg += g_here;
-      return check;
+      if constexpr (sizeof(Scalar<V>) == 4) finite = fma(check, zero, finite);
     };
     for_each_pair<V>(
-        n,
-        [&](int i) ADAKD_INLINE_LAMBDA {
-          const Pair<V> zs = load_pair(ps + i), zt = load_pair(pt + i);
-          const V gap_1 = entry(zs.first, zt.first, sum_f.first, sum_g.first);
-          const V gap_2 = entry(zs.second, zt.second, sum_f.second, sum_g.second);
-          if constexpr (sizeof(Scalar<V>) == 4) finite &= all_finite(gap_1, gap_2);
+        block,
+        [&](const Pair<V>& zs, const Pair<V>& zt) ADAKD_INLINE_LAMBDA {
+          entry(zs.first, zt.first, sum_f.first, sum_g.first, finite.first);
+          entry(zs.second, zt.second, sum_f.second, sum_g.second, finite.second);
         },
         [&]() ADAKD_INLINE_LAMBDA {
           total_f.take(sum_f);
           total_g.take(sum_g);
         });
-    if (!finite) return Added::kNotInThisType;
+    if (any(finite.first + finite.second != zero)) return Added::kNotInThisType;
     f += total_f.value();
     g += total_g.value();
     return Added::kYes;
@@ -114,7 +128,7 @@ template <class D> struct TermsFold {
   // D and the gradient's numbers, with the peak's own terms, from parameters rounded as in vectors of V.
   template <class V> RowResult result(const NormalizerFold& first) const {
     using Divergence = typename D::template Of<double>;
-    const NormalizerFold::Masses m = first.masses();
+    const NormalizerFold::Masses& m = first.masses;
     const double q = m.peak_s / m.all_s;
     RowResult r;
     r.d = f;
@@ -122,10 +136,9 @@ template <class D> struct TermsFold {
       r.sum_g = Divergence::kWithoutQ ? g - q : g;
       return r;
     }
-    const double log_q = -std::log1p(first.s.sum / m.peak_s) / kLn2;
     const Parameters<double> parameters = Parameters<V>(alpha, beta).in_double();
     double own_f, own_g;
-    Divergence(parameters).terms(Entry<double>{log_q, log_q - m.log_ratio, m.log_ratio}, own_f, own_g);
+    Divergence(parameters).terms(Entry<double>{m.log_q, m.log_q - m.log_ratio, m.log_ratio}, own_f, own_g);
     r.d += own_f;
     if (Divergence::kSign) {
       r.set_gradient(first.peak.index, q, -0.5 * own_sign, g);
