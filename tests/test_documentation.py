@@ -53,7 +53,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "models").mkdir()
     (tmp_path / "data").mkdir()
     save_pair(tmp_path / "models", "llama")
-    write_jsonl(tmp_path / "data" / "train.jsonl")
+    for name in ("train", "held_out"):
+        write_jsonl(tmp_path / "data" / f"{name}.jsonl")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
