@@ -271,7 +271,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
 def test_transformers_is_imported_when_needed_only() -> None:
     script = """
 import sys
-import adakd_kernels, adakd_kernels.cli, adakd_kernels.integrations.records, adakd_kernels.commands.doctor
+import adakd_kernels, adakd_kernels.cli, adakd_kernels.trainer.records, adakd_kernels.commands.doctor
 assert "transformers" not in sys.modules and "yaml" not in sys.modules
 sys.modules["transformers"] = None
 try:

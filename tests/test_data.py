@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from adakd_kernels.integrations import collator, token_histogram
-from adakd_kernels.integrations.collator import AdaKDDataCollator
-from adakd_kernels.integrations.records import DataError, check_same_tokenizer, load_records, tokenize_messages
-from adakd_kernels.integrations.token_histogram import TokenHistogram
+from adakd_kernels.trainer import collator, histogram
+from adakd_kernels.trainer.collator import AdaKDDataCollator
+from adakd_kernels.trainer.histogram import TokenHistogram
+from adakd_kernels.trainer.records import DataError, check_same_tokenizer, load_records, tokenize_messages
 
 from .tiny_models import INSTRUCTIONS, tiny_tokenizer, write_jsonl
 
@@ -197,7 +197,7 @@ def test_histogram() -> None:
     assert histogram.quantiles(0.1, 0.5, 0.6, 0.8, 1.0) == [0.0, 0.0, 2.0**-7, 1.0, 2.0**16]
 
 
-@pytest.mark.parametrize("module", [collator, token_histogram])
+@pytest.mark.parametrize("module", [collator, histogram])
 def test_examples(module: Any) -> None:
     result = doctest.testmod(module, extraglobs={"torch": torch})
     assert result.attempted > 0 and result.failed == 0

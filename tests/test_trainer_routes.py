@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from adakd_kernels import LinearAdaKDLoss
-from adakd_kernels.integrations.heads import HeadOptions, NoPlainHeadError, plain_head
 from adakd_kernels.integrations.transformers import AdaKDDataCollator, AdaKDTrainer
+from adakd_kernels.trainer.heads import HeadOptions, NoPlainHeadError, plain_head
 
 from .tiny_models import tiny_model, token_records
 from .trainer_process import config
