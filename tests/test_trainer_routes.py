@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from adakd_kernels import LinearAdaKDLoss
 from adakd_kernels.integrations.transformers import AdaKDDataCollator, AdaKDTrainer
-from adakd_kernels.trainer.heads import HeadOptions, NoPlainHeadError, plain_head
+from adakd_kernels.trainer.heads import HeadOptions, NoPlainHeadError, instead_of_head, plain_head
 
 from .tiny_models import tiny_model, token_records
 from .trainer_process import config
@@ -92,6 +92,37 @@ def test_plain_heads_are_tried_out(architecture: str, options: HeadOptions) -> N
     assert plain_head(model) == options
     assert model.training and not model.lm_head.training and "forward" not in vars(model.lm_head)
     assert plain_head(model.bfloat16()) == options
+
+
+def test_a_head_is_itself_again_after_nested_contexts_and_errors() -> None:
+    head, hidden = nn.Linear(2, 3), torch.ones(1, 2)
+    plain = head(hidden)
+    with instead_of_head(head, lambda hidden: hidden + 1):
+        with pytest.raises(KeyError), instead_of_head(head, lambda hidden: {}[0]):
+            head(hidden)
+        assert torch.equal(head(hidden), hidden + 1)
+    assert torch.equal(head(hidden), plain) and "forward" not in vars(head)
+
+
+def test_a_step_leaves_models_and_losses_as_they_were(tmp_path: Path) -> None:
+    """After each kind of call, and after an error in the middle of one."""
+    student, teacher = tiny_model("llama", seed=1), tiny_model("llama", layers=2, seed=2)
+    records = token_records(4)
+    for route in ("logits", "hidden"):
+        trainer = AdaKDTrainer(model=student, teacher=teacher, args=config(tmp_path, logits_route=route))
+        losses = trainer.loss_fn, trainer.eval_loss_fn
+        assert losses[0] is not losses[1]
+        before = [{name: value for name, value in vars(loss).items() if name[0] != "_"} for loss in losses]
+        batch = trainer.data_collator(records)
+        trainer.compute_loss(student, batch)
+        trainer.compute_loss(student, batch, return_outputs=True)
+        for loss_only in (True, False):
+            trainer.prediction_step(student, batch, loss_only)
+        with pytest.raises(TypeError, match="labels must be integers"):
+            trainer.compute_loss(student, {**batch, "labels": batch["labels"].float()})
+        after = [{name: value for name, value in vars(loss).items() if name[0] != "_"} for loss in losses]
+        assert after == before and (trainer.loss_fn, trainer.eval_loss_fn) == losses
+        assert "forward" not in {**vars(student.lm_head), **vars(teacher.lm_head)}
 
 
 def _capped_in_secret(model: Any) -> None:

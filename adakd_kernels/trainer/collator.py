@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["AdaKDDataCollator"]
+from .records import IGNORE_INDEX
 
-IGNORE_INDEX = -100
+__all__ = ["AdaKDDataCollator"]
 
 
 @dataclass

@@ -141,10 +141,10 @@ class AdaKDConfig(TrainingArguments):
             raise type(error)(f"focus_{error}") from None
 
     def make_loss(
-        self, focus: LossAdaptiveFocus | float, cls: type[AdaKDLoss] = AdaKDLoss, **head_options: Any
+        self, focus: LossAdaptiveFocus | float, cls: type[AdaKDLoss] = AdaKDLoss, **options: Any
     ) -> AdaKDLoss:
-        """The loss of these options with the given share, as a class that may take options of its own."""
-        return cls(self.make_divergence(), focus=focus, **self._loss_options(), **head_options)
+        """The loss of these options with the given share; `options` are further ones of the class."""
+        return cls(self.make_divergence(), focus=focus, **self._loss_options(), **options)
 
     def _loss_options(self) -> dict[str, Any]:
         """The options that `adakd_loss` and `AdaKDLoss` share, without the divergence."""

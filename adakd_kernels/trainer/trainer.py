@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Trainer, modeling_utils
+from transformers import AutoModelForCausalLM, Trainer
 
 from ..adaptive import LossAdaptiveFocus
 from ..functional import AdaKDOutput
@@ -19,8 +18,18 @@ from .checkpoints import last_checkpoint
 from .collator import AdaKDDataCollator
 from .config import AdaKDConfig
 from .focus_callback import FocusCallback
-from .heads import HeadOptions, NoPlainHeadError, instead_of_head, output_head, plain_head
+from .heads import (
+    HeadOptions,
+    NoPlainHeadError,
+    hidden_states,
+    instead_of_head,
+    output_head,
+    plain_head,
+    takes_positions,
+    takes_positions_per_record,
+)
 from .histogram import TokenHistogram
+from .records import IGNORE_INDEX
 
 __all__ = ["AdaKDTrainer"]
 
@@ -35,21 +44,21 @@ class AdaKDTrainer(Trainer):
     """A `Trainer` that distils a frozen teacher into `model` with AdaKD's loss.
 
     The teacher is put on the training device in evaluation mode with `requires_grad` off. It keeps its type, is not
-    wrapped for distributed training, and is not part of a checkpoint. Positions count whose label is not −100.
+    wrapped for distributed training, and is not part of a checkpoint. A token is valid where its label is not −100.
     `num_items_in_batch` of `Trainer` makes k micro-batches, and k ranks, add up to one big batch; difficulties,
     selection and temperatures are those of each micro-batch.
 
-    Logged besides `loss`: `focus_ratio` (the share after the step), `loss_ema`, `loss_reference`, and p10, p50 and p90
-    of `difficulty` (valid tokens) and `temperature` (selected tokens) since the last log line, over all ranks.
-    `eval_loss` is the same loss with all tokens counted (share 1), its medians taken over each evaluation batch;
+    Logged besides `loss`: `focus_ratio` (the share r after the step), `loss_ema`, `loss_reference`, and p10, p50 and
+    p90 of `difficulty` (valid tokens) and `temperature` (selected tokens) since the last log line, over all ranks.
+    `eval_loss` is the same loss with every valid token selected (r = 1), its medians taken over each evaluation batch;
     evaluation leaves the adaptive share alone.
 
     The loss comes from the hidden states (`linear_adakd_loss`), so that no logits of a batch exist, where
     `logits_route` allows it and the logits of both models are their output layer's result, scaled and soft-capped as
-    their configurations say; this is tried out here on two tokens, and the route is said once. Otherwise, and for
-    `compute_loss(return_outputs=True)`, it comes from the logits. On that route, the gradient takes the place of the
-    student's logits in training, which nothing reads afterwards; with `return_outputs=True` and under `torch_compile`
-    it gets memory of its own.
+    their configurations say. This is tried out here on two tokens, and the choice is logged once. Otherwise, and for
+    `compute_loss(return_outputs=True)`, the loss comes from the logits. On that route the gradient takes the place of
+    the student's logits in training, where nothing reads them afterwards; with `return_outputs=True` and under
+    `torch_compile` it gets memory of its own.
 
     Args:
         model: the student, a causal language model.
@@ -60,6 +69,11 @@ class AdaKDTrainer(Trainer):
             is used where both models take it.
         processing_class: the tokenizer; saved with the model.
         **kwargs: everything else `Trainer` takes, such as `train_dataset`, `eval_dataset`, `callbacks`, `optimizers`.
+
+    Attributes:
+        teacher: the frozen teacher.
+        loss_fn: the loss of the training micro-batches; each `train` makes a new one, with the share of its run.
+        eval_loss_fn: the loss of the evaluation batches, r = 1.
 
     Raises:
         TypeError: `args` is no `AdaKDConfig`.
@@ -92,7 +106,7 @@ class AdaKDTrainer(Trainer):
         if data_collator is None:
             pad = getattr(processing_class, "pad_token_id", None)
             # The backward of this form is a scatter-add, which torch may refuse under full_determinism.
-            per_record = _takes_positions_per_record(model, teacher) and not args.full_determinism
+            per_record = takes_positions_per_record(model, teacher) and not args.full_determinism
             data_collator = AdaKDDataCollator(pad_token_id=0 if pad is None else pad, per_record=per_record)
         super().__init__(
             model=model, args=args, data_collator=data_collator, processing_class=processing_class, **kwargs
@@ -104,19 +118,96 @@ class AdaKDTrainer(Trainer):
             )
         if self.get_cp_size() * self.get_sp_size() > 1:
             raise ValueError("AdaKDTrainer needs whole sequences: set cp_size and sp_size of parallelism_config to 1")
-        # The loss is divided by num_items_in_batch here, so Trainer must count it and not divide again.
+        # The loss is divided by num_items_in_batch here, so Trainer must count the items and not divide again.
         self.model_accepts_loss_kwargs = True
-        teacher = teacher.requires_grad_(False).eval()
-        if getattr(teacher, "hf_device_map", None) is None and not getattr(teacher, "is_quantized", False):
-            teacher = teacher.to(args.device)
-        self.teacher: nn.Module = teacher
-        self._heads = self._plain_heads()
-        self._outputs_unread = False
+        self.teacher = self._frozen(teacher)
+        self._head_options = self._choose_route()
+        # r = 1 until `create_scheduler` knows how many steps the run has.
+        self.loss_fn = self._training_loss(focus=1.0)
         self.eval_loss_fn = self._make_loss(focus=1.0)
-        self.loss_fn = self.eval_loss_fn
         self._difficulty = TokenHistogram(args.device)
         self._temperature = TokenHistogram(args.device)
         self.add_callback(FocusCallback)
+
+    def _frozen(self, teacher: nn.Module) -> nn.Module:
+        """The teacher in evaluation mode, without gradients, on the training device unless it is placed already."""
+        teacher = teacher.requires_grad_(False).eval()
+        placed = getattr(teacher, "hf_device_map", None) is not None or getattr(teacher, "is_quantized", False)
+        return teacher if placed else teacher.to(self.args.device)
+
+    def _choose_route(self) -> tuple[HeadOptions, HeadOptions] | None:
+        """What follows the heads of student and teacher on the hidden route, or None for the logits route.
+
+        Raises:
+            ValueError: the hidden route is asked for and cannot be taken.
+        """
+        if self.args.logits_route == "logits":
+            return None
+        try:
+            options = self._plain_heads()
+        except NoPlainHeadError as error:
+            if self.args.logits_route == "hidden":
+                raise ValueError(
+                    f"logits_route='hidden' cannot be taken: {error}; set it to 'auto' or 'logits'"
+                ) from error
+            if self.args.should_log:
+                logger.warning("AdaKDTrainer: loss from the logits; from hidden states it is not possible: %s", error)
+            return None
+        if self.args.should_log:
+            logger.warning("AdaKDTrainer: loss from hidden states; no logits of a whole batch are computed")
+        return options
+
+    def _plain_heads(self) -> tuple[HeadOptions, HeadOptions]:
+        """What follows the heads of student and teacher.
+
+        Raises:
+            NoPlainHeadError: the hidden route cannot be taken.
+        """
+        if self.args.torch_compile:
+            raise NoPlainHeadError("torch_compile is on, and this route waits for the device")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1:
+            raise NoPlainHeadError("the head is split over processes (FSDP, DeepSpeed or tensor parallelism)")
+        found = []
+        for role, model in (("student", self.model), ("teacher", self.teacher)):
+            try:
+                found.append(plain_head(model))
+            except NoPlainHeadError as error:
+                raise NoPlainHeadError(f"{role}: {error}") from error
+        return found[0], found[1]
+
+    def _training_loss(self, focus: LossAdaptiveFocus | float) -> AdaKDLoss:
+        """The loss of training micro-batches, on the training device."""
+        # On the hidden route, logits are computed only for someone who reads them. A compiled model may have saved its
+        # logits for its own backward.
+        inplace = self._head_options is None and not self.args.torch_compile
+        return self._make_loss(focus, inplace=inplace).to(self.args.device)
+
+    def _make_loss(self, focus: LossAdaptiveFocus | float, inplace: bool = False) -> AdaKDLoss:
+        """The loss of the options with the given share; on the hidden route one that takes hidden states too."""
+        if self._head_options is None:
+            return self.args.make_loss(focus, inplace=inplace)
+        student, teacher = self._head_options
+        return self.args.make_loss(
+            focus,
+            LinearAdaKDLoss,
+            inplace=inplace,
+            student_scale=student.scale,
+            student_softcap=student.softcap,
+            teacher_scale=teacher.scale,
+            teacher_softcap=teacher.softcap,
+            keep_bytes=KEEP_BYTES,
+        )
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As `Trainer.create_scheduler`; the number of steps of the run also sets up the adaptive share."""
+        self.loss_fn = self._training_loss(self.args.make_focus(max(1, num_training_steps)))
+        # Looked up here, because `Trainer` may have made the callback anew from a checkpoint.
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, FocusCallback):
+                callback.loss_fn = self.loss_fn
+        self._difficulty.reset()
+        self._temperature.reset()
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; True resumes from the last checkpoint that was written to its end.
@@ -130,16 +221,6 @@ class AdaKDTrainer(Trainer):
                 raise ValueError(f"no complete checkpoint in {self.args.output_dir!r} to resume from")
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """As `Trainer.create_scheduler`; the number of steps of the run also sets up the adaptive share."""
-        self.loss_fn = self._make_loss(self.args.make_focus(max(1, num_training_steps))).to(self.args.device)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, FocusCallback):
-                callback.loss_fn = self.loss_fn
-        self._difficulty.reset()
-        self._temperature.reset()
-        return super().create_scheduler(num_training_steps, optimizer)
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -151,7 +232,8 @@ class AdaKDTrainer(Trainer):
 
         Args:
             model: the student, wrapped or not.
-            inputs: what the models take, with `labels` (B, L) and optionally `logits_to_keep` (K,) or (B, K).
+            inputs: what the models take, with `labels` (B, L) and optionally `logits_to_keep` (K,) or (B, K). With
+                `skip_logits` true, nobody reads the logits of outputs that are returned.
             return_outputs: also return the student's outputs, with logits (B, L, V), or (B, K, V) at `logits_to_keep`.
             num_items_in_batch: number of labels in the optimizer step; None takes the mean over this micro-batch.
 
@@ -162,34 +244,60 @@ class AdaKDTrainer(Trainer):
             ValueError: `inputs` has no labels.
         """
         inputs = dict(inputs)
-        labels, keep = inputs.pop("labels", None), inputs.pop("logits_to_keep", None)
-        if labels is None:
-            raise ValueError(f"a batch must have labels, got {sorted(inputs)}")
-        targets = torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], -100)), dim=1)
-        if keep is not None and _takes_positions(keep, self.model, self.teacher):
-            inputs["logits_to_keep"] = keep
-            targets = targets[:, keep] if keep.dim() == 1 else targets.gather(1, keep)
+        skip_logits = inputs.pop("skip_logits", False)
+        logits_are_read = return_outputs and not skip_logits
+        targets = self._pop_targets(inputs)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            # The count is global, and gradients, logged losses and the adaptive share are means over the ranks.
+            # The number is global, and gradients, logged losses and the adaptive share are means over the ranks.
             num_items_in_batch = num_items_in_batch / (self.accelerator.num_processes // self.get_tp_size())
         loss_fn = self.loss_fn if model.training else self.eval_loss_fn
-        if self._heads is not None and (self._outputs_unread or not return_outputs):
-            out, outputs = self._from_hidden(loss_fn, model, inputs, targets, num_items_in_batch)
+        if self._head_options is None or logits_are_read:
+            out, outputs = self._from_logits(loss_fn, model, inputs, targets, num_items_in_batch, logits_are_read)
         else:
-            # The teacher first: its activations are gone before the student's are kept for the backward.
-            with torch.no_grad():
-                teacher_logits = self.teacher(**inputs, use_cache=False, return_dict=True).logits
-            outputs = model(**inputs, return_dict=True)
-            loss_fn.inplace = not (return_outputs or self.args.torch_compile)
-            from_logits = loss_fn.from_logits if isinstance(loss_fn, LinearAdaKDLoss) else loss_fn
-            out = from_logits(outputs.logits, teacher_logits, targets, num_items_in_batch)
+            out, outputs = self._from_hidden(loss_fn, model, inputs, targets, num_items_in_batch)
         if model.training:
-            self._difficulty.add(out.difficulty, targets != -100)
+            self._difficulty.add(out.difficulty, targets != IGNORE_INDEX)
             self._temperature.add(out.temperature, out.selected)
         return (out.loss, outputs) if return_outputs else out.loss
 
+    def _pop_targets(self, inputs: dict[str, Any]) -> Tensor:
+        """The token that each position predicts, (B, L) or (B, K); `labels` leave `inputs`, as does an unused keep."""
+        labels, keep = inputs.pop("labels", None), inputs.pop("logits_to_keep", None)
+        if labels is None:
+            raise ValueError(f"a batch must have labels, got {sorted(inputs)}")
+        targets = torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], IGNORE_INDEX)), dim=1)  # (B, L)
+        if keep is None or not takes_positions(keep, self.model, self.teacher):
+            return targets
+        inputs["logits_to_keep"] = keep
+        return targets[:, keep] if keep.dim() == 1 else targets.gather(1, keep)  # (B, K)
+
+    def _from_logits(
+        self,
+        loss_fn: AdaKDLoss,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        targets: Tensor,
+        num_items: int | Tensor | None,
+        logits_are_read: bool,
+    ) -> tuple[AdaKDOutput, Any]:
+        """The loss from the logits of both models, and the student's outputs."""
+        # The teacher first: its activations are gone before the student's are kept for the backward.
+        with torch.no_grad():
+            teacher_logits = self.teacher(**inputs, use_cache=False, return_dict=True).logits
+        outputs = model(**inputs, return_dict=True)
+        logits = outputs.logits
+        if logits_are_read and loss_fn.inplace:
+            logits = logits.clone()  # the gradient takes the place of the copy
+        from_logits = loss_fn.from_logits if isinstance(loss_fn, LinearAdaKDLoss) else loss_fn
+        return from_logits(logits, teacher_logits, targets, num_items), outputs
+
     def _from_hidden(
-        self, loss_fn: nn.Module, model: nn.Module, inputs: dict[str, Any], targets: Tensor, num_items: Any
+        self,
+        loss_fn: AdaKDLoss,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        targets: Tensor,
+        num_items: int | Tensor | None,
     ) -> tuple[AdaKDOutput, Any]:
         """The loss, computed where the student's forward calls its head; the outputs have no logits worth reading.
 
@@ -197,14 +305,11 @@ class AdaKDTrainer(Trainer):
         chooses the positions that its head gets.
         """
         student_head, teacher_head = output_head(self.model), output_head(self.teacher)
-        seen: list[Any] = []
-
-        def keep_hidden(hidden: Tensor) -> Tensor:
-            seen.append(hidden)
-            return hidden[..., :1]
+        with torch.no_grad():
+            teacher_hidden = hidden_states(self.teacher, inputs)  # (B, K, H)
+        results: list[AdaKDOutput] = []
 
         def loss_of_hidden(hidden: Tensor) -> Tensor:
-            (teacher_hidden,) = seen
             out: AdaKDOutput = loss_fn(
                 hidden,
                 student_head.weight,
@@ -215,72 +320,27 @@ class AdaKDTrainer(Trainer):
                 student_bias=student_head.bias,
                 teacher_bias=teacher_head.bias,
             )
-            seen.append(out)
-            # A graph that reaches every parameter, in which data parallelism looks for those without a gradient.
+            results.append(out)
+            # In place of logits, a graph that reaches every parameter: data parallelism looks there for parameters
+            # without a gradient.
             return out.loss.to(hidden.dtype).expand(*hidden.shape[:-1], 1)
 
-        with torch.no_grad(), instead_of_head(teacher_head, keep_hidden):
-            self.teacher(**inputs, use_cache=False, return_dict=True)
         with instead_of_head(student_head, loss_of_hidden):
             outputs = model(**inputs, return_dict=True)
-        return seen[1], outputs
-
-    def _plain_heads(self) -> tuple[HeadOptions, HeadOptions] | None:
-        """What follows the heads of student and teacher on the hidden route, or None for the logits route.
-
-        Raises:
-            ValueError: the hidden route is asked for and cannot be taken.
-        """
-        if self.args.logits_route == "logits":
-            return None
-        try:
-            if self.args.torch_compile:
-                raise NoPlainHeadError("torch_compile is on, and this route waits for the device")
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1:
-                raise NoPlainHeadError("the head is split over processes (FSDP, DeepSpeed or tensor parallelism)")
-            found = []
-            for role, model in (("student", self.model), ("teacher", self.teacher)):
-                try:
-                    found.append(plain_head(model))
-                except NoPlainHeadError as error:
-                    raise NoPlainHeadError(f"{role}: {error}") from error
-        except NoPlainHeadError as error:
-            if self.args.logits_route == "hidden":
-                raise ValueError(
-                    f"logits_route='hidden' cannot be taken: {error}; set it to 'auto' or 'logits'"
-                ) from error
-            if self.args.should_log:
-                logger.warning("AdaKDTrainer: loss from the logits; from hidden states it is not possible: %s", error)
-            return None
-        if self.args.should_log:
-            logger.warning("AdaKDTrainer: loss from hidden states; no logits of a whole batch are computed")
-        return found[0], found[1]
-
-    def _make_loss(self, focus: LossAdaptiveFocus | float) -> AdaKDLoss:
-        if self._heads is None:
-            return self.args.make_loss(focus)
-        student, teacher = self._heads
-        return self.args.make_loss(
-            focus,
-            LinearAdaKDLoss,
-            student_scale=student.scale,
-            student_softcap=student.softcap,
-            teacher_scale=teacher.scale,
-            teacher_softcap=teacher.softcap,
-            keep_bytes=KEEP_BYTES,
-        )
+        (out,) = results
+        return out, outputs
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
         """As `Trainer.prediction_step`; logits that are returned cover all positions, as the labels do."""
-        if not prediction_loss_only:
-            inputs = {name: value for name, value in inputs.items() if name != "logits_to_keep"}
-        self._outputs_unread = prediction_loss_only
-        try:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        finally:
-            self._outputs_unread = False
+        inputs = dict(inputs)
+        if prediction_loss_only:
+            # `Trainer` asks for outputs here too, but drops them.
+            inputs["skip_logits"] = True
+        else:
+            inputs.pop("logits_to_keep", None)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`, with the share and the quantiles added to a training log line."""
@@ -296,27 +356,10 @@ class AdaKDTrainer(Trainer):
             values = torch.stack([getattr(focus, name) for name in names]).tolist()
             logs = dict(zip(names, values, strict=True))
         else:
-            logs["focus_ratio"] = float(self.loss_fn.focus_ratio)
+            logs["focus_ratio"] = focus
         for name, histogram in (("difficulty", self._difficulty), ("temperature", self._temperature)):
             histogram.counts = self.accelerator.reduce(histogram.counts)
-            for (suffix, _), value in zip(QUANTILES.items(), histogram.quantiles(*QUANTILES.values()), strict=True):
+            for suffix, value in zip(QUANTILES, histogram.quantiles(*QUANTILES.values()), strict=True):
                 logs[f"{name}_{suffix}"] = value
             histogram.reset()
         return logs
-
-
-def _base(model: Any) -> Any:
-    """The model, or the one that an adapter of peft wraps."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _takes_positions(keep: Tensor, *models: Any) -> bool:
-    """Whether all models take `logits_to_keep` in the form of `keep`, (K,) or (B, K)."""
-    named = all("logits_to_keep" in inspect.signature(_base(model).forward).parameters for model in models)
-    return named and (keep.dim() == 1 or _takes_positions_per_record(*models))
-
-
-def _takes_positions_per_record(*models: Any) -> bool:
-    """Whether `logits_to_keep` may be (B, K): in transformers' own models, where it has the function for it."""
-    native = all(type(_base(model)).__module__.startswith("transformers.models.") for model in models)
-    return native and hasattr(modeling_utils, "slice_logits_to_keep")
