@@ -193,8 +193,20 @@ def test_histogram() -> None:
         assert histogram.quantiles(p)[0] == pytest.approx(exact[math.ceil(p * len(exact)) - 1].item(), rel=0.0055)
     histogram.reset()
     assert all(math.isnan(q) for q in histogram.quantiles(0.1, 0.9))
-    histogram.add(torch.tensor([0.0, 0.0, 1e-12, 1.0, 2.0**-7, math.nan]), torch.ones(6, dtype=torch.bool))
+    histogram.add(torch.tensor([0.0, 0.0, 1e-12, 1.0, 2.0**-7, math.inf]), torch.ones(6, dtype=torch.bool))
     assert histogram.quantiles(0.1, 0.5, 0.6, 0.8, 1.0) == [0.0, 0.0, 2.0**-7, 1.0, 2.0**16]
+
+
+def test_histogram_of_nan() -> None:
+    """NaN comes behind every number, as in torch.sort, and stays NaN; a rounding error below 0 is 0."""
+    values = torch.tensor([math.nan, 1.0, math.inf, -1e-9, math.nan])
+    histogram = TokenHistogram("cpu")
+    histogram.add(values, torch.ones(5, dtype=torch.bool))
+    assert histogram.quantiles(0.2, 0.4, 0.6) == [0.0, 1.0, 2.0**16]
+    assert all(math.isnan(q) for q in histogram.quantiles(0.7, 0.9, 1.0))
+    histogram.reset()
+    histogram.add(values, torch.tensor([False, True, False, False, False]))
+    assert histogram.quantiles(0.1, 1.0) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("module", [collator, histogram])
