@@ -179,18 +179,19 @@ def test_other_heads_take_the_logits_route(
         plain_head(model)
     with pytest.raises(ValueError, match=f"logits_route='hidden' cannot be taken: student: {message}"):
         AdaKDTrainer(model=model, teacher=tiny_model("llama"), args=config(tmp_path, logits_route="hidden"))
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         trainer = AdaKDTrainer(model=tiny_model("llama"), teacher=model, args=config(tmp_path))
     assert not isinstance(trainer.loss_fn, LinearAdaKDLoss)
-    (said,) = [record.message for record in caplog.records if "AdaKDTrainer" in record.message]
-    assert said.startswith("AdaKDTrainer: loss from the logits") and f"teacher: {message}" in said
+    (said,) = [record for record in caplog.records if "AdaKDTrainer" in record.message]
+    assert said.message.startswith("AdaKDTrainer: loss from the logits") and f"teacher: {message}" in said.message
+    assert said.levelno == logging.INFO
 
 
 def test_the_route_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         run(tmp_path, "llama", "auto")
-    said = [record.message for record in caplog.records if "AdaKDTrainer" in record.message]
-    assert said == ["AdaKDTrainer: loss from hidden states; no logits of a whole batch are computed"]
+    said = [(record.levelno, record.message) for record in caplog.records if "AdaKDTrainer" in record.message]
+    assert said == [(logging.INFO, "AdaKDTrainer: loss from hidden states; no logits of a whole batch are computed")]
 
 
 def test_compiled_runs_take_the_logits_route(tmp_path: Path) -> None:

@@ -151,10 +151,10 @@ class AdaKDTrainer(Trainer):
                     f"logits_route='hidden' cannot be taken: {error}; set it to 'auto' or 'logits'"
                 ) from error
             if self.args.should_log:
-                logger.warning("AdaKDTrainer: loss from the logits; from hidden states it is not possible: %s", error)
+                logger.info("AdaKDTrainer: loss from the logits; from hidden states it is not possible: %s", error)
             return None
         if self.args.should_log:
-            logger.warning("AdaKDTrainer: loss from hidden states; no logits of a whole batch are computed")
+            logger.info("AdaKDTrainer: loss from hidden states; no logits of a whole batch are computed")
         return options
 
     def _plain_heads(self) -> tuple[HeadOptions, HeadOptions]:
