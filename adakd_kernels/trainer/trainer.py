@@ -35,7 +35,7 @@ __all__ = ["AdaKDTrainer"]
 
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 KEEP_BYTES = 2**28
-"""Bytes for logits kept between the two phases of the hidden route; small batches are not computed twice."""
+"""Bytes for logits kept between the two phases of the hidden route: those of a small batch are computed once."""
 
 logger = logging.getLogger(__name__)
 
@@ -177,8 +177,8 @@ class AdaKDTrainer(Trainer):
 
     def _training_loss(self, focus: LossAdaptiveFocus | float) -> AdaKDLoss:
         """The loss of training micro-batches, on the training device."""
-        # On the hidden route, logits are computed only for someone who reads them. A compiled model may have saved its
-        # logits for its own backward.
+        # The gradient may take the logits' place on the logits route only: on the hidden route, logits are computed for
+        # someone who reads them. A compiled model may have saved its logits for its own backward.
         inplace = self._head_options is None and not self.args.torch_compile
         return self._make_loss(focus, inplace=inplace).to(self.args.device)
 
@@ -201,7 +201,7 @@ class AdaKDTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As `Trainer.create_scheduler`; the number of steps of the run also sets up the adaptive share."""
         self.loss_fn = self._training_loss(self.args.make_focus(max(1, num_training_steps)))
-        # Looked up here, because `Trainer` may have made the callback anew from a checkpoint.
+        # Looked up here, because `Trainer` may have replaced the callback by one from a checkpoint.
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, FocusCallback):
                 callback.loss_fn = self.loss_fn
@@ -356,7 +356,7 @@ class AdaKDTrainer(Trainer):
             values = torch.stack([getattr(focus, name) for name in names]).tolist()
             logs = dict(zip(names, values, strict=True))
         else:
-            logs["focus_ratio"] = focus
+            logs["focus_ratio"] = float(focus)
         for name, histogram in (("difficulty", self._difficulty), ("temperature", self._temperature)):
             histogram.counts = self.accelerator.reduce(histogram.counts)
             for suffix, value in zip(QUANTILES, histogram.quantiles(*QUANTILES.values()), strict=True):
