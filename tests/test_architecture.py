@@ -26,6 +26,7 @@ LAYERS = [
     {"ops"},
     {"functional"},
     {"loss", "linear"},
+    {"trainer"},
     {"integrations"},
     {"commands", "demo"},
     {"cli"},
