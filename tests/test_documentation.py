@@ -21,7 +21,7 @@ pytestmark = pytest.mark.fast
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-MODULES = ["adaptive", "functional", "linear", "loss", "integrations.collator", "integrations.token_histogram"]
+MODULES = ["adaptive", "functional", "linear.function", "loss", "integrations.collator", "integrations.token_histogram"]
 
 
 def blocks(language: str, text: str = README) -> list[str]:

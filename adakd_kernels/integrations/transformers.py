@@ -41,8 +41,7 @@ except ImportError as error:
 
 from ..adaptive import LossAdaptiveFocus
 from ..functional import AdaKDOutput
-from ..linear import LinearAdaKDLoss
-from ..loss import AdaKDLoss
+from ..loss import AdaKDLoss, LinearAdaKDLoss
 from .collator import AdaKDDataCollator
 from .heads import HeadOptions, NoPlainHeadError, instead_of_head, output_head, plain_head
 from .records import DataError, LoadedRecords, check_same_tokenizer, load_records, tokenize_messages
