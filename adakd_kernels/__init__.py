@@ -16,8 +16,8 @@ from .divergences import (
     TotalVariation,
 )
 from .functional import AdaKDOutput, adakd_loss, token_difficulty, token_divergence
-from .linear import LinearAdaKDLoss, linear_adakd_loss
-from .loss import AdaKDLoss
+from .linear import linear_adakd_loss
+from .loss import AdaKDLoss, LinearAdaKDLoss
 
 __version__ = version("adakd-kernels")
 

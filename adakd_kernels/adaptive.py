@@ -1,4 +1,4 @@
-"""Which tokens count and at which temperature: equations (3)-(6), (8) and (9) of docs/maths.md on per-token tensors.
+"""Which tokens are selected, and at which temperature: (3)-(6), (8) and (9) of docs/maths.md on per-token tensors.
 
 Everything here is a tensor on the logits' device. Shapes do not depend on values and nothing waits for the device, so
 the functions work under `torch.compile(fullgraph=True)` and in CUDA graphs.
@@ -23,9 +23,9 @@ def exact_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def focus_count(focus_ratio: float | Tensor, items: Tensor) -> Tensor:
+def focus_count(focus_ratio: float | Tensor, n: Tensor) -> Tensor:
     """k = max(1, ⌊r·n⌋) of (3) as a 0-d int64 tensor, from the product in fp64: in fp32, 0.29·100 rounds up to 29."""
-    return (items.to(exact_dtype(items.device)) * focus_ratio).floor().long().clamp_min(1)
+    return (n.to(exact_dtype(n.device)) * focus_ratio).floor().long().clamp_min(1)
 
 
 class ExactModule(nn.Module):
@@ -60,7 +60,7 @@ def select_tokens(difficulty: Tensor, focus_ratio: float | Tensor = 1.0, mask: T
     """The k = max(1, ⌊r·n⌋) hardest of the n valid tokens; ties go to the lower index (equation (3)).
 
     Args:
-        difficulty: (...) fp16, bf16, fp32 or fp64; NaN counts as hardest, so that it is seen.
+        difficulty: (...) fp16, bf16, fp32 or fp64; NaN is taken for the hardest, so that it is seen.
         focus_ratio: the share r in (0, 1], a float or a 0-d tensor.
         mask: (...) bool, true for valid tokens; None for all.
 
@@ -80,14 +80,15 @@ def select_tokens(difficulty: Tensor, focus_ratio: float | Tensor = 1.0, mask: T
         check_mask("mask", mask, difficulty.shape)
     valid = torch.ones_like(difficulty, dtype=torch.bool) if mask is None else mask
     order = descending(difficulty, valid).indices
-    rank_counts = torch.arange(order.numel(), device=order.device) < focus_count(focus_ratio, valid.sum())
-    chosen = torch.zeros_like(rank_counts).scatter(0, order, rank_counts)
-    return chosen.view_as(difficulty) & valid
+    among_first = torch.arange(order.numel(), device=order.device) < focus_count(focus_ratio, valid.sum())
+    # Where no token is valid, k is still 1: `& valid` takes that token out again.
+    selected = torch.zeros_like(among_first).scatter(0, order, among_first)
+    return selected.view_as(difficulty) & valid
 
 
-def descending(difficulty: Tensor, keep: Tensor) -> torch.return_types.sort:
-    """Difficulties in descending order, equal ones by index, all that do not count behind them."""
-    return difficulty.masked_fill(~keep, -math.inf).flatten().sort(descending=True, stable=True)
+def descending(difficulty: Tensor, mask: Tensor) -> torch.return_types.sort:
+    """(n,) difficulties of the tokens in the mask in descending order, equal ones by index; the other tokens last."""
+    return difficulty.masked_fill(~mask, -math.inf).flatten().sort(descending=True, stable=True)
 
 
 def inverse_difficulty_temperature(
@@ -104,7 +105,7 @@ def inverse_difficulty_temperature(
     infinite, and 0 where both are. A difficulty of NaN gives NaN, so that it is seen.
 
     Args:
-        difficulty: (...) s² ≥ 0 of a floating type, such as `token_difficulty` returns; below 0 counts as 0.
+        difficulty: (...) s² ≥ 0 of a floating type, such as `token_difficulty` returns; below 0 is taken for 0.
         selected: (...) bool, the tokens whose median is the reference; None for all.
         temperature_scale: c ≥ 0, a float or a 0-d tensor (not checked then); 0 gives every token the base temperature.
         base_temperature: τ_base > 0, a float or a 0-d tensor (not checked then).
@@ -137,32 +138,34 @@ def unbounded_temperature(
     base_temperature: float | Tensor,
 ) -> Tensor:
     """`inverse_difficulty_temperature` without its checks; 0 or infinite where it leaves the type's range."""
-    chosen = torch.ones_like(difficulty, dtype=torch.bool) if selected is None else selected
-    values = descending(difficulty, chosen).values
+    if selected is None:
+        selected = torch.ones_like(difficulty, dtype=torch.bool)
+    values = descending(difficulty, selected).values
     if values.numel() == 0:
         return torch.ones_like(difficulty) * base_temperature
     dtype = difficulty.dtype
     range_ = torch.finfo(dtype)
-    # Infinity takes part as a number that is large beside all others and of which two can be added.
-    hard = difficulty.clamp(0.0, 0.25 * range_.max)
-    median = values.gather(0, (chosen.sum() // 2).clamp_max(values.numel() - 1).view(1)).squeeze(0)
+    # The lower median of k values stands at index ⌊k/2⌋ of their descending order (docs/maths.md, section 6).
+    median = values.gather(0, (selected.sum() // 2).clamp_max(values.numel() - 1).view(1)).squeeze(0)
+    # Infinity becomes a number that is large beside all others, and small enough that the sum of two stays finite.
+    bounded = difficulty.clamp(0.0, 0.25 * range_.max)
     median = median.clamp(0.0, 0.25 * range_.max)  # −inf where nothing is selected
-    total = hard + median
-    relative = torch.where(total == 0, 0.0, (hard - median) / total)
-    # A scale or base that the type takes for 0 or infinity would make NaN of 0·inf.
+    total = bounded + median
+    relative = torch.where(total == 0, 0.0, (bounded - median) / total)
+    # A scale that overflows to infinity in this type, or a base that underflows to 0, would make NaN of 0·inf.
     scale = clamped(temperature_scale, -range_.max, range_.max, dtype)
     base = clamped(base_temperature, range_.tiny, range_.max, dtype)
-    tau: Tensor = base * torch.exp(-scale * relative)
-    return tau
+    temperature: Tensor = base * torch.exp(-scale * relative)
+    return temperature
 
 
 def clamped(value: float | Tensor, low: float, high: float, dtype: torch.dtype) -> Any:
-    """A number, or a tensor of some in this type, no less than `low` and no more than `high`; NaN stays."""
+    """A number, or a tensor cast to this type, no less than `low` and no more than `high`; NaN stays."""
     return value.to(dtype).clamp(low, high) if isinstance(value, Tensor) else min(max(value, low), high)
 
 
 class LossAdaptiveFocus(ExactModule):
-    """The share r of tokens that count, driven by the loss: LATF, equations (8) and (9).
+    """The share r of the valid tokens that are selected, driven by the loss: LATF, equations (8) and (9).
 
     Buffers on the module's device hold the state, so it moves, saves, loads and resumes as any module does.
 

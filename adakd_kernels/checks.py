@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .divergences import Divergence, get_divergence
@@ -29,7 +29,7 @@ def check_options(
     num_items: float | Tensor | None = None,
     **flags: bool,
 ) -> Divergence:
-    """Checks of the options that do not depend on a tensor of the batch; the divergence that is meant."""
+    """Checks the options that do not depend on a tensor of the batch; returns the divergence that is meant."""
     div = get_divergence(divergence)
     check_difficulty(difficulty)
     check_range("focus_ratio", focus_ratio, 0.0, 1.0, "in (0, 1]", low_open=True)
@@ -153,7 +153,7 @@ def check_device(name: str, value: Tensor, student: Tensor) -> None:
 
 
 def check_token_tensor(name: str, value: Tensor, batch: torch.Size, student: Tensor) -> None:
-    """Refuse what is no tensor of one number a token, beside the student's."""
+    """Refuse what is no tensor of one number a token on the student's device."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.shape != batch:
@@ -204,6 +204,63 @@ def check_inplace(name: str, student: Tensor) -> None:
                 f"strides {tuple(student.stride())}; pass {name}.contiguous() or inplace=False"
             )
         extent += (size - 1) * stride
+
+
+def check_head(side: str, hidden: Tensor, weight: Any, bias: Any) -> None:
+    """Refuse a head that does not fit its hidden states, or a part of the teacher's that requires grad."""
+    if isinstance(weight, Tensor):
+        _check_weight(side, hidden, weight, bias)
+        return
+    name, came = f"{side}_weight", type(weight).__name__
+    if side == "student" and not isinstance(weight, nn.Module):
+        raise TypeError(f"{name} must be a (V, H) tensor or an nn.Module, whose parameters get gradients, got {came}")
+    if not callable(weight):
+        raise TypeError(f"{name} must be a (V, H) tensor or a callable, got {came}")
+    if bias is not None:
+        raise ValueError(f"{side}_bias must be None where {name} is no tensor: the head adds its own")
+
+
+def _check_weight(side: str, hidden: Tensor, weight: Tensor, bias: Any) -> None:
+    """`check_head` of a weight and perhaps a bias."""
+    name, size = f"{side}_weight", hidden.shape[-1]
+    check_floating(name, weight)
+    if weight.dim() != 2 or weight.shape[1] != size or weight.numel() == 0:
+        raise ValueError(f"{name} must be (V, {size}), H as {side}_hidden has it, got shape {tuple(weight.shape)}")
+    if bias is not None:
+        check_floating(f"{side}_bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"{side}_bias must be ({weight.shape[0]},), V as {name} has it, got shape {tuple(bias.shape)}"
+            )
+    autocast = torch.is_autocast_enabled(hidden.device.type)
+    for part, value in ((name, weight), (f"{side}_bias", bias)):
+        if value is None:
+            continue
+        if value.dtype != hidden.dtype and not autocast:
+            raise TypeError(
+                f"{part} must be {hidden.dtype} as {side}_hidden is, got {value.dtype}; cast one of them or use "
+                "torch.autocast"
+            )
+        check_device(part, value, hidden)
+        if side == "teacher":
+            check_constant(part, value)
+
+
+def check_head_options(
+    student_softcap: Any, teacher_softcap: Any, student_scale: Any, teacher_scale: Any, chunk_tokens: Any,
+    keep_bytes: Any,
+) -> None:  # fmt: skip
+    """Refuse scales, soft-caps, chunk sizes and budgets outside their ranges."""
+    for side, scale, softcap in (
+        ("student", student_scale, student_softcap),
+        ("teacher", teacher_scale, teacher_softcap),
+    ):
+        check_range(f"{side}_scale", scale, 0.0, _INFINITY, "a finite number > 0", low_open=True, high_open=True)
+        if softcap is not None:
+            check_range(f"{side}_softcap", softcap, 0.0, _INFINITY, "None or > 0", low_open=True, high_open=True)
+    if chunk_tokens is not None:
+        check_integer("chunk_tokens", chunk_tokens, least=1)
+    check_integer("keep_bytes", keep_bytes, least=0)
 
 
 def check_no_transform(function: str, *tensors: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, reference
 from .adaptive import clamped, exact_dtype, focus_count, select_tokens, unbounded_temperature
 from .checks import (
     DIFFICULTIES,
@@ -37,7 +37,7 @@ class AdaKDOutput(NamedTuple):
         token_loss: τ²·D of the selected tokens, 0 elsewhere; differentiable in the student's logits.
         difficulty: difficulty of the valid tokens (squared Hellinger distance by default), 0 elsewhere.
         temperature: temperature τ of the valid tokens, the base temperature elsewhere.
-        selected: bool, the tokens that the distillation loss counts.
+        selected: bool, the tokens whose divergences the loss adds up.
     """
 
     loss: Tensor
@@ -71,10 +71,11 @@ def adakd_loss(
 
     Args:
         student_logits: (B, L, Vˢ) or (N, Vˢ); fp16, bf16, fp32 or fp64; any strides with a contiguous last dimension.
-        teacher_logits: (B, L, Vᵗ) or (N, Vᵗ); its type and vocabulary may differ: the first min(Vˢ, Vᵗ) entries count.
-            They may come from `torch.inference_mode()`, except under `torch.compile`: torch refuses to save them there.
+        teacher_logits: (B, L, Vᵗ) or (N, Vᵗ); its type and vocabulary may differ: the first min(Vˢ, Vᵗ) entries are
+            common, and the loss reads no others. They may come from `torch.inference_mode()`, except under
+            `torch.compile`: torch refuses to save them there.
         labels: (B, L) or (N,), of any integer type that can hold `ignore_index`: the token that each position predicts.
-            A valid token that lies outside the common vocabulary makes the cross-entropy NaN, and its row's gradient.
+            A valid token whose label is no common entry makes the cross-entropy NaN, and the gradient of its row.
         divergence: a name of `DIVERGENCES` or an instance such as `JensenShannon(beta=0.1)`.
         focus_ratio: the share r in (0, 1], a float or a 0-d tensor (its value is not checked).
         temperature_scale: c ≥ 0 of τ = τ_base·exp(−c·ŝ); 0 gives all tokens the base temperature.
@@ -82,10 +83,9 @@ def adakd_loss(
         difficulty: 'hellinger', 'forward_kl', 'reverse_kl', 'jensen_shannon' or 'cross_entropy'.
         ce_weight: a in [0, 1].
         num_items: number of valid tokens in the whole optimizer step, a number or a 0-d tensor (its value is not
-            checked: that would wait for the device). The sums are divided by
-            r·num_items (and num_items for the cross-entropy), so that the losses of k micro-batches add up to the
-            step's.
-        ignore_index: label of tokens that do not count.
+            checked: that would wait for the device). The sums are divided by r·num_items (and num_items for the
+            cross-entropy), so that the losses of k micro-batches add up to the step's.
+        ignore_index: label of the tokens that are not valid.
         shift: labels are aligned with the inputs, as transformers has them: position i predicts labels[i + 1].
         inplace: the backward writes the gradient over the student's logits instead of a new (B, L, Vˢ) tensor. They
             must not be needed afterwards, and there is no second backward. Refused where they require grad and are a
@@ -120,29 +120,22 @@ def adakd_loss(
         labels = next_labels(labels, ignore_index)
     labels = labels.reshape(student.shape[:2])
     with torch.no_grad():
-        hard, valid, max_s, sum_s = measure_difficulty(student, teacher, labels != ignore_index, labels, difficulty)
-        selected = select_tokens(hard, focus_ratio, valid)
-        tau = token_temperature(hard, selected, valid, temperature_scale, base_temperature)
-
-    with_ce = ce_weight != 0.0
-    token_div, token_ce = ops.token_losses(
-        student,
-        teacher,
-        tau,
-        selected,
-        div,
-        labels=labels if with_ce else None,
-        ce_mask=valid if with_ce else None,
-        ce_max=max_s if with_ce else None,
-        ce_sum=sum_s if with_ce else None,
-        inplace=inplace,
-    )
-    token_loss = tau.square() * token_div
-    items, count = loss_counts(valid, focus_ratio, num_items, token_loss.dtype)
-    loss = token_loss.sum() / count
-    if token_ce is not None:
-        loss = (1.0 - ce_weight) * loss + ce_weight * (token_ce.sum() / items)
-    return AdaKDOutput(loss, token_loss.view(batch), hard.view(batch), tau.view(batch), selected.view(batch))
+        statistics = token_statistics(student, teacher, labels != ignore_index, labels, difficulty)
+        selected = select_tokens(statistics.difficulty, focus_ratio, statistics.valid)
+        temperature = token_temperature(
+            statistics.difficulty, selected, statistics.valid, temperature_scale, base_temperature
+        )
+    ce_args: dict[str, Any] = {}
+    if ce_weight:
+        ce_args = {
+            "labels": labels, "ce_mask": statistics.valid, "ce_max": statistics.max_s, "ce_sum": statistics.sum_s
+        }  # fmt: skip
+    token_div, token_ce = ops.token_losses(student, teacher, temperature, selected, div, inplace=inplace, **ce_args)
+    token_loss = temperature.square() * token_div
+    divisors = loss_divisors(statistics.valid, focus_ratio, num_items, token_loss.dtype)
+    loss = reduce_loss(token_loss, token_ce, ce_weight, divisors)
+    per_token = (token_loss, statistics.difficulty, temperature, selected)
+    return AdaKDOutput(loss, *(values.view(batch) for values in per_token))
 
 
 @torch.no_grad()
@@ -185,7 +178,7 @@ def token_difficulty(
                 "labels must be given for difficulty='cross_entropy': the token that each position predicts"
             )
         labels = check_labels(labels, batch, student).reshape(student.shape[:2])
-    return measure_difficulty(student, teacher, mask, labels, difficulty)[0].view(batch)
+    return token_statistics(student, teacher, mask, labels, difficulty).difficulty.view(batch)
 
 
 def token_divergence(
@@ -204,7 +197,7 @@ def token_divergence(
     Args:
         student_logits, teacher_logits, divergence, inplace: as in `adakd_loss`.
         temperature: τ > 0, a float, a 0-d tensor or a tensor of shape (B, L) or (N,). A tensor's values are not
-            checked: 0 and infinity give the limit in the type's range, a negative τ counts as 0, NaN gives NaN.
+            checked: 0 and infinity give the limit in the type's range, a negative τ is taken for 0, NaN gives NaN.
         mask: (B, L) or (N,) bool, true for valid tokens; None for all. Others give 0 and gradient 0, and are not read.
 
     Returns:
@@ -234,11 +227,11 @@ def token_divergence(
             temperature = temperature.reshape(student.shape[:2])
     else:
         check_range("temperature", temperature, 0.0, float("inf"), "> 0", low_open=True, high_open=True)
-    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    # Where 1/τ is a normal number: 0 and infinity give their finite limits.
+    dtype = reference.accumulation_dtype(student, teacher)
+    # Within these bounds 1/τ is a normal number, so that 0 and infinity give their finite limits.
     temperature = clamped(temperature, 8.0 * torch.finfo(dtype).tiny, torch.finfo(dtype).max / 8.0, dtype)
-    tau = tensor_on(temperature, student.device, dtype).expand(student.shape[:2])
-    return ops.token_losses(student, teacher, tau, mask, div, inplace=inplace)[0].view(batch)
+    temperature = tensor_on(temperature, student.device, dtype).expand(student.shape[:2])
+    return ops.token_losses(student, teacher, temperature, mask, div, inplace=inplace)[0].view(batch)
 
 
 def _token_mask(mask: Tensor | None, batch: torch.Size, student: Tensor) -> Tensor:
@@ -253,10 +246,10 @@ def _token_mask(mask: Tensor | None, batch: torch.Size, student: Tensor) -> Tens
 def token_temperature(
     difficulty: Tensor, selected: Tensor, valid: Tensor, temperature_scale: float, base_temperature: float
 ) -> Tensor:
-    """τ of the loss: (6) for valid tokens, the base elsewhere."""
-    tau = unbounded_temperature(difficulty, selected, temperature_scale, base_temperature)
-    base = loss_temperature(base_temperature, tau.dtype)
-    bounded: Tensor = loss_temperature(tau, tau.dtype)
+    """τ of the loss: (6) for valid tokens, the base temperature elsewhere."""
+    temperature = unbounded_temperature(difficulty, selected, temperature_scale, base_temperature)
+    base = loss_temperature(base_temperature, temperature.dtype)
+    bounded: Tensor = loss_temperature(temperature, temperature.dtype)
     return bounded.where(valid, base)
 
 
@@ -272,22 +265,37 @@ def tensor_on(value: float | Tensor, device: torch.device, dtype: torch.dtype | 
     return torch.full((), value, dtype=dtype, device=device)
 
 
-def measure_difficulty(
-    student: Tensor, teacher: Tensor, mask: Tensor, labels: Tensor | None, difficulty: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(difficulty, valid, max and sum of the student at temperature 1), each (B, L); an empty row is not valid."""
-    if difficulty in ("hellinger", "cross_entropy"):
-        hard, max_s, sum_s, _, sum_t = ops.token_stats(student, teacher, mask)
+class TokenStatistics(NamedTuple):
+    """What is known of every token from its logits at temperature 1; each (B, L).
+
+    Attributes:
+        difficulty: 0 for tokens that are not valid.
+        valid: bool, the tokens in the mask whose rows have a finite entry on both sides.
+        max_s, sum_s: the student's normaliser at temperature 1.
+    """
+
+    difficulty: Tensor
+    valid: Tensor
+    max_s: Tensor
+    sum_s: Tensor
+
+
+def token_statistics(
+    student: Tensor, teacher: Tensor, mask: Tensor, labels: Tensor | None, measure: str
+) -> TokenStatistics:
+    """The statistics of the tokens in the mask, their difficulty by the `measure`, one of `DIFFICULTIES`."""
+    if measure in ("hellinger", "cross_entropy"):
+        difficulty, max_s, sum_s, _, sum_t = ops.token_stats(student, teacher, mask)
     else:
         ones = torch.ones(mask.shape, dtype=torch.float32, device=mask.device)
-        div = DIVERGENCES[difficulty]()
-        hard, _, max_s, sum_s, _, sum_t, *_ = ops.token_divergence(
+        div = DIVERGENCES[measure]()
+        difficulty, _, max_s, sum_s, _, sum_t, *_ = ops.token_divergence(
             student, teacher, ones, mask, div.name, *div.parameters
         )
-    valid = mask & (sum_s != 0) & (sum_t != 0)
-    if difficulty == "cross_entropy" and labels is not None:
-        hard = ops.token_cross_entropy(student, teacher, labels, valid, max_s, sum_s)
-    return hard, valid, max_s, sum_s
+    valid = mask & (sum_s != 0) & (sum_t != 0)  # the sum of a row of nothing but −inf is 0
+    if measure == "cross_entropy" and labels is not None:
+        difficulty = ops.token_cross_entropy(student, teacher, labels, valid, max_s, sum_s)
+    return TokenStatistics(difficulty, valid, max_s, sum_s)
 
 
 def next_labels(labels: Tensor, ignore_index: int) -> Tensor:
@@ -295,13 +303,28 @@ def next_labels(labels: Tensor, ignore_index: int) -> Tensor:
     return torch.cat((labels[..., 1:], torch.full_like(labels[..., :1], ignore_index)), dim=-1)
 
 
-def loss_counts(
+class Divisors(NamedTuple):
+    """What the sums over tokens are divided by, 0-d and never 0: n and k, or num_items and r·num_items."""
+
+    cross_entropy: Tensor
+    distillation: Tensor
+
+
+def loss_divisors(
     valid: Tensor, focus_ratio: float | Tensor, num_items: float | Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """What the sums of the cross-entropy and of (7) are divided by: (n, k), or num_items and r·num_items; never 0."""
+) -> Divisors:
+    """The divisors of a batch with these valid tokens, in a type."""
     n = valid.sum()
     if num_items is None:
-        return n.clamp_min(1).to(dtype), focus_count(focus_ratio, n).to(dtype)
+        return Divisors(n.clamp_min(1).to(dtype), focus_count(focus_ratio, n).to(dtype))
     items = tensor_on(num_items, n.device)
     items = torch.where(items == 0, 1, items)
-    return items.to(dtype), (items.to(exact_dtype(items.device)) * focus_ratio).to(dtype)
+    return Divisors(items.to(dtype), (items.to(exact_dtype(items.device)) * focus_ratio).to(dtype))
+
+
+def reduce_loss(token_loss: Tensor, cross_entropy: Tensor | None, ce_weight: float, divisors: Divisors) -> Tensor:
+    """Equation (7), or with the cross-entropy of every token (1−a)·L + a·CE."""
+    loss = token_loss.sum() / divisors.distillation
+    if cross_entropy is None:
+        return loss
+    return (1.0 - ce_weight) * loss + ce_weight * (cross_entropy.sum() / divisors.cross_entropy)

@@ -1,4 +1,4 @@
-"""The loss as a module: `adakd_loss` with its options, and the `LossAdaptiveFocus` that drives the share of tokens."""
+"""The losses as modules: their options, and the `LossAdaptiveFocus` that drives the share r."""
 
 from __future__ import annotations
 
@@ -9,26 +9,38 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .adaptive import ExactModule, LossAdaptiveFocus
-from .checks import check_options
+from .checks import check_head_options, check_options
 from .divergences import Divergence
 from .functional import AdaKDOutput, adakd_loss, tensor_on
+from .linear import linear_adakd_loss
+from .linear.heads import StudentHead, TeacherHead
 
-__all__ = ["AdaKDLoss"]
+__all__ = ["AdaKDLoss", "LinearAdaKDLoss"]
+
+_LOSS_OPTIONS = (
+    "divergence", "temperature_scale", "base_temperature", "difficulty", "ce_weight", "ignore_index", "shift",
+)  # fmt: skip
+_HEAD_OPTIONS = (
+    "student_softcap", "teacher_softcap", "student_scale", "teacher_scale", "chunk_tokens", "keep_bytes",
+)  # fmt: skip
 
 
 class AdaKDLoss(ExactModule):
     """`adakd_loss` whose share r follows the loss (equations (8), (9)) from optimizer step to optimizer step.
 
-    Call it on each micro-batch, and `step()` once after each optimizer step: `step` gives the focus the mean of the
-    losses since the last one (their sum where `num_items` was given), averaged over the ranks of `torch.distributed`.
-    The training calls of one optimizer step either all give `num_items` or none does; another call is refused, except
-    under `torch.compile`, which does not see it.
+    Call it on the logits of each micro-batch, or `from_hidden` on its hidden states, and `step()` once after each
+    optimizer step: `step` gives the focus the mean of the losses since the last one (their sum where `num_items` was
+    given), averaged over the ranks of `torch.distributed`. The training calls of one optimizer step either all give
+    `num_items` or none does; another call is refused, except under `torch.compile`, which does not see it.
 
     Args:
         divergence: as in `adakd_loss`.
         total_steps: optimizer steps of the run, for a `LossAdaptiveFocus` with its defaults.
         focus: instead of `total_steps`: a `LossAdaptiveFocus`, or a float in (0, 1] for a share that stays.
-        temperature_scale, base_temperature, difficulty, ce_weight, ignore_index, shift, inplace: as in `adakd_loss`.
+        temperature_scale, base_temperature, difficulty, ce_weight, ignore_index, shift, inplace: as in `adakd_loss`;
+            `inplace` concerns calls on logits only.
+        student_softcap, teacher_softcap, student_scale, teacher_scale, chunk_tokens, keep_bytes: as in
+            `linear_adakd_loss`, for `from_hidden` only.
 
     Raises:
         TypeError, ValueError: an option of the wrong type or range, or not exactly one of `total_steps` and `focus`.
@@ -59,6 +71,12 @@ class AdaKDLoss(ExactModule):
         ignore_index: int = -100,
         shift: bool = False,
         inplace: bool = False,
+        student_softcap: float | None = None,
+        teacher_softcap: float | None = None,
+        student_scale: float = 1.0,
+        teacher_scale: float = 1.0,
+        chunk_tokens: int | None = None,
+        keep_bytes: int = 0,
     ) -> None:
         super().__init__()
         if (total_steps is None) == (focus is None):
@@ -77,10 +95,14 @@ class AdaKDLoss(ExactModule):
             divergence, 1.0, temperature_scale, base_temperature, difficulty, ce_weight, ignore_index,
             shift=shift, inplace=inplace,
         )  # fmt: skip
+        check_head_options(student_softcap, teacher_softcap, student_scale, teacher_scale, chunk_tokens, keep_bytes)
         self.focus: LossAdaptiveFocus | float = focus
         self.temperature_scale, self.base_temperature = temperature_scale, base_temperature
         self.difficulty, self.ce_weight = difficulty, ce_weight
         self.ignore_index, self.shift, self.inplace = ignore_index, shift, inplace
+        self.student_softcap, self.teacher_softcap = student_softcap, teacher_softcap
+        self.student_scale, self.teacher_scale = student_scale, teacher_scale
+        self.chunk_tokens, self.keep_bytes = chunk_tokens, keep_bytes
         self._items_given: bool | None = None
         self.register_buffer("_loss_sum", torch.zeros((), dtype=torch.float64), persistent=False)
         self.register_buffer("_loss_count", torch.zeros((), dtype=torch.float64), persistent=False)
@@ -94,25 +116,60 @@ class AdaKDLoss(ExactModule):
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, num_items: float | Tensor | None = None
     ) -> AdaKDOutput:
         """`adakd_loss` of one micro-batch, at the current share. Shapes and errors are `adakd_loss`'s."""
-        self._check_same_count(num_items)
+        self._check_num_items(num_items)
         focus_ratio = self._current_ratio(student_logits)
+        options = self._options(*_LOSS_OPTIONS, "inplace")
         out = adakd_loss(
-            student_logits,
-            teacher_logits,
-            labels,
-            focus_ratio=focus_ratio,
-            num_items=num_items,
-            inplace=self.inplace,
-            **self._options(),
+            student_logits, teacher_logits, labels, focus_ratio=focus_ratio, num_items=num_items, **options
         )
         self._record(out, focus_ratio, num_items)
         return out
 
-    def _options(self) -> dict[str, Any]:
-        """The options that both routes to the loss take."""
-        names = (
-            "divergence", "temperature_scale", "base_temperature", "difficulty", "ce_weight", "ignore_index", "shift",
-        )  # fmt: skip
+    def from_hidden(
+        self,
+        student_hidden: Tensor,
+        student_weight: StudentHead,
+        teacher_hidden: Tensor,
+        teacher_weight: TeacherHead,
+        labels: Tensor,
+        num_items: float | Tensor | None = None,
+        *,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+    ) -> AdaKDOutput:
+        """`linear_adakd_loss` of one micro-batch, at the current share. Shapes and errors are its.
+
+        Example:
+            >>> loss_fn = AdaKDLoss(divergence="reverse_kl", total_steps=1000, keep_bytes=2**20)
+            >>> hidden, head = torch.randn(2, 5, 8, requires_grad=True), torch.nn.Linear(8, 100)
+            >>> teacher_hidden, teacher_weight = torch.randn(2, 5, 16), torch.randn(100, 16)
+            >>> labels = torch.randint(100, (2, 5))
+            >>> out = loss_fn.from_hidden(
+            ...     hidden, head.weight, teacher_hidden, teacher_weight, labels, student_bias=head.bias
+            ... )
+            >>> out.loss.backward()
+            >>> tuple(hidden.grad.shape), tuple(head.weight.grad.shape)
+            ((2, 5, 8), (100, 8))
+        """
+        self._check_num_items(num_items)
+        focus_ratio = self._current_ratio(student_hidden)
+        out = linear_adakd_loss(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            labels,
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            focus_ratio=focus_ratio,
+            num_items=num_items,
+            **self._options(*_LOSS_OPTIONS, *_HEAD_OPTIONS),
+        )
+        self._record(out, focus_ratio, num_items)
+        return out
+
+    def _options(self, *names: str) -> dict[str, Any]:
+        """The options of these names, as the functions take them."""
         return {name: getattr(self, name) for name in names}
 
     def _current_ratio(self, like: Tensor) -> Tensor | float:
@@ -123,13 +180,13 @@ class AdaKDLoss(ExactModule):
                 self.to(like.device)
         return self.focus_ratio
 
-    def _counts(self) -> bool:
-        """Whether a call belongs to an optimizer step."""
+    def _in_optimizer_step(self) -> bool:
+        """Whether a call belongs to an optimizer step, and is no evaluation."""
         return self.training and torch.is_grad_enabled()
 
-    def _check_same_count(self, num_items: float | Tensor | None) -> None:
-        """Refuse a sum of losses of the step beside a mean over a micro-batch."""
-        if self._items_given is None or not self._counts() or torch.compiler.is_compiling():
+    def _check_num_items(self, num_items: float | Tensor | None) -> None:
+        """Refuse a step of which some calls give `num_items` and others do not: it would mix sums and means."""
+        if self._items_given is None or not self._in_optimizer_step() or torch.compiler.is_compiling():
             return
         if self._items_given != (num_items is not None):
             before, now = ("with", "without") if self._items_given else ("without", "with")
@@ -140,9 +197,10 @@ class AdaKDLoss(ExactModule):
 
     def _record(self, out: AdaKDOutput, focus_ratio: Tensor | float, num_items: float | Tensor | None) -> None:
         """Add the distillation loss of a micro-batch of training to what `step` reads."""
-        if not self._counts():
+        if not self._in_optimizer_step():
             return
-        if not torch.compiler.is_compiling():  # a compiled graph would have a guard on it, and be compiled twice
+        # A compiled graph would have a guard on what is set here, and be compiled twice.
+        if not torch.compiler.is_compiling():
             self._items_given = num_items is not None
         total = out.token_loss.detach().to(self._loss_sum.dtype).sum()
         if num_items is None:
@@ -168,3 +226,21 @@ class AdaKDLoss(ExactModule):
         self._loss_sum.zero_()
         self._loss_count.zero_()
         self._items_given = None
+
+
+class LinearAdaKDLoss(AdaKDLoss):
+    """`AdaKDLoss` whose call is `from_hidden`; `from_logits` takes logits. The options are those of `AdaKDLoss`.
+
+    Example:
+        >>> loss_fn = LinearAdaKDLoss(divergence="reverse_kl", total_steps=1000)
+        >>> hidden, head = torch.randn(2, 5, 8, requires_grad=True), torch.nn.Linear(8, 100, bias=False)
+        >>> labels = torch.randint(100, (2, 5))
+        >>> out = loss_fn(hidden, head.weight, torch.randn(2, 5, 16), torch.randn(100, 16), labels)
+        >>> out.loss.backward()
+        >>> loss_fn.step()
+        >>> int(loss_fn.focus.steps)
+        1
+    """
+
+    forward = AdaKDLoss.from_hidden  # type: ignore[assignment]
+    from_logits = AdaKDLoss.forward

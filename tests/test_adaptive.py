@@ -50,7 +50,7 @@ def test_temperature_follows_the_lower_median(values, scale, base, data):
 @pytest.mark.parametrize(
     "ratio, n", [(0.29, 100), (0.57, 100), (0.1, 30), (0.7, 10), (1.0, 17), (0.001, 5), (0.95, 20)]
 )
-def test_the_count_is_taken_in_fp64(ratio, n):
+def test_k_is_computed_in_fp64(ratio, n):
     """In fp32, 0.29 · 100 rounds to 29; in fp64 it is 28.999999999999996, and ⌊r·n⌋ = 28."""
     difficulty = torch.rand(n, generator=torch.Generator().manual_seed(0))
     expected = max(1, math.floor(ratio * n))

@@ -121,7 +121,7 @@ LOSS_ERRORS = {
         ValueError,
         r"focus_ratio requires grad.*focus_ratio.detach\(\)",
     ),
-    "cross-entropy's share is a tensor": (
+    "weight of the cross-entropy is a tensor": (
         (S, T, L),
         {"ce_weight": torch.tensor(0.5)},
         TypeError,
@@ -150,20 +150,35 @@ LOSS_ERRORS = {
     "bool labels": ((S, T, L.bool()), {}, TypeError, "labels must be integers, got torch.bool"),
     "shift is a number": ((S, T, L), {"shift": 1}, TypeError, "shift must be True or False, got int"),
     "inplace is a string": ((S, T, L), {"inplace": "no"}, TypeError, "inplace must be True or False, got str"),
-    "count of NaN": ((S, T, L), {"num_items": NAN}, ValueError, "num_items must be the number of valid .*got nan"),
-    "infinite count": ((S, T, L), {"num_items": INF}, ValueError, "num_items must be the number of valid .*got inf"),
-    "count is a bool": ((S, T, L), {"num_items": True}, TypeError, "num_items must be a number, got bool"),
-    "count is a string": ((S, T, L), {"num_items": "8"}, TypeError, "num_items must be a number, got str"),
-    "count of one entry": (
+    "num_items of NaN": ((S, T, L), {"num_items": NAN}, ValueError, "num_items must be the number of valid .*got nan"),
+    "infinite num_items": (
+        (S, T, L),
+        {"num_items": INF},
+        ValueError,
+        "num_items must be the number of valid .*got inf",
+    ),
+    "num_items is a bool": ((S, T, L), {"num_items": True}, TypeError, "num_items must be a number, got bool"),
+    "num_items is a string": ((S, T, L), {"num_items": "8"}, TypeError, "num_items must be a number, got str"),
+    "num_items of one entry": (
         (S, T, L),
         {"num_items": torch.tensor([8])},
         ValueError,
         r"num_items must be a number or a 0-d tensor, got a tensor of shape \(1,\)",
     ),
-    "count of two entries": ((S, T, L), {"num_items": torch.tensor([8, 9])}, ValueError, r"num_items .*shape \(2,\)"),
-    "count is a bool tensor": ((S, T, L), {"num_items": torch.tensor(True)}, TypeError, "num_items .*got torch.bool"),
-    "complex count": ((S, T, L), {"num_items": torch.tensor(8j)}, TypeError, "num_items .*got torch.complex64"),
-    "negative count": ((S, T, L), {"num_items": -1}, ValueError, "num_items must be the number of valid tokens"),
+    "num_items of two entries": (
+        (S, T, L),
+        {"num_items": torch.tensor([8, 9])},
+        ValueError,
+        r"num_items .*shape \(2,\)",
+    ),
+    "num_items is a bool tensor": (
+        (S, T, L),
+        {"num_items": torch.tensor(True)},
+        TypeError,
+        "num_items .*got torch.bool",
+    ),
+    "complex num_items": ((S, T, L), {"num_items": torch.tensor(8j)}, TypeError, "num_items .*got torch.complex64"),
+    "negative num_items": ((S, T, L), {"num_items": -1}, ValueError, "num_items must be the number of valid tokens"),
 }
 
 
@@ -273,17 +288,19 @@ def test_options_are_checked_when_the_module_is_made(cls, case):
 
 
 @pytest.mark.parametrize("case", HEAD_MODULE_ERRORS)
-def test_options_of_heads_are_checked_when_the_module_is_made(case):
+@pytest.mark.parametrize("cls", [AdaKDLoss, LinearAdaKDLoss])
+def test_options_of_heads_are_checked_when_the_module_is_made(cls, case):
     options, error, message = HEAD_MODULE_ERRORS[case]
     with pytest.raises(error, match=message):
-        LinearAdaKDLoss(focus=1.0, **options)
+        cls(focus=1.0, **options)
 
 
-def test_a_step_counts_its_tokens_in_one_way():
+def test_num_items_comes_with_all_calls_of_a_step_or_with_none():
     hidden, weight = torch.zeros(2, 3, 4), torch.zeros(11, 4)
     loss_fn, linear = AdaKDLoss(total_steps=10), LinearAdaKDLoss(total_steps=10)
     calls = (
         (loss_fn, lambda items: loss_fn(S, T, L, num_items=items)),
+        (loss_fn, lambda items: loss_fn.from_hidden(hidden, weight, hidden, weight, L, num_items=items)),
         (linear, lambda items: linear(hidden, weight, hidden, weight, L, items)),
         (linear, lambda items: linear.from_logits(S, T, L, items)),
     )
@@ -302,7 +319,7 @@ def test_a_step_counts_its_tokens_in_one_way():
 
 
 def test_selection_and_temperature():
-    hard, mask = torch.rand(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    difficulty, mask = torch.rand(2, 3), torch.ones(2, 3, dtype=torch.bool)
     for function in (select_tokens, inverse_difficulty_temperature):
         with pytest.raises(TypeError, match=r"difficulty must be fp16, bf16, fp32 or fp64, got torch.int64"):
             function(torch.arange(6))
@@ -317,10 +334,10 @@ def test_selection_and_temperature():
         (torch.ones(2), ValueError, r"focus_ratio must be a number or a 0-d tensor, got a tensor of shape \(2,\)"),
     ):
         with pytest.raises(error, match=message):
-            select_tokens(hard, share)
+            select_tokens(difficulty, share)
     for name, call in (
-        ("mask", lambda chosen: select_tokens(hard, 0.5, chosen)),
-        ("selected", lambda chosen: inverse_difficulty_temperature(hard, chosen)),
+        ("mask", lambda chosen: select_tokens(difficulty, 0.5, chosen)),
+        ("selected", lambda chosen: inverse_difficulty_temperature(difficulty, chosen)),
     ):
         with pytest.raises(TypeError, match=rf"{name} must be bool, .*got torch.float32; pass {name}.bool\(\)"):
             call(mask.float())
@@ -335,7 +352,7 @@ def test_selection_and_temperature():
         ({"base_temperature": NAN}, "base_temperature must be > 0, got nan"),
     ):
         with pytest.raises(ValueError, match=message):
-            inverse_difficulty_temperature(hard, **options)
+            inverse_difficulty_temperature(difficulty, **options)
 
 
 def test_focus_takes_a_tensor_of_one_number():

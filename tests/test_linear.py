@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adakd_kernels import AdaKDLoss, AdaKDOutput, LinearAdaKDLoss, adakd_loss, linear, linear_adakd_loss
+from adakd_kernels import AdaKDLoss, AdaKDOutput, LinearAdaKDLoss, ReverseKL, adakd_loss, linear_adakd_loss
+from adakd_kernels.linear import chunks, heads
 
 from .cases import ONE_OF_EACH, assert_close_as_eager, logits, name_of, tokens
 
@@ -20,7 +21,7 @@ pytestmark = [pytest.mark.fast, pytest.mark.gpu]  # and the tests of the kernels
 EXACT = {"rtol": 1e-9, "atol": 1e-13}
 V, V_T = 61, 67
 AT_ONCE = {"temperature_scale": 0.0}
-"""Every token counts at one temperature: one phase instead of two."""
+"""Every token is selected at one temperature: one phase instead of two."""
 ROW = (V + V) * 8
 """Bytes of one token's logits of both models over the common vocabulary, in fp64."""
 
@@ -161,7 +162,7 @@ def test_shapes_and_strides():
 
 @pytest.mark.parametrize("keep", [0, 4])
 @pytest.mark.parametrize("valid", [0, 1, 2])
-def test_few_tokens_that_count(valid, keep):
+def test_few_valid_tokens(valid, keep):
     case = Case()
     case.labels.fill_(-100)
     case.labels[1, :valid] = 3
@@ -483,9 +484,11 @@ def test_no_tensor_is_larger_than_a_chunk(monkeypatch, keep):
 def test_buffers_of_a_chunk_fit_in_the_budget(monkeypatch, softcap):
     budget, n, vocab = 1_000_000, 512, 1000
     hidden, weight = logits(1, n, 4), logits(vocab, 4)
-    monkeypatch.setitem(linear.CHUNK_BYTES, hidden.device.type, budget)
-    student, teacher = (linear._make_head(hidden, weight, None, cap, 1.0, vocab) for cap in (softcap, None))
-    made = linear._Logits(student, teacher, torch.arange(n, device=hidden.device), n, None, 0)
+    monkeypatch.setitem(chunks.CHUNK_BYTES, hidden.device.type, budget)
+    student, teacher = (heads.make_head(hidden, weight, None, 1.0, cap, vocab) for cap in (softcap, None))
+    labelled = chunks.Tokens(torch.arange(n, device=hidden.device), tokens(vocab, 1, n))
+    objective = chunks.Objective(ReverseKL(), "hellinger", 1.0, 0.5, 1.0, 0.0, None)
+    made = chunks.Chunks(student, teacher, labelled, objective, None)
     assert budget / 2 <= made.raw_s.nbytes + made.z_s.nbytes + made.z_t.nbytes <= budget
 
 
@@ -531,8 +534,10 @@ def test_gradcheck(unpoisoned, share):
 
 def test_module_equals_the_function_and_drives_its_focus():
     case = Case()
-    loss_fn = LinearAdaKDLoss("forward_kl", total_steps=10, ce_weight=0.3, student_softcap=1.5, keep_bytes=5 * ROW)
-    plain = AdaKDLoss("forward_kl", total_steps=10, ce_weight=0.3)
+    loss_fn, plain = (
+        cls("forward_kl", total_steps=10, ce_weight=0.3, student_softcap=1.5, keep_bytes=5 * ROW)
+        for cls in (LinearAdaKDLoss, AdaKDLoss)
+    )
     loss_fn.load_state_dict(plain.state_dict())
     args = (case.hidden, case.weight, case.hidden_t, case.weight_t, case.labels)
     options = {"divergence": "forward_kl", "ce_weight": 0.3, "student_softcap": 1.5}
@@ -548,7 +553,8 @@ def test_module_equals_the_function_and_drives_its_focus():
         torch.testing.assert_close(
             loss_fn.from_logits(student, teacher, case.labels, num_items).loss, out.loss, **EXACT
         )
-        plain(student, teacher, case.labels, num_items)
+        same = plain.from_hidden(*args, num_items, student_bias=case.bias, teacher_bias=case.bias_t)
+        assert all(torch.equal(a, b) for a, b in zip(same, out, strict=True))
         plain(student, teacher, case.labels, num_items)
         for module in (loss_fn, plain):
             module.step()
@@ -585,7 +591,7 @@ def test_hooks_of_a_head_are_there_after_an_error():
     case.weight = head = LoRAHead(case.weight)
     calls = []
     head.up.register_hook(lambda grad: calls.append(True))
-    with pytest.raises(RuntimeError, match="interrupted"), linear._without_hooks([head.up]):
+    with pytest.raises(RuntimeError, match="interrupted"), heads.without_hooks([head.up]):
         raise RuntimeError("interrupted")
     head.up.sum().backward()
     assert calls == [True]

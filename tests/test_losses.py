@@ -134,7 +134,7 @@ def test_cross_entropy_part_is_torchs():
 
 
 def test_logits_far_from_zero():
-    """A token that counts for the cross-entropy alone has no normaliser at its temperature."""
+    """A valid token that is not selected has a cross-entropy, but no normaliser at its temperature."""
     student, teacher, labels = batch(dtype=torch.float32)
 
     def loss(s):
@@ -151,7 +151,7 @@ def test_a_label_outside_the_common_vocabulary_is_loud(label, inplace):
     labels[0, 0] = label
     assert adakd_loss(student, teacher, labels, ce_weight=0.5).loss.isnan()
     assert not adakd_loss(student, teacher, labels).loss.isnan()
-    for ratio in (0.3, 1.0):  # the token counts for the cross-entropy alone, and for both
+    for ratio in (0.3, 1.0):  # the token is valid alone, and selected too
 
         def loss(s, targets, ratio=ratio):
             options = {"focus_ratio": ratio, "ce_weight": 0.5, "inplace": inplace}
@@ -227,7 +227,7 @@ def test_micro_batches_add_up_to_the_batch(as_tensor, ce_weight):
     )
 
 
-def test_a_share_of_a_token():
+def test_num_items_below_one():
     """With fewer tokens in the step than ranks, each rank is told its part of one."""
     student, teacher, labels = batch()
     whole = adakd_loss(student, teacher, labels, num_items=1, ce_weight=0.2).loss
@@ -423,7 +423,7 @@ def test_module_drives_its_focus_by_the_distillation_loss():
         )
         losses.append(distillation.item())
     with torch.no_grad():
-        loss_fn(student * 7.0, teacher, labels)  # evaluation does not count
+        loss_fn(student * 7.0, teacher, labels)  # an evaluation is no part of the step
     loss_fn.step()
     assert focus.steps == 1 and math.isclose(focus.loss_ema.item(), sum(losses) / 2, rel_tol=1e-9)
     loss_fn.step()  # nothing since the last step

@@ -141,11 +141,9 @@ class AdaKDConfig(TrainingArguments):
         except (TypeError, ValueError) as error:
             raise type(error)(f"focus_{error}") from None
 
-    def make_loss(
-        self, focus: LossAdaptiveFocus | float, cls: type[AdaKDLoss] = AdaKDLoss, **options: Any
-    ) -> AdaKDLoss:
-        """The loss of these options with the given share; `options` are further ones of the class."""
-        return cls(self.make_divergence(), focus=focus, **self._loss_options(), **options)
+    def make_loss(self, focus: LossAdaptiveFocus | float, **options: Any) -> AdaKDLoss:
+        """The loss of these options with the given share; `options` are further ones of `AdaKDLoss`."""
+        return AdaKDLoss(self.make_divergence(), focus=focus, **self._loss_options(), **options)
 
     def _loss_options(self) -> dict[str, Any]:
         """The options that `adakd_loss` and `AdaKDLoss` both take, without the divergence."""

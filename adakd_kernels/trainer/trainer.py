@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from ..adaptive import LossAdaptiveFocus
 from ..functional import AdaKDOutput
-from ..linear import LinearAdaKDLoss
 from ..loss import AdaKDLoss
 from .checkpoints import last_checkpoint
 from .collator import AdaKDDataCollator
@@ -183,13 +182,12 @@ class AdaKDTrainer(Trainer):
         return self._make_loss(focus, inplace=inplace).to(self.args.device)
 
     def _make_loss(self, focus: LossAdaptiveFocus | float, inplace: bool = False) -> AdaKDLoss:
-        """The loss of the options with the given share; on the hidden route one that takes hidden states too."""
+        """The loss of the options with the given share, and on the hidden route with what follows the heads."""
         if self._head_options is None:
             return self.args.make_loss(focus, inplace=inplace)
         student, teacher = self._head_options
         return self.args.make_loss(
             focus,
-            LinearAdaKDLoss,
             inplace=inplace,
             student_scale=student.scale,
             student_softcap=student.softcap,
@@ -288,8 +286,7 @@ class AdaKDTrainer(Trainer):
         logits = outputs.logits
         if logits_are_read and loss_fn.inplace:
             logits = logits.clone()  # the gradient takes the place of the copy
-        from_logits = loss_fn.from_logits if isinstance(loss_fn, LinearAdaKDLoss) else loss_fn
-        return from_logits(logits, teacher_logits, targets, num_items), outputs
+        return loss_fn(logits, teacher_logits, targets, num_items), outputs
 
     def _from_hidden(
         self,
@@ -310,7 +307,7 @@ class AdaKDTrainer(Trainer):
         results: list[AdaKDOutput] = []
 
         def loss_of_hidden(hidden: Tensor) -> Tensor:
-            out: AdaKDOutput = loss_fn(
+            out = loss_fn.from_hidden(
                 hidden,
                 student_head.weight,
                 teacher_hidden.to(hidden.device),

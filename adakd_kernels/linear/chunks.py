@@ -1,0 +1,343 @@
+"""Divergence and gradient of every token from the logits of one chunk of tokens at a time, in one phase or in two.
+
+The temperatures depend on all difficulties, so in general a token passes twice: phase 1 computes its logits and keeps a
+few numbers; phase 2 computes the logits of the selected tokens again, their divergence, and their gradient, which it
+writes over the logits and folds into the gradients of the head. Where every valid token is selected at one temperature,
+no token waits for the others, and one phase does both.
+
+Per-token tensors are (1, n) over the n labelled tokens, the (B, L) of the ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops, reference
+from ..adaptive import descending, select_tokens
+from ..divergences import Divergence
+from ..functional import Divisors, loss_divisors, token_statistics, token_temperature
+from ..ops.token_divergence import loud_weights
+from .heads import Head, spans
+
+CHUNK_BYTES = {"cpu": 112 * 2**20}
+"""Bytes for the logits of one chunk, by device type; 1 GiB for others."""
+TEACHER_PART = 2
+"""The teacher's buffer has half as many rows as the student's: long student chunks make dW += dZᵀH cheaper."""
+
+
+class Tokens(NamedTuple):
+    """The labelled tokens."""
+
+    positions: Tensor  # (n,) in the flattened batch
+    labels: Tensor  # (1, n)
+
+
+class Objective(NamedTuple):
+    """The options of the loss, as `adakd_loss` takes them."""
+
+    divergence: Divergence
+    difficulty: str
+    focus_ratio: float | Tensor
+    temperature_scale: float
+    base_temperature: float
+    ce_weight: float
+    num_items: float | Tensor | None
+
+    @property
+    def selects_all_at_one_temperature(self) -> bool:
+        """Whether no token has to wait for the others.
+
+        Only for Python numbers: reading a tensor's value would synchronise with the device again.
+        """
+        ratio, scale = self.focus_ratio, self.temperature_scale
+        return not isinstance(ratio, Tensor) and not isinstance(scale, Tensor) and ratio == 1.0 and scale == 0.0
+
+
+class Statistics(NamedTuple):
+    """What phase 1 keeps of the tokens: `TokenStatistics`, and the cross-entropy if the loss has one."""
+
+    difficulty: Tensor
+    valid: Tensor
+    max_s: Tensor
+    sum_s: Tensor
+    cross_entropy: Tensor | None
+
+
+class Selection(NamedTuple):
+    """How the tokens enter the loss: temperature, selected, and the weights of divergence and cross-entropy."""
+
+    temperature: Tensor
+    selected: Tensor
+    weight: Tensor
+    ce_weight: Tensor | None
+
+
+class Pair(NamedTuple):
+    """Logits of some tokens."""
+
+    raw: Tensor  # (rows, V) raw logits of the student, which its gradient replaces
+    student: Tensor  # (1, rows, V); the memory of `raw` where the student has no soft-cap
+    teacher: Tensor  # (1, rows, V)
+
+
+class TokenResults(NamedTuple):
+    """What the phases leave of the labelled tokens. The gradients are in the student's head."""
+
+    statistics: Statistics
+    selection: Selection
+    divergence: Tensor  # 0 for tokens that are not selected
+    divisors: Divisors
+    gradient_scale: Tensor  # 0-d; gradients of the loss are this times those of the head
+
+
+def rows_of(values: Any, part: Tensor) -> Any:
+    """Statistics or a selection, of the tokens at `part` of the n labelled ones."""
+    return type(values)(*(None if x is None else x[..., part] for x in values))
+
+
+class Chunks:
+    """The labelled tokens, and buffers for the logits of one chunk of them that every chunk uses again.
+
+    A chunk is as many tokens as the student's buffer has rows, a part of it as many as the teacher's has.
+
+    Args:
+        student, teacher: the heads.
+        tokens: the labelled tokens.
+        objective: the loss.
+        chunk_tokens: rows of a chunk; None for what fits in `CHUNK_BYTES`.
+        kept: number of tokens whose logits have a place of their own (`KeptLogits`).
+    """
+
+    def __init__(
+        self, student: Head, teacher: Head, tokens: Tokens, objective: Objective, chunk_tokens: int | None,
+        kept: int = 0,
+    ) -> None:  # fmt: skip
+        self.student, self.teacher, self.tokens, self.objective = student, teacher, tokens, objective
+        self.n = tokens.positions.numel()
+        capped = student.softcap is not None
+        part_bytes = teacher.row_bytes + (student.row_bytes if capped else 0)
+        budget = CHUNK_BYTES.get(tokens.positions.device.type, 2**30)
+        self.chunk = chunk_tokens or _chunk_rule(budget, student.row_bytes, part_bytes)
+        self.part = -(-self.chunk // TEACHER_PART)  # rounded up
+        self.raw_s = student.empty_rows(min(self.chunk, self.n - kept))
+        self.z_t = teacher.empty_rows(min(self.part, self.n - kept))
+        # The chain rule of a soft-cap needs tanh(x/cap) beside the gradient over the logits.
+        self.z_s = student.empty_rows(min(self.part, self.n) if capped else 0)
+        self.dtype = reference.accumulation_dtype(self.raw_s, self.z_t)
+        self.differentiates = student.differentiates
+
+    def divisors(self, valid: Tensor) -> Divisors:
+        """What the sums of a batch with these valid tokens are divided by."""
+        return loss_divisors(valid, self.objective.focus_ratio, self.objective.num_items, self.dtype)
+
+    def select(self, statistics: Statistics, divisors: Divisors) -> Selection:
+        """(3)-(6) over these tokens, and the weights of their gradients, scaled up by `_power_of_two`."""
+        objective, valid = self.objective, statistics.valid
+        selected = select_tokens(statistics.difficulty, objective.focus_ratio, valid)
+        temperature = token_temperature(
+            statistics.difficulty, selected, valid, objective.temperature_scale, objective.base_temperature
+        )
+        unit, ce_weight = _power_of_two(divisors.cross_entropy), None
+        weight = (unit * (1.0 - objective.ce_weight) / divisors.distillation) * temperature.square() * selected
+        if objective.ce_weight:
+            ce_weight = (unit * objective.ce_weight / divisors.cross_entropy) * valid
+        return Selection(temperature, selected, weight, ce_weight)
+
+    def empty_statistics(self) -> Statistics:
+        """Memory for the statistics of all labelled tokens."""
+        ce = self.empty_values(self.dtype) if self.objective.ce_weight else None
+        difficulty, max_s, sum_s = (self.empty_values(self.dtype) for _ in range(3))
+        return Statistics(difficulty, self.empty_values(torch.bool), max_s, sum_s, ce)
+
+    def empty_values(self, dtype: torch.dtype) -> Tensor:
+        """Memory for a value of every labelled token."""
+        return torch.empty(1, self.n, dtype=dtype, device=self.tokens.positions.device)
+
+    def pair(self, raw: Tensor, teacher: Tensor) -> Pair:
+        """The logits of some tokens from raw ones of the student and those of the teacher, both (rows, V)."""
+        return Pair(raw, self.student.capped(raw, self.z_s[: len(raw)]).unsqueeze(0), teacher.unsqueeze(0))
+
+    def teacher_logits(self, index: Tensor, out: Tensor) -> Tensor:
+        """The teacher's logits of the tokens at `index` of the batch, (rows, V), in `out`."""
+        self.teacher.raw_logits(index, out)
+        return self.teacher.capped(out, out)
+
+    def measure(self, pair: Pair, start: int, stop: int, statistics: Statistics) -> Statistics:
+        """Statistics of the tokens from `start` to `stop`, and a copy of them in those of all tokens."""
+        labels = self.tokens.labels[:, start:stop]
+        labelled = torch.ones_like(labels, dtype=torch.bool)
+        measured = token_statistics(pair.student, pair.teacher, labelled, labels, self.objective.difficulty)
+        ce = None
+        if self.objective.ce_weight:
+            ce = ops.token_cross_entropy(
+                pair.student, pair.teacher, labels, measured.valid, measured.max_s, measured.sum_s
+            )
+        of_part = Statistics(*measured, ce)
+        for whole, values in zip(statistics, of_part, strict=True):
+            if whole is not None and values is not None:
+                whole[..., start:stop] = values
+        return of_part
+
+    def divergence(self, pair: Pair, labels: Tensor, statistics: Statistics, selection: Selection) -> Tensor:
+        """D of some tokens (1, rows). A gradient that is asked for (of the loss over x) replaces `pair.raw`."""
+        name, parameters = self.objective.divergence.name, self.objective.divergence.parameters
+        student, teacher, temperature, weight = pair.student, pair.teacher, selection.temperature, selection.weight
+        d: Tensor
+        d, *saved = ops.token_divergence(student, teacher, temperature, selection.selected, name, *parameters)
+        if not self.differentiates:
+            return d
+        ce_args: tuple[Tensor | None, ...] = (None, None, None, None)
+        if selection.ce_weight is not None and statistics.cross_entropy is not None:
+            weight, ce_weight = loud_weights(weight, selection.ce_weight, statistics.cross_entropy)
+            ce_args = (labels, ce_weight, statistics.max_s, statistics.sum_s)
+        ops.token_divergence_backward_(student, teacher, temperature, weight, *saved, *ce_args, name, *parameters)
+        if self.student.softcap is not None:
+            # `student` holds dL/dz now, `raw` tanh(x/cap): dL/dx = dL/dz·(1 − tanh²).
+            torch.ops.aten.tanh_backward(student[0], pair.raw, grad_input=pair.raw)
+        return d
+
+
+def _chunk_rule(budget: int, bytes_s: int, part_bytes: int) -> int:
+    """Rows of the student's logits that fit in the budget with the buffers of a part: a multiple of 64, 64 at least."""
+    rows = int(budget / (bytes_s + part_bytes / TEACHER_PART))
+    return max(64, rows // 64 * 64)
+
+
+class KeptLogits:
+    """Logits that phase 2 need not compute again: those of the hardest tokens so far; where it takes all, of the first.
+
+    Args:
+        student, teacher: the heads.
+        n: number of labelled tokens.
+        needed: number of tokens that phase 2 takes.
+        keep_bytes: memory for the logits.
+    """
+
+    def __init__(self, student: Head, teacher: Head, n: int, needed: int, keep_bytes: int) -> None:
+        row_bytes = student.row_bytes + teacher.row_bytes
+        self.rows = 0 if student.needs_graph else min(needed, keep_bytes // row_bytes)
+        self.replaces = self.rows > 0 and needed < n
+        # The last row takes what is not kept, so that the number of tokens that enter need not be read from the device.
+        memory = self.rows + int(self.replaces)
+        self.raw_s, self.z_t = student.empty_rows(memory), teacher.empty_rows(memory)
+        self.tokens = torch.arange(memory, device=self.raw_s.device)  # which of the n tokens each row is of
+
+    def replace(self, start: int, stop: int, pair: Pair, statistics: Statistics) -> None:
+        """Let those of the tokens from `start` to `stop` that are among the hardest so far replace easier ones."""
+        order = descending(statistics.difficulty[:, :stop], statistics.valid[:, :stop]).indices
+        hardest = torch.zeros_like(order, dtype=torch.bool)
+        hardest[order[: self.rows]] = True
+        # Rows whose tokens are no longer among the hardest stand first; the tokens that enter take them in order.
+        free = hardest[self.tokens[:-1]].to(torch.uint8).argsort(stable=True)
+        enters = hardest[start:stop]
+        row = free[(enters.cumsum(0) - 1).clamp(0, self.rows - 1)].where(enters, self.rows)
+        self.raw_s.index_copy_(0, row, pair.raw)
+        self.z_t.index_copy_(0, row, pair.teacher[0])
+        self.tokens.index_copy_(0, row, torch.arange(start, stop, device=row.device))
+
+
+def one_phase(chunks: Chunks) -> TokenResults:
+    """Statistics, divergence and gradient of every token while its logits are there.
+
+    The weight of a token's gradient depends on the number of valid tokens, which is known only when the rows of all
+    labelled tokens are. Until then all of them are taken for valid; `gradient_scale` corrects the gradients afterwards.
+    """
+    (positions, labels), student = chunks.tokens, chunks.student
+    assumed = chunks.divisors(torch.ones_like(labels, dtype=torch.bool))
+    statistics = chunks.empty_statistics()
+    divergence = chunks.empty_values(chunks.dtype)
+    for a, b in spans(0, chunks.n, chunks.chunk):
+        raw = chunks.raw_s[: b - a]
+        student.raw_logits(positions[a:b], raw, graph=chunks.differentiates)
+        for i, j in spans(a, b, chunks.part):
+            teacher = chunks.teacher_logits(positions[i:j], chunks.z_t[: j - i])
+            pair = chunks.pair(raw[i - a : j - a], teacher)
+            of_part = chunks.measure(pair, i, j, statistics)
+            selection = chunks.select(of_part, assumed)
+            divergence[:, i:j] = chunks.divergence(pair, labels[:, i:j], of_part, selection)
+        if chunks.differentiates:
+            student.fold(positions[a:b], raw)
+    divisors = chunks.divisors(statistics.valid)
+    selection = chunks.select(statistics, divisors)
+    gradient_scale = (
+        student.scale / _power_of_two(assumed.cross_entropy) * (assumed.distillation / divisors.distillation)
+    )
+    return TokenResults(statistics, selection, divergence, divisors, gradient_scale)
+
+
+def two_phases(chunks: Chunks, kept: KeptLogits, needed: int) -> TokenResults:
+    """Statistics of every labelled token, selection over all of them, and then divergence and gradient.
+
+    `needed` is the number of tokens that phase 2 takes: the hardest ones, or all.
+    """
+    statistics = _phase_1(chunks, kept)
+    divisors = chunks.divisors(statistics.valid)
+    selection = chunks.select(statistics, divisors)
+    divergence = _phase_2(chunks, kept, needed, statistics, selection)
+    gradient_scale = chunks.student.scale / _power_of_two(divisors.cross_entropy)
+    return TokenResults(statistics, selection, divergence, divisors, gradient_scale)
+
+
+def _phase_1(chunks: Chunks, kept: KeptLogits) -> Statistics:
+    """The statistics of every labelled token. The first logits go to where they are kept, while there is room."""
+    positions, statistics = chunks.tokens.positions, chunks.empty_statistics()
+    for a, b in spans(0, kept.rows, chunks.chunk) + spans(kept.rows, chunks.n, chunks.chunk):
+        keeps = a < kept.rows
+        raw = kept.raw_s[a:b] if keeps else chunks.raw_s[: b - a]
+        chunks.student.raw_logits(positions[a:b], raw)
+        for i, j in spans(a, b, chunks.part):
+            out = kept.z_t[i:j] if keeps else chunks.z_t[: j - i]
+            pair = chunks.pair(raw[i - a : j - a], chunks.teacher_logits(positions[i:j], out))
+            chunks.measure(pair, i, j, statistics)
+            if kept.replaces and not keeps:
+                kept.replace(i, j, pair, statistics)
+    return statistics
+
+
+def _phase_2(chunks: Chunks, kept: KeptLogits, needed: int, statistics: Statistics, selection: Selection) -> Tensor:
+    """D of the selected tokens, 0 elsewhere; the gradients of the student's head if any is asked for."""
+    (positions, labels), student = chunks.tokens, chunks.student
+    result = torch.zeros_like(statistics.difficulty)
+    for of, raw, kept_teacher in _chunks_of_phase_2(chunks, kept, needed, statistics):
+        for i, j in spans(0, of.numel(), chunks.part):
+            part = of[i:j]
+            if kept_teacher is None:
+                teacher = chunks.teacher_logits(positions[part], chunks.z_t[: j - i])
+            else:
+                teacher = kept_teacher[i:j]
+            pair = chunks.pair(raw[i:j], teacher)
+            of_part = rows_of(statistics, part)
+            d = chunks.divergence(pair, labels[:, part], of_part, rows_of(selection, part))
+            result.index_copy_(1, part, d)
+        if chunks.differentiates:
+            student.fold(positions[of], raw)
+    return result
+
+
+def _chunks_of_phase_2(
+    chunks: Chunks, kept: KeptLogits, needed: int, statistics: Statistics
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Of each chunk: which of the n tokens it has, the student's raw logits, and the teacher's if they are kept."""
+    for a, b in spans(0, kept.rows, chunks.chunk):
+        yield kept.tokens[a:b], kept.raw_s[a:b], kept.z_t[a:b]
+    if needed < chunks.n:
+        # The kept tokens are the first ones of this order.
+        rest = descending(statistics.difficulty, statistics.valid).indices[kept.rows : needed]
+    else:
+        rest = torch.arange(kept.rows, chunks.n, device=statistics.difficulty.device)
+    for a, b in spans(0, rest.numel(), chunks.chunk):
+        of, raw = rest[a:b], chunks.raw_s[: b - a]
+        chunks.student.raw_logits(chunks.tokens.positions[of], raw, graph=chunks.differentiates)
+        yield of, raw, None
+
+
+def _power_of_two(items: Tensor) -> Tensor:
+    """A power of two near `items`, by which the gradients are scaled up until the backward.
+
+    In fp16 the gradient of a mean over thousands of tokens would be 0 (below 6e-8); a power of two rounds nothing.
+    """
+    return items / torch.frexp(items).mantissa

@@ -1,0 +1,182 @@
+"""`linear_adakd_loss`: the loss from hidden states and heads, in chunks of tokens, without the logits of a batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adaptive import focus_count
+from ..checks import check_head, check_head_options, check_labels, check_no_transform, check_options, check_pair
+from ..divergences import Divergence
+from ..functional import AdaKDOutput, loss_temperature, next_labels, reduce_loss
+from ..ops.token_divergence import OnceDifferentiable
+from .chunks import Chunks, KeptLogits, Objective, Tokens, one_phase, two_phases
+from .heads import StudentHead, TeacherHead, blocks, make_head
+
+__all__ = ["linear_adakd_loss"]
+
+
+def linear_adakd_loss(
+    student_hidden: Tensor,
+    student_weight: StudentHead,
+    teacher_hidden: Tensor,
+    teacher_weight: TeacherHead,
+    labels: Tensor,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_scale: float = 1.0,
+    teacher_scale: float = 1.0,
+    chunk_tokens: int | None = None,
+    keep_bytes: int = 0,
+    divergence: str | Divergence = "reverse_kl",
+    focus_ratio: float | Tensor = 1.0,
+    temperature_scale: float = 0.5,
+    base_temperature: float = 1.0,
+    difficulty: str = "hellinger",
+    ce_weight: float = 0.0,
+    num_items: float | Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+) -> AdaKDOutput:
+    """`adakd_loss` of logits z = cap·tanh(x/cap), x = scale·(hWᵀ + b), without the logits (or z = x without a cap).
+
+    Equal to the logits route to rounding, in memory that grows with the number of tokens by a few numbers each. The
+    gradients of hidden states, weight and bias are computed here, not in the backward, which only scales them; where
+    none is asked for, none is computed. The weight's gradient is added up in fp32 (fp64 for fp64).
+
+    Waits for the device once a call, for the number of labelled and of selected tokens, so `torch.compile` breaks the
+    graph here. Under `torch.autocast` the heads compute in its type, as a linear layer does.
+
+    Args:
+        student_hidden: (B, L, Hˢ) or (N, Hˢ), what the head is applied to; fp16, bf16, fp32 or fp64.
+        student_weight: (Vˢ, Hˢ) of the hidden states' type, or an `nn.Module` that makes logits of hidden states: its
+            parameters get gradients. A module runs twice on a selected token (on a labelled one if `ce_weight` > 0),
+            the second time with a graph of its own; once where every token is selected at one temperature.
+        teacher_hidden: (B, L, Hᵗ) or (N, Hᵗ); Hᵗ and its type may differ.
+        teacher_weight: (Vᵗ, Hᵗ) of the teacher's hidden states' type, or a callable.
+        labels: (B, L) or (N,), of any integer type that can hold `ignore_index`: the token that each position predicts.
+        student_bias, teacher_bias: (V,), for a head that is a weight.
+        student_softcap, teacher_softcap: cap > 0, or None.
+        student_scale, teacher_scale: scale > 0.
+        chunk_tokens: rows of the student's logits at a time; half as many of the teacher's. None: what fits in
+            112 MiB on a CPU and in 1 GiB elsewhere.
+        keep_bytes: bytes for logits that are kept between the phases instead of being computed again: those of the
+            hardest tokens. Without effect where the student's head is a module that gets gradients.
+        divergence, focus_ratio, temperature_scale, base_temperature, difficulty, ce_weight, num_items, ignore_index,
+            shift: as in `adakd_loss`.
+
+    Returns:
+        AdaKDOutput(loss, token_loss, difficulty, temperature, selected), as `adakd_loss`, but `loss` alone carries a
+        graph.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or range; the message says which and what was meant.
+
+    Example:
+        >>> hidden = torch.randn(2, 5, 8, requires_grad=True)
+        >>> weight = torch.randn(100, 8, requires_grad=True)
+        >>> out = linear_adakd_loss(
+        ...     hidden, weight, torch.randn(2, 5, 16), torch.randn(100, 16), torch.randint(100, (2, 5)), focus_ratio=0.5
+        ... )
+        >>> out.loss.backward()
+        >>> int(out.selected.sum()), tuple(hidden.grad.shape), tuple(weight.grad.shape)
+        (5, (2, 5, 8), (100, 8))
+    """
+    check_no_transform("linear_adakd_loss", student_hidden, student_weight, student_bias, teacher_hidden)
+    check_pair(student_hidden, teacher_hidden, "hidden")
+    div = check_options(
+        divergence, focus_ratio, temperature_scale, base_temperature, difficulty, ce_weight, ignore_index, num_items,
+        shift=shift,
+    )  # fmt: skip
+    batch = student_hidden.shape[:-1]
+    labels = check_labels(labels, batch, student_hidden, ignore_index)
+    check_head("student", student_hidden, student_weight, student_bias)
+    check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
+    check_head_options(student_softcap, teacher_softcap, student_scale, teacher_scale, chunk_tokens, keep_bytes)
+    if shift:
+        labels = next_labels(labels, ignore_index)
+    labels = labels.flatten()
+    objective = Objective(div, difficulty, focus_ratio, temperature_scale, base_temperature, ce_weight, num_items)
+    differentiable = torch.is_grad_enabled()
+    # Entries that are not common have no part in the loss: their columns of the logits are not computed.
+    vocab = min([w.shape[0] for w in (student_weight, teacher_weight) if isinstance(w, Tensor)], default=0)
+    with torch.no_grad():
+        student = make_head(
+            student_hidden, student_weight, student_bias, student_scale, student_softcap, vocab,
+            differentiable=differentiable,
+        )  # fmt: skip
+        teacher = make_head(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap, vocab)
+        with torch.autocast(student_hidden.device.type, enabled=False):
+            labelled = labels != ignore_index
+            # The one wait: how many tokens are labelled, and how many of them can be selected.
+            n, k = torch.stack((labelled.sum(), focus_count(focus_ratio, labelled.sum()))).tolist()
+            # The labelled tokens by a stable sort, because `nonzero` would wait again.
+            positions = (~labelled).to(torch.uint8).argsort(stable=True)[:n]
+            tokens = Tokens(positions, labels[positions].unsqueeze(0))
+            if objective.selects_all_at_one_temperature:
+                results = one_phase(Chunks(student, teacher, tokens, objective, chunk_tokens))
+            else:
+                needed = n if ce_weight else min(k, n)
+                kept = KeptLogits(student, teacher, n, needed, keep_bytes)
+                chunks = Chunks(student, teacher, tokens, objective, chunk_tokens, kept.rows)
+                results = two_phases(chunks, kept, needed)
+            statistics, temperature = results.statistics, results.selection.temperature
+            token_loss = temperature.square() * results.divergence
+            loss = reduce_loss(token_loss, statistics.cross_entropy, ce_weight, results.divisors)
+
+        def spread(values: Tensor, fill: float) -> Tensor:
+            everywhere = torch.full(labels.shape, fill, dtype=values.dtype, device=values.device)
+            return everywhere.index_copy(0, positions, values[0]).view(batch)
+
+        per_token = (
+            spread(token_loss, 0.0),
+            spread(statistics.difficulty, 0.0),
+            spread(temperature, loss_temperature(base_temperature, temperature.dtype)),
+            spread(results.selection.selected, False),
+        )
+    if student.differentiates:
+        loss = _WithGradient.apply(loss, results.gradient_scale, student.gradients(), *student.inputs)  # type: ignore[no-untyped-call]
+    return AdaKDOutput(loss, *per_token)
+
+
+class _WithGradient(torch.autograd.Function):
+    """A loss whose gradients are known but for a factor, by which the backward scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, loss: Tensor, factor: Tensor, gradients: Sequence[Tensor | None], *inputs: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(factor, *gradients)
+        ctx.like = [None if x is None else (x.shape, x.dtype) for x in inputs]
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        factor, *gradients = ctx.saved_tensors
+        with torch.no_grad():
+            scaled = [
+                None if grad is None else _scaled(grad, grad_loss * factor, *like)
+                for grad, like in zip(gradients, ctx.like, strict=True)
+            ]
+        if torch.is_grad_enabled():  # create_graph=True
+            refuses = torch.zeros((), device=factor.device, requires_grad=True)
+            scaled = [None if x is None else OnceDifferentiable.apply(x, refuses, grad_loss) for x in scaled]  # type: ignore[no-untyped-call]
+        return None, None, None, *scaled
+
+
+def _scaled(grad: Tensor, factor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """factor·grad in another type and with zeros behind it, rounded once, without a temporary of its size."""
+    if grad.dim() == 0 or (grad.numel() == math.prod(shape) and grad.dtype == dtype):
+        return (grad * factor).to(dtype).view(shape)
+    out = torch.empty(shape, dtype=dtype, device=grad.device)
+    out[grad.shape[0] :] = 0
+    for rows in blocks(grad):
+        out[rows] = grad[rows] * factor
+    return out
