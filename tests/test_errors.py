@@ -390,6 +390,11 @@ def test_transformations_are_refused_by_name():
             torch.autograd.functional.jvp(function, x, x)
         expected = torch.autograd.functional.jacobian(function, x)
         assert torch.equal(expected, torch.autograd.functional.vjp(function, x)[1])
+    for teacher_side in ({"teacher_weight": weight}, {"teacher_weight": weight, "teacher_bias": torch.randn(11)}):
+        last = list(teacher_side)[-1]
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="linear_adakd_loss has no forward-mode"):
+            dual = teacher_side | {last: forward_ad.make_dual(teacher_side[last], teacher_side[last])}
+            linear_adakd_loss(hidden, weight, hidden, labels=L, **dual)
     # A difficulty has no gradient; as a function of rows it may be mapped.
     assert torch.equal(vmap(token_difficulty)(student, teacher), token_difficulty(student, teacher))
 

@@ -149,6 +149,21 @@ def test_total_variation_of_a_margin_that_overflows():
                 assert value.isfinite().all() and not leaf.grad.isnan().any(), (height, tau, place, divergence)
 
 
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=name_of)
+def test_gradient_at_the_lowest_temperatures(divergence):
+    """1/τ times a logarithm leaves the type's range, and the mass that it belongs to is 0."""
+    single, double = torch.float32, torch.float64
+    for dtype, tau in ((single, 1e-22), (single, 1e-36), (double, 1e-200), (double, 1e-306)):
+        for vocab in (50, BLOCK + 4):
+            student, teacher = (logits(2, vocab, dtype=dtype, seed=seed) for seed in (55, 56))
+            leaf = student.clone().requires_grad_()
+            value = token_divergence(leaf, teacher, tau, divergence)
+            value.sum().backward()
+            assert value.isfinite().all()
+            plain = reference.token_divergence_grad(student, teacher, tau, divergence)
+            torch.testing.assert_close(leaf.grad, plain, rtol=1e-5, atol=0.0)
+
+
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=name_of)
 def test_a_row_whose_value_is_nan_has_a_gradient_of_nan(divergence, side):

@@ -89,7 +89,8 @@ def linear_adakd_loss(
         >>> int(out.selected.sum()), tuple(hidden.grad.shape), tuple(weight.grad.shape)
         (5, (2, 5, 8), (100, 8))
     """
-    check_no_transform("linear_adakd_loss", student_hidden, student_weight, student_bias, teacher_hidden)
+    given = (student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias)
+    check_no_transform("linear_adakd_loss", *given)
     check_pair(student_hidden, teacher_hidden, "hidden")
     div = check_options(
         divergence, focus_ratio, temperature_scale, base_temperature, difficulty, ce_weight, ignore_index, num_items,

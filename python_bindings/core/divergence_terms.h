@@ -87,8 +87,16 @@ template <class V> struct Ratios {
   }
 };
 
-// A log-ratio that a mass of 0 is multiplied with, after a weight.
-template <class V> ADAKD_INLINE V above_overflow(V x) { return max(constant<V>(-1.0e18), x); }
+// log2(q/m) is at least log2 q: below this, q is 0 in every type, and the logarithm must only not overflow.
+constexpr double kLeastLog = -1100.0;
+template <class V> ADAKD_INLINE V above_overflow(V x) { return max(constant<V>(kLeastLog), x); }
+
+// q·(w·x - w_sum_g). Where q is 0, w·x may leave the type's range, and 0·inf is NaN. Floats are then computed again in
+// double; double, which has no wider type, multiplies x with q first.
+template <class V> ADAKD_INLINE V weighted(V q, V w, V x, V w_sum_g) {
+  if constexpr (sizeof(Scalar<V>) == 8) return fma(w, q * x, -(q * w_sum_g));
+  return q * fma(w, x, -w_sum_g);
+}
 
 // log2(p/m) and log2(q/m) for m = weight_p·p + weight_q·q.
 template <class V> struct LogsOverMixture {
@@ -125,7 +133,7 @@ template <class V> struct ReverseKL : Terms<V> {
   static constexpr bool kUnbounded = true;
   using Terms<V>::Terms;
   ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {
-    return exp2(at.log_q) * fma(at.gap, w * constant<V>(kLn2), -w_sum_g);
+    return weighted(exp2(at.log_q), w * constant<V>(kLn2), at.gap, w_sum_g);
   }
 };
 
@@ -133,7 +141,7 @@ template <class V> struct Jeffreys : Terms<V> {
   static constexpr bool kUnbounded = true;
   using Terms<V>::Terms;
   ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {
-    return fma(-w, exp2(at.log_p), exp2(at.log_q) * fma(at.gap, w * constant<V>(kLn2), -w_sum_g));
+    return fma(-w, exp2(at.log_p), weighted(exp2(at.log_q), w * constant<V>(kLn2), at.gap, w_sum_g));
   }
 };
 
@@ -181,7 +189,7 @@ template <class V> struct JensenShannon : Terms<V> {
   ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {
     const Ratios<V> r(at);
     const V weight = w * parameters.rest_of_beta * constant<V>(kLn2);
-    return r.top * r.r_q * fma(weight, above_overflow(logs(at, r).q), -w_sum_g);
+    return weighted(r.top * r.r_q, weight, above_overflow(logs(at, r).q), w_sum_g);
   }
 };
 
@@ -227,7 +235,7 @@ template <class V> struct SkewReverseKL : Terms<V> {
     const Ratios<V> r(at);
     V log_ratio, share;
     parts(at, r, log_ratio, share);
-    return r.top * r.r_q * fma(w, above_overflow(log_ratio - share), -w_sum_g);
+    return weighted(r.top * r.r_q, w, above_overflow(log_ratio - share), w_sum_g);
   }
 };
 

@@ -192,7 +192,7 @@ template <class V> void token_divergence_backward_row(const GradientCall& call, 
                        number(call.in.max_t),
                        number(call.in.sum_t),
                        w,
-                       w * number(call.sum_g),
+                       saturated<double>(w * number(call.sum_g)),
                        ce_weight == 0.0 ? 0.0 : number(call.ce_max),
                        ce_weight == 0.0 ? 0.0 : ce_weight / number(call.ce_sum)};
   const OneRow row{row_of(rows.student, n, rows.tokens),
@@ -202,7 +202,7 @@ template <class V> void token_divergence_backward_row(const GradientCall& call, 
                    ce_weight == 0.0 ? -1 : call.labels[n],
                    ce_weight,
                    call.grad.data == rows.student.data,
-                   std::isfinite(static_cast<S>(x.w) + static_cast<S>(x.w_sum_g) + x.ce_factor + x.ce_max) &&
+                   std::isfinite(static_cast<S>(kLeastLog * x.w) + static_cast<S>(x.w_sum_g) + x.ce_factor + x.ce_max) &&
                        (weight == 0.0 || std::isfinite(x.max_s + x.max_t + std::log2(x.sum_s) + std::log2(x.sum_t)))};
   const int64_t peak = weight == 0.0 ? -1 : call.peak[n];
   // In place, the peak's logit is gone after the row.
