@@ -126,6 +126,7 @@ template <class V> struct LogsOverMixture {
   }
 };
 
+// Σ p·log(p/q): g = -p.
 template <class V> struct ForwardKL : Terms<V> {
   using Terms<V>::Terms;
   ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {
@@ -133,6 +134,7 @@ template <class V> struct ForwardKL : Terms<V> {
   }
 };
 
+// Σ q·log(q/p): g = q·log(q/p), without the term q, which cancels in (10).
 template <class V> struct ReverseKL : Terms<V> {
   static constexpr bool kUnbounded = true;
   using Terms<V>::Terms;
@@ -141,6 +143,7 @@ template <class V> struct ReverseKL : Terms<V> {
   }
 };
 
+// The sum of both.
 template <class V> struct Jeffreys : Terms<V> {
   static constexpr bool kUnbounded = true;
   using Terms<V>::Terms;
@@ -149,6 +152,7 @@ template <class V> struct Jeffreys : Terms<V> {
   }
 };
 
+// 1 - Σ √(pq): g = -½·√(pq).
 template <class V> struct Hellinger : Terms<V> {
   using Terms<V>::Terms;
   ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {
@@ -157,6 +161,7 @@ template <class V> struct Hellinger : Terms<V> {
   }
 };
 
+// ½ Σ |p - q|: g = ½·q·sign(q - p), and with c·q of the peak ½·q·(sign(q - p) - peak_sign).
 template <class V> struct TotalVariation : Terms<V> {
   static constexpr bool kTwoSweeps = true, kSign = true;
   using Terms<V>::Terms;
@@ -175,6 +180,7 @@ template <class V> struct TotalVariation : Terms<V> {
   }
 };
 
+// Σ β·p·log(p/m) + (1 - β)·q·log(q/m), m = β·p + (1 - β)·q: g = (1 - β)·q·log(q/m).
 template <class V> struct JensenShannon : Terms<V> {
   static constexpr bool kTwoSweeps = true, kMixture = true;
   using Terms<V>::Terms;
@@ -197,6 +203,7 @@ template <class V> struct JensenShannon : Terms<V> {
   }
 };
 
+// Σ p·log(p/m), m = α·p + (1 - α)·q: g = -(1 - α)·p·q/m.
 template <class V> struct SkewForwardKL : Terms<V> {
   static constexpr bool kTwoSweeps = true, kMixture = true;
   using Terms<V>::Terms;
@@ -216,6 +223,7 @@ template <class V> struct SkewForwardKL : Terms<V> {
   }
 };
 
+// Σ q·log(q/m), m = α·q + (1 - α)·p: g = q·(log(q/m) - α·q/m), without the term q.
 template <class V> struct SkewReverseKL : Terms<V> {
   static constexpr bool kTwoSweeps = true, kWithoutQ = true, kMixture = true;
   using Terms<V>::Terms;
@@ -243,6 +251,7 @@ template <class V> struct SkewReverseKL : Terms<V> {
   }
 };
 
+// Σ (α·p^(α+β) + β·q^(α+β) - (α+β)·p^α·q^β)/(αβ(α+β)): g = (q^(α+β) - p^α·q^β)/α.
 template <class V> struct AlphaBeta : Terms<V> {
   static constexpr bool kTwoSweeps = true;
   using Terms<V>::Terms;

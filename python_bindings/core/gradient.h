@@ -27,7 +27,8 @@ struct TokenNumbers {
   template <class V> LogNormalizers normalizers() const { return LogNormalizers::from<V>(scale, m_s, l_s, m_t, l_t); }
 };
 
-// D: the tag of the divergence, None where only the cross-entropy is selected.
+// The gradient of one token. V: vectors that it is computed in. D: the tag of the divergence, that of None where the
+// token is selected for its cross-entropy alone.
 template <class V, class D, bool kCrossEntropy> struct Gradient {
   using S = Scalar<V>;
   using Divergence = typename D::template Of<V>;
@@ -60,6 +61,7 @@ template <class V, class D, bool kCrossEntropy> struct Gradient {
         gradient = (s != minus_infinity) & (t != minus_infinity) ? gradient : zero;
       }
     }
+    // The student's probability at temperature 1, weighted. Nothing guards it: the student's -inf gives 0 here too.
     if (kCrossEntropy) gradient = fma(exp2((s - ce_max) * constant<V>(kLog2e)), ce_factor, gradient);
     return gradient;
   }

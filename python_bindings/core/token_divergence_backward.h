@@ -47,10 +47,12 @@ template <class V, class G> __attribute__((noinline)) bool guarded_entries(const
 template <class V, class G> void gradient_row(const G& gradient, const TokenRows& row) {
   constexpr int kStep = 2 * kLanes<V>;
   const bool stored = row.numbers_finite && readable_as_stored<V>(row.s, row.t);
+  // In fp32 first, then in double.
   const auto guarded = [&](int64_t start, int n) {
     if (guarded_entries<V>(gradient, row, start, n)) return;
     guarded_entries<Doubles>(typename G::InDouble(gradient.numbers), row, start, n);
   };
+  // Returns the number of entries written before the first pair of vectors that needs guards.
   const auto fast = [&](int64_t start, int n) {
     return as_stored<V>(row.s, row.t, 0, [&](auto entry) {
       using T = decltype(entry);
@@ -77,6 +79,7 @@ template <class V, class G> void gradient_row(const G& gradient, const TokenRows
       const bool labelled = start <= row.label && row.label < start + n;
       if (!labelled) done = fast(start, n);
     }
+    // The rest of the block, where the loop without guards stopped or did not run.
     if (done < n) guarded(start + done, n - done);
     start += n;
   }
@@ -141,6 +144,7 @@ template <class V> void token_divergence_backward_row(const GradientCall& call, 
   const double peak_grad = peak < 0 ? 0.0 : number_of<S>(call.peak_grad, n);
   // Computed before the row is written, which in place overwrites the peak's logit.
   const S at_peak = peak < 0 ? S{0} : static_cast<S>(x.w * peak_grad + row.cross_entropy_at(peak, x));
+  // With its own loop for each divergence, with and without cross-entropy.
   const auto write_row = [&](auto tag) {
     using D = decltype(tag);
     if constexpr (D::template Of<V>::kSign) {
