@@ -103,7 +103,7 @@ if DIVERGENCE == "{NAME}":
         return 0.5 * top * apart * d, 0.5 * q * d * (2.0 - d), q
     el""",
     ),
-    "C++ class": Edit("python_bindings/core/divergence_terms.h", "// The token counts for the cross", CPP_CLASS),
+    "C++ class": Edit("python_bindings/core/divergence_terms.h", "// For a token that the loss selects", CPP_CLASS),
     "C++ list": Edit("python_bindings/core/divergences.h", '  X(Hellinger, "hellinger")', CPP_LIST),
     "closed form": Edit(
         "tests/test_reference.py",

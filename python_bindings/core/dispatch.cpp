@@ -1,4 +1,4 @@
-// Chooses the instruction set when the first kernel is asked for.
+// Chooses the kernels' instruction set, when they are first asked for.
 #include <cstdlib>
 #include <cstring>
 
@@ -21,7 +21,8 @@ extern const Kernels table;
 
 namespace {
 
-// Whether this build and this processor have it.
+// Whether this build and this processor have an instruction set. __builtin_cpu_init has to come first, because
+// prefetch_distance asks for the processor while the library is being loaded.
 bool has_avx2() {
 #if defined(ADAKD_HAS_AVX2)
   __builtin_cpu_init();
@@ -35,8 +36,8 @@ bool has_avx512() {
 #if defined(ADAKD_HAS_AVX512)
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
+         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #else
   return false;
 #endif
@@ -56,6 +57,7 @@ const Kernels* choose() {
   const auto taken = [wanted](const Kernels& k) {
     return wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, k.isa) == 0;
   };
+  // The widest first.
 #if defined(ADAKD_HAS_AVX512)
   if (has_avx512() && taken(avx512::table)) return &avx512::table;
 #endif

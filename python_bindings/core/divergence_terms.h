@@ -1,10 +1,10 @@
 // The divergences, entry by entry: f and g of docs/maths.md, section 3, and the gradient of equation (10).
 //
 // A divergence is a class with
-//   terms(at, f, g): its summand and g = q ∂f/∂q, where a second sweep needs them;
+//   terms(at, f, g): its summand and g = q ∂f/∂q, needed by divergences of two sweeps only;
 //   gradient(at, w, w_sum_g): w·(g - q·Σg), with w_sum_g = w·Σg.
-// Logarithms are to base 2. The larger of p and q is taken out of every mixture, so that log-ratios of masses that
-// underflow stay finite and everything is exactly 0 at p = q.
+// V is a vector of entries, or double for the peak alone. Logarithms are to base 2. The larger of p and q is taken out
+// of every mixture, so that log-ratios of masses that underflow stay finite and everything is exactly 0 at p = q.
 #pragma once
 
 #include "rows.h"
@@ -12,57 +12,68 @@
 namespace adakd {
 namespace ADAKD_ISA {
 
-// The parameters and what they lack of 1. The larger of two weights is taken from the smaller: so neither loses digits, and
-// they add up to 1.
+// α and β in the forms that the formulas take. rest_of_x is 1 - x. The larger of the two is computed from the rounded
+// smaller one, so that neither loses digits and both add up to 1: else the divergence would not be 0 at p = q.
 template <class V> struct Parameters {
   V alpha, rest_of_alpha, beta, rest_of_beta;
-  V both, whole, part;  // α + β; the nearest whole number and what it lacks
-  V per_alpha;          // 1/α
-  bool lopsided;        // a mixture of them is next to one of its parts
-  V own_sign{};         // kSign: that of the peak's log-ratio, by which g is lowered everywhere
+  V alpha_plus_beta;
+  V nearest, remainder;  // the integer next to α + β, and α + β less that integer
+  V per_alpha;           // 1/α
+  bool lopsided;         // one weight of the mixture is below 0.01, so that the mixture is next to one of its parts
+  V peak_sign{};         // for kSign: the sign of log2(q/p) at the peak
 
   Parameters(double alpha, double beta) {
     split(alpha, this->alpha, rest_of_alpha);
     split(beta, this->beta, rest_of_beta);
-    both = constant<V>(alpha + beta);
-    whole = constant<V>(std::nearbyint(alpha + beta));
-    part = constant<V>(alpha + beta - std::nearbyint(alpha + beta));
+    alpha_plus_beta = constant<V>(alpha + beta);
+    nearest = constant<V>(std::nearbyint(alpha + beta));
+    remainder = constant<V>(alpha + beta - std::nearbyint(alpha + beta));
     per_alpha = constant<V>(1.0 / alpha);
     lopsided = is_lopsided(alpha) || is_lopsided(beta);
   }
 
-  // The same numbers, rounded as they are, for one entry.
+  // The same rounded numbers for one entry in double. Parameters of more digits would shift the peak's terms against
+  // those of the other entries.
   Parameters<double> in_double() const {
     Parameters<double> x(0.0, 0.0);
     x.alpha = alpha[0], x.rest_of_alpha = rest_of_alpha[0], x.beta = beta[0], x.rest_of_beta = rest_of_beta[0];
-    x.both = both[0], x.whole = whole[0], x.part = part[0];
+    x.alpha_plus_beta = alpha_plus_beta[0], x.nearest = nearest[0], x.remainder = remainder[0];
     x.per_alpha = per_alpha[0], x.lopsided = lopsided;
     return x;
   }
 
  private:
-  static void split(double x, V& part, V& rest) {
-    part = constant<V>(x);
+  static void split(double x, V& weight, V& rest) {
+    weight = constant<V>(x);
     rest = constant<V>(1.0 - x);
-    if (0.5 < x && x < 1.0) part = constant<V>(1.0) - rest;
-    if (x <= 0.5) rest = constant<V>(1.0) - part;
+    if (0.5 < x && x < 1.0) weight = constant<V>(1.0) - rest;
+    if (x <= 0.5) rest = constant<V>(1.0) - weight;
   }
   static bool is_lopsided(double x) { return x != 0.0 && !(0.01 < x && x < 0.99); }
 };
 
-// What the classes share. kTwoSweeps: f and g need the normalisers first. kWithoutQ: g leaves out the term q, which
-// cancels in (10) while every entry counts; where entries are left out, their mass comes off Σg instead. kMixture: takes
-// logarithms of a mixture of q and p. kSign: of a log-ratio, g takes nothing but the sign. kUnbounded: g grows with the
-// log-ratio, so that an infinite one or an overflow shows in the gradient.
+// What the classes share: their traits, each false unless a class says otherwise.
 template <class V> struct Terms {
-  static constexpr bool kTwoSweeps = false, kWithoutQ = false, kSign = false, kUnbounded = false, kMixture = false;
+  // f and g need the normalisers first, and so a second sweep.
+  static constexpr bool kTwoSweeps = false;
+  // g leaves out the term q, which cancels in (10) if all entries are finite. The q of those that are not comes off Σg.
+  static constexpr bool kWithoutQ = false;
+  // g depends on the sign of the log-ratio only. terms() and gradient() add c·q to g, with the peak's c of
+  // -½·peak_sign.
+  static constexpr bool kSign = false;
+  // g grows with the log-ratio, so that an infinite log-ratio or an overflow shows in the gradient.
+  static constexpr bool kUnbounded = false;
+  // f and g take logarithms of a mixture of q and p.
+  static constexpr bool kMixture = false;
+
   const Parameters<V>& parameters;
   explicit Terms(const Parameters<V>& parameters) : parameters(parameters) {}
   // The least power to which the terms raise a mass.
   static double least_power(double, double) { return 1.0; }
 };
 
-// use(parameters), with `lopsided` known to the compiler: a branch in the loop would cost more than a second loop.
+// use(parameters), where the compiler knows `lopsided` and makes a loop for either value. A branch inside one loop
+// would cost more than the second loop.
 template <class Divergence, class V, class Use> ADAKD_INLINE auto unswitched(Parameters<V> parameters, Use use) {
   if (Divergence::kMixture && parameters.lopsided) return use(parameters);
   parameters.lopsided = false;
@@ -74,7 +85,7 @@ template <class V> struct Entry {
   V log_q, log_p, gap;
 };
 
-// p and q over the larger of them, and that one.
+// The larger of p and q, and p and q over it: one of the ratios is 1.
 template <class V> struct Ratios {
   V top, r_p, r_q;
 
@@ -98,19 +109,19 @@ template <class V> ADAKD_INLINE V weighted(V q, V w, V x, V w_sum_g) {
   return q * fma(w, x, -w_sum_g);
 }
 
-// log2(p/m) and log2(q/m) for m = weight_p·p + weight_q·q.
+// log2(p/m) and log2(q/m) for m = weight_p·p + weight_q·q, from gap = log2(q/p) and mix, m over the larger of p and q.
 template <class V> struct LogsOverMixture {
   V p, q;
 
-  // `mix` is m over the larger of p and q.
   ADAKD_INLINE LogsOverMixture(V gap, V mix, V weight_p, V weight_q, bool lopsided) {
     const V log_mix = log2(mix);
     p = min(V{}, -gap) - log_mix;
     q = min(V{}, gap) - log_mix;
     if (!lopsided) return;
-    // Where m is next to its heavy part, that part's logarithm is next to 0: it is taken as that of 1 + x, from a small x
-    // with all its digits.
-    const V one = constant<V>(1.0), most = constant<V>(100.0);
+    // Where m is next to its heavy part, that part's logarithm is next to 0 and the one above has few digits. It is
+    // computed as -log2(1 + x) from x = light·(light part/heavy part - 1), which is small and has all its digits; the
+    // second summand of of_heavy makes up for the rounding of 1 + x.
+    const V one = constant<V>(1.0), most = constant<V>(100.0);  // 2^100 is far beyond what counts as near
     const Mask<V> heavy_q = weight_q > weight_p;
     const V light = min(weight_p, weight_q), log_over_heavy = heavy_q ? -gap : gap;
     const V over_heavy = exp2(min(most, log_over_heavy)), x = light * (over_heavy - one), sum = one + x;
@@ -122,6 +133,7 @@ template <class V> struct LogsOverMixture {
   }
 };
 
+// Σ p·log(p/q): g = -p.
 template <class V> struct ForwardKL : Terms<V> {
   using Terms<V>::Terms;
   ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {
@@ -129,6 +141,7 @@ template <class V> struct ForwardKL : Terms<V> {
   }
 };
 
+// Σ q·log(q/p): g = q·log(q/p), without the term q, which cancels in (10).
 template <class V> struct ReverseKL : Terms<V> {
   static constexpr bool kUnbounded = true;
   using Terms<V>::Terms;
@@ -137,6 +150,7 @@ template <class V> struct ReverseKL : Terms<V> {
   }
 };
 
+// The sum of both.
 template <class V> struct Jeffreys : Terms<V> {
   static constexpr bool kUnbounded = true;
   using Terms<V>::Terms;
@@ -145,6 +159,7 @@ template <class V> struct Jeffreys : Terms<V> {
   }
 };
 
+// 1 - Σ √(pq): g = -½·√(pq).
 template <class V> struct Hellinger : Terms<V> {
   using Terms<V>::Terms;
   ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {
@@ -153,24 +168,26 @@ template <class V> struct Hellinger : Terms<V> {
   }
 };
 
+// ½ Σ |p - q|: g = ½·q·sign(q - p), and with c·q of the peak ½·q·(sign(q - p) - peak_sign).
 template <class V> struct TotalVariation : Terms<V> {
   static constexpr bool kTwoSweeps = true, kSign = true;
   using Terms<V>::Terms;
   static ADAKD_INLINE V sign(const Entry<V>& at) {
     const V one = constant<V>(1.0), zero = V{};
-    return at.gap > 0 ? one : (at.gap < 0 ? -one : at.gap - at.gap + zero);  // NaN stays NaN
+    return at.gap > 0 ? one : (at.gap < 0 ? -one : at.gap - at.gap + zero);  // 0 - 0, or NaN - NaN
   }
   ADAKD_INLINE void terms(const Entry<V>& at, V& f, V& g) const {
     const Ratios<V> r(at);
     const V half_top = constant<V>(0.5) * r.top;
     f = half_top * absolute(r.r_p - r.r_q);
-    g = half_top * r.r_q * (sign(at) - this->parameters.own_sign);
+    g = half_top * r.r_q * (sign(at) - this->parameters.peak_sign);
   }
   ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {
-    return exp2(at.log_q) * fma(constant<V>(0.5) * w, sign(at) - this->parameters.own_sign, -w_sum_g);
+    return exp2(at.log_q) * fma(constant<V>(0.5) * w, sign(at) - this->parameters.peak_sign, -w_sum_g);
   }
 };
 
+// Σ β·p·log(p/m) + (1 - β)·q·log(q/m), m = β·p + (1 - β)·q: g = (1 - β)·q·log(q/m).
 template <class V> struct JensenShannon : Terms<V> {
   static constexpr bool kTwoSweeps = true, kMixture = true;
   using Terms<V>::Terms;
@@ -193,6 +210,7 @@ template <class V> struct JensenShannon : Terms<V> {
   }
 };
 
+// Σ p·log(p/m), m = α·p + (1 - α)·q: g = -(1 - α)·p·q/m.
 template <class V> struct SkewForwardKL : Terms<V> {
   static constexpr bool kTwoSweeps = true, kMixture = true;
   using Terms<V>::Terms;
@@ -212,58 +230,60 @@ template <class V> struct SkewForwardKL : Terms<V> {
   }
 };
 
+// Σ q·log(q/m), m = α·q + (1 - α)·p: g = q·(log(q/m) - α·q/m), without the term q.
 template <class V> struct SkewReverseKL : Terms<V> {
   static constexpr bool kTwoSweeps = true, kWithoutQ = true, kMixture = true;
   using Terms<V>::Terms;
   using Terms<V>::parameters;
-  // log2(q/m)·ln 2 and α·q/m.
-  ADAKD_INLINE void parts(const Entry<V>& at, const Ratios<V>& r, V& log_ratio, V& share) const {
+  // log(q/m) and α·q/m: g is q·(their difference).
+  ADAKD_INLINE void parts(const Entry<V>& at, const Ratios<V>& r, V& log_ratio, V& q_of_mixture) const {
     const V mix = fma(parameters.alpha, r.r_q, parameters.rest_of_alpha * r.r_p);
     const LogsOverMixture<V> log(at.gap, mix, parameters.rest_of_alpha, parameters.alpha, parameters.lopsided);
     log_ratio = constant<V>(kLn2) * log.q;
-    share = parameters.alpha * (r.r_q / mix);
+    q_of_mixture = parameters.alpha * (r.r_q / mix);
   }
   ADAKD_INLINE void terms(const Entry<V>& at, V& f, V& g) const {
     const Ratios<V> r(at);
     const V q = r.top * r.r_q;
-    V log_ratio, share;
-    parts(at, r, log_ratio, share);
+    V log_ratio, q_of_mixture;
+    parts(at, r, log_ratio, q_of_mixture);
     f = q * log_ratio;
-    g = fma(-q, share, f);
+    g = fma(-q, q_of_mixture, f);
   }
   ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {
     const Ratios<V> r(at);
-    V log_ratio, share;
-    parts(at, r, log_ratio, share);
-    return weighted(r.top * r.r_q, w, above_overflow(log_ratio - share), w_sum_g);
+    V log_ratio, q_of_mixture;
+    parts(at, r, log_ratio, q_of_mixture);
+    return weighted(r.top * r.r_q, w, above_overflow(log_ratio - q_of_mixture), w_sum_g);
   }
 };
 
+// Σ (α·p^(α+β) + β·q^(α+β) - (α+β)·p^α·q^β)/(αβ(α+β)): g = (q^(α+β) - p^α·q^β)/α.
 template <class V> struct AlphaBeta : Terms<V> {
   static constexpr bool kTwoSweeps = true;
   using Terms<V>::Terms;
   using Terms<V>::parameters;
   static double least_power(double alpha, double beta) { return min(1.0, alpha + beta); }
-  // x·(α + β). An error of α + β would be one of all powers alike, and not average out over the vocabulary: the part has
-  // more digits.
-  ADAKD_INLINE V times_both(V x) const { return fma(parameters.whole, x, parameters.part * x); }
+  // x·(α + β). A rounded α + β would be an error of all powers alike, which does not average out over the vocabulary.
+  // Its nearest integer is exact, and the remainder has more digits than the sum.
+  ADAKD_INLINE V times_alpha_plus_beta(V x) const { return fma(parameters.nearest, x, parameters.remainder * x); }
 
-  // p^(α+β), q^(α+β) and p^α·q^β, each over the first result.
+  // p^(α+β), q^(α+β) and p^α·q^β, each over the larger of the first two, which is the return value.
   ADAKD_INLINE V powers(const Entry<V>& at, V& p_ab, V& q_ab, V& mixed) const {
     const V one = constant<V>(1.0);
     const Mask<V> q_above = at.gap > 0;
-    const V low = exp2(times_both(minus_absolute(at.gap)));  // gap is finite where this counts
+    const V low = exp2(times_alpha_plus_beta(minus_absolute(at.gap)));
     mixed = exp2(q_above ? -parameters.alpha * at.gap : parameters.beta * at.gap);
     p_ab = q_above ? low : one;
     q_ab = q_above ? one : low;
-    // Of -inf the two terms of the product would cancel.
-    return exp2(times_both(max(constant<V>(-1.0e4), max(at.log_q, at.log_p))));
+    // The remainder may be negative: of -inf, the two terms of times_alpha_plus_beta would then give NaN.
+    return exp2(times_alpha_plus_beta(max(constant<V>(-1.0e4), max(at.log_q, at.log_p))));
   }
   ADAKD_INLINE void terms(const Entry<V>& at, V& f, V& g) const {
     const V alpha = parameters.alpha, beta = parameters.beta, one = constant<V>(1.0);
     V p_ab, q_ab, mixed;
     const V scale = powers(at, p_ab, q_ab, mixed);
-    f = scale * fma(alpha, p_ab - mixed, beta * (q_ab - mixed)) * (one / (alpha * beta * parameters.both));
+    f = scale * fma(alpha, p_ab - mixed, beta * (q_ab - mixed)) * (one / (alpha * beta * parameters.alpha_plus_beta));
     g = scale * (q_ab - mixed) * parameters.per_alpha;
   }
   ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {
@@ -273,16 +293,19 @@ template <class V> struct AlphaBeta : Terms<V> {
   }
 };
 
-// The token counts for the cross-entropy alone.
+// For a token that the loss selects for its cross-entropy alone.
 template <class V> struct None : Terms<V> {
   using Terms<V>::Terms;
   ADAKD_INLINE V gradient(const Entry<V>&, V, V) const { return V{}; }
 };
 
-// Calls use(tag) with the divergence's class in the tag. Every divergence of the list has its case, so `use` is called.
+// A divergence's class as a value: Tag<D>::Of<V> is D<V>.
 template <template <class> class D> struct Tag {
   template <class V> using Of = D<V>;
 };
+
+// Calls use(tag) with the tag of the divergence's class. The list gives every divergence its case, so `use` is always
+// called.
 template <class Use> inline void with_divergence(Divergence name, Use use) {
   switch (name) {
 #define ADAKD_CASE(Class, name) \

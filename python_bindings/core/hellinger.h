@@ -1,195 +1,223 @@
-// Squared Hellinger distance of two rows in one sweep, without cancellation, from two exponentials an entry: equation (2)
-// and the difficulty of every token (docs/maths.md, section 5).
+// Squared Hellinger distance of two rows in one sweep, without cancellation, from two exponentials an entry: equation
+// (2) and the difficulty of every token (docs/maths.md, section 5.3).
 //
-// With a = 2^((zs - anchor_s)·h), b likewise and h = log2(e)/(2τ), a² and b² are unnormalised masses. A block gives
-// S = Σa², T = Σb², D = Σd², E = Σdb of d = a - κb with κ the ratio √(S/T) of what came before. Around the block's own
-// ratio ρ that is Σ(a - ρb)² = D + 2oE + o²T with o = κ - ρ; where most of it cancels, the block is folded again around
-// ρ. Blocks then merge by their shares of the masses, in double.
+// Let a = 2^((s - anchor_s)·half) and b likewise of the teacher, half = log2(e)/(2τ): the roots of unnormalised masses.
+// A block gives Σa², Σb², Σd² and Σdb of d = a - κ·b, where κ is √(Σa²/Σb²) of the entries before it. The distance
+// within the block needs Σ(a - ρ·b)² with the block's own ratio ρ, which is Σd² + 2·o·Σdb + o²·Σb² with o = κ - ρ. If
+// most of that cancels, because ρ is far from κ, the block is folded again with κ = ρ. Blocks are merged in double.
 #pragma once
 
-#include "kl.h"
+#include "sweep.h"
 
 namespace adakd {
 namespace ADAKD_ISA {
 
-// kGradient: as a divergence, with the peak apart and Σab for the gradient.
+// kGradient: as a divergence, with the peak kept out of the sums and Σab for the gradient. Without it: the distance and
+// the normalisers, for the difficulty.
 template <bool kGradient> struct HellingerFold {
   static constexpr bool kPeak = kGradient;
 
-  double half;  // h, half of the scale of a logit
-  Side s{}, t{};
-  double distance = 0.0;
-  double products = 0.0;  // Σab
+  double half;  // half of the scale of a logit
+  RunningNormalizer student{}, teacher{};
+  double distance = 0.0;  // s² of the entries so far, as if they were the row
+  double both = 0.0;      // Σab
   Peak peak{};
-  double passing = -kInfinity;  // the logit of the new peak in a block that was not added
+  double passing = -kInfinity;  // the student's largest logit in a block that was refused for a new peak
 
   explicit HellingerFold(double scale) : half(0.5 * scale) {}
 
+  // The sums of one block: Σa², Σb², Σd², Σdb and Σab.
   struct Sums {
-    double s, t, d, e, products;
+    double l_s, l_t, dd, db, both;
     Maxima max;
-    bool finite() const { return std::isfinite(s + t + d + e); }
+    bool all_finite() const { return std::isfinite(l_s + l_t + dd + db); }
+  };
+
+  // The same sums in the loop: a number for each lane.
+  template <class V> struct LaneSums {
+    V l_s{}, l_t{}, dd{}, db{}, both{};
   };
 
   template <class V, class T> Sums sums(const Block<T>& block, Scalar<V> kappa) const {
+    // With fused multiply-adds s·half - m·half is rounded once, because m·half is a float (see anchor_at). Without them
+    // (s - m)·half is the more accurate.
     const V h = broadcast<V>(static_cast<Scalar<V>>(half));
-    const V m_s = broadcast<V>(static_cast<Scalar<V>>(s.origin() * (kFused<V> ? half : 1.0)));
-    const V m_t = broadcast<V>(static_cast<Scalar<V>>(t.origin() * (kFused<V> ? half : 1.0)));
+    const V m_s = broadcast<V>(static_cast<Scalar<V>>(student.origin() * (kFused<V> ? half : 1.0)));
+    const V m_t = broadcast<V>(static_cast<Scalar<V>>(teacher.origin() * (kFused<V> ? half : 1.0)));
     const V minus_kappa = broadcast<V>(-kappa);
-    Total<V> total_s, total_t, total_d, total_e, total_p;
-    Pair<V> sum_s{}, sum_t{}, sum_d{}, sum_e{}, sum_p{};
+    Total<V> l_s, l_t, dd, db, both;
+    LaneSums<V> first, second;
     V max_s = broadcast<V>(-kInfinity), max_t = max_s;
-    const auto entry = [&](V zs, V zt, V& ss, V& tt, V& dd, V& ee, V& pp) ADAKD_INLINE_LAMBDA {
-      max_s = max(max_s, zs);
-      max_t = max(max_t, zt);
-      const V a = exp2(kFused<V> ? fma(zs, h, -m_s) : (zs - m_s) * h);
-      const V b = exp2(kFused<V> ? fma(zt, h, -m_t) : (zt - m_t) * h);
+    const auto entry = [&](V s, V t, LaneSums<V>& sum) ADAKD_INLINE_LAMBDA {
+      max_s = max(max_s, s);
+      max_t = max(max_t, t);
+      const V a = exp2(kFused<V> ? fma(s, h, -m_s) : (s - m_s) * h);
+      const V b = exp2(kFused<V> ? fma(t, h, -m_t) : (t - m_t) * h);
       const V d = fma(minus_kappa, b, a);
-      ss = fma(a, a, ss);
-      tt = fma(b, b, tt);
-      dd = fma(d, d, dd);
-      ee = fma(d, b, ee);
-      if (kGradient) pp = fma(a, b, pp);
+      sum.l_s = fma(a, a, sum.l_s);
+      sum.l_t = fma(b, b, sum.l_t);
+      sum.dd = fma(d, d, sum.dd);
+      sum.db = fma(d, b, sum.db);
+      if (kGradient) sum.both = fma(a, b, sum.both);
     };
     for_each_pair<V>(
         block,
-        [&](const Pair<V>& zs, const Pair<V>& zt) ADAKD_INLINE_LAMBDA {
-          entry(zs.first, zt.first, sum_s.first, sum_t.first, sum_d.first, sum_e.first, sum_p.first);
-          entry(zs.second, zt.second, sum_s.second, sum_t.second, sum_d.second, sum_e.second, sum_p.second);
+        [&](const Pair<V>& s, const Pair<V>& t) ADAKD_INLINE_LAMBDA {
+          entry(s.first, t.first, first);
+          entry(s.second, t.second, second);
         },
         [&]() ADAKD_INLINE_LAMBDA {
-          total_s.take(sum_s);
-          total_t.take(sum_t);
-          total_d.take(sum_d);
-          total_e.take(sum_e);
-          if (kGradient) total_p.take(sum_p);
+          l_s.take(first.l_s, second.l_s);
+          l_t.take(first.l_t, second.l_t);
+          dd.take(first.dd, second.dd);
+          db.take(first.db, second.db);
+          if (kGradient) both.take(first.both, second.both);
         });
-    return {total_s.value(), total_t.value(), total_d.value(), total_e.value(), kGradient ? total_p.value() : 0.0,
+    return {l_s.value(), l_t.value(), dd.value(), db.value(), kGradient ? both.value() : 0.0,
             {max_lanes(max_s), max_lanes(max_t)}};
   }
 
-  // An entry at -inf has a = 0 or b = 0 and needs no guard.
+  // The distance within a block, as if it were the row, from its sums around κ. Where most of Σd² cancels, it takes the
+  // sums again around the block's own ratio, and leaves those in x.
+  template <class V, class T> double block_distance(const Block<T>& block, Scalar<V> kappa, Sums& x) const {
+    double squares = around_own_ratio(x, kappa);
+    if (squares < 0.5 * x.dd) {
+      kappa = ratio<V>(x.l_s, x.l_t);
+      x = sums<V>(block, kappa);
+      squares = around_own_ratio(x, kappa);
+    }
+    return x.l_s > 0.0 && x.l_t > 0.0 ? 0.5 * squares / x.l_s : 0.0;
+  }
+
+  // Adds a block, unless it does not suit this type or has a new peak. An entry at -inf has a = 0 or b = 0 and needs no
+  // guard. Anchors and κ are guessed from what came before, so most blocks are read once.
   template <bool kGuarded, class V, class T> Added add(const Block<T>& block) {
-    if (s.anchor == -kInfinity || t.anchor == -kInfinity) {
+    if (student.anchor == -kInfinity || teacher.anchor == -kInfinity) {
       const Maxima first = block_maxima<V>(block);
       raise<V>(first);
       if (passes(first.s)) return Added::kNewPeak;
     }
-    if (!holds<V>()) return Added::kNotInThisType;
-    Scalar<V> kappa = ratio<V>(s.sum, t.sum);
+    if (!holds_anchors<V>()) return Added::kRetry;
+    Scalar<V> kappa = ratio<V>(student.l, teacher.l);
     Sums x = sums<V>(block, kappa);
     const bool raised = raise<V>(x.max);
     if (passes(x.max.s)) return Added::kNewPeak;
     if (raised) {
-      if (!holds<V>()) return Added::kNotInThisType;
-      kappa = ratio<V>(s.sum, t.sum);
+      if (!holds_anchors<V>()) return Added::kRetry;
+      kappa = ratio<V>(student.l, teacher.l);
       x = sums<V>(block, kappa);
     }
-    double difference = around_own_ratio(x, kappa);
-    if (difference < 0.5 * x.d) {
-      kappa = ratio<V>(x.s, x.t);
-      x = sums<V>(block, kappa);
-      difference = around_own_ratio(x, kappa);
-    }
-    if (sizeof(Scalar<V>) == 4 && !x.finite()) return Added::kNotInThisType;
-    merge(x.s, x.t, x.s > 0.0 && x.t > 0.0 ? 0.5 * difference / x.s : 0.0);
-    products += x.products;
-    s.include(x.max.s);
-    t.include(x.max.t);
+    const double part_distance = block_distance<V>(block, kappa, x);
+    // There is no way after the one in double: NaN then comes from the logits and is added.
+    if (!kIsDouble<V> && !x.all_finite()) return Added::kRetry;
+    merge(x.l_s, x.l_t, part_distance);
+    both += x.both;
+    student.include(x.max.s);
+    teacher.include(x.max.t);
     return Added::kYes;
   }
 
-  // √(S/T), or 1 where one is 0. Bounded, for far from the block's own ratio it serves only to find that out, and its
-  // square has to stay in the type.
-  template <class V> static Scalar<V> ratio(double mass_s, double mass_t) {
-    if (!(mass_s > 0.0 && mass_t > 0.0)) return 1;
-    return static_cast<Scalar<V>>(min(std::sqrt(mass_s / mass_t), kLargestRatio));
+  // √(l_s/l_t), or 1 where one of them is 0. It is bounded, because its square has to stay in the type's range; a κ so
+  // far from the block's own ratio only has to show that the block must be folded again.
+  template <class V> static Scalar<V> ratio(double l_s, double l_t) {
+    if (!(l_s > 0.0 && l_t > 0.0)) return 1;
+    return static_cast<Scalar<V>>(min(std::sqrt(l_s / l_t), kLargestRatio));
   }
   static constexpr double kLargestRatio = 1.0e9;
 
-  // Moves anchors that are too low for a block with these maxima; whether one moved.
+  // Moves the anchors that are too low for a block with these maxima; the student's only where no peak holds it.
+  // Returns whether one moved.
   template <class V> bool raise(Maxima max) {
-    const bool low_s = !kGradient && s.too_low(max.s, half), low_t = t.too_low(max.t, half);
-    if (low_s) s.move(anchor_at<V>(max.s), 2.0 * half);
-    if (low_t) products *= std::sqrt(t.move(anchor_at<V>(max.t), 2.0 * half));
+    const bool low_s = !kGradient && student.too_low(max.s, half), low_t = teacher.too_low(max.t, half);
+    if (low_s) student.move(anchor_at<V>(max.s), 2.0 * half);
+    if (low_t) both *= std::sqrt(teacher.move(anchor_at<V>(max.t), 2.0 * half));
     return low_s || low_t;
   }
 
-  // A logit; or next to one such that anchor·h is a float, and one fused multiply-add subtracts it exactly.
+  // The anchor for a logit: with fused multiply-adds the nearest number whose product with half is a float, so that the
+  // loop subtracts it exactly; else the logit.
   template <class V> double anchor_at(double logit) const {
     return kFused<V> && !far(logit) ? static_cast<float>(logit * half) / half : logit;
   }
 
-  // Far from 0 such an anchor is not next to its logit.
+  // Far from 0 neighbouring floats lie so far apart that such an anchor would not be near its logit.
   bool far(double logit) const { return !(std::fabs(logit * half) < 0x1p16); }
-  template <class V> bool holds() const { return !kFused<V> || !(far(s.origin()) || far(t.origin())); }
 
-  bool has_no_mass(double logit) const { return s.has_no_mass(logit, half) && t.has_no_mass(logit, half); }
+  // Whether vectors of V can be folded with these anchors.
+  template <class V> bool holds_anchors() const {
+    return !kFused<V> || !(far(student.origin()) || far(teacher.origin()));
+  }
 
+  bool has_no_mass(double logit) const { return student.has_no_mass(logit, half) && teacher.has_no_mass(logit, half); }
+
+  // Whether a block with this student maximum has to be refused for a new peak. Notes the logit of that peak.
   bool passes(double logit) {
     if (!kGradient || !peak.passed_by(logit, 2.0 * half)) return false;
     passing = logit;
     return true;
   }
 
-  // The former peak joins the other entries.
+  // Makes `next` the peak and the student's anchor. The former peak joins the other entries.
   void take_peak(const Peak& next) {
-    products *= std::sqrt(s.move(anchor_at<Floats>(next.s), 2.0 * half));
+    both *= std::sqrt(student.move(anchor_at<Floats>(next.s), 2.0 * half));
     if (peak.exists()) join(peak);
     peak = next;
-    s.include(next.s);
-    t.include(next.t);
+    student.include(next.s);
+    teacher.include(next.t);
   }
 
-  void join(const Peak& one) {
-    const double mass_s = s.mass(one.s, 2.0 * half), mass_t = t.mass(one.t, 2.0 * half);
-    products += std::sqrt(mass_s * mass_t);
+  // Adds one entry: a block of distance 0.
+  void join(const Peak& entry) {
+    const double mass_s = student.mass(entry.s, 2.0 * half), mass_t = teacher.mass(entry.t, 2.0 * half);
+    both += std::sqrt(mass_s * mass_t);
     merge(mass_s, mass_t, 0.0);
   }
 
+  // Stores the normalisers of token n. As a divergence, finish() comes first and adds the peak.
   template <class S> void store(const Normalizers& out, int64_t n) const {
-    store_normalizer<S>(s, 2.0 * half, out.max_s, out.sum_s, n);
-    store_normalizer<S>(t, 2.0 * half, out.max_t, out.sum_t, n);
+    store_normalizer<S>(student, 2.0 * half, out.max_s, out.sum_s, n);
+    store_normalizer<S>(teacher, 2.0 * half, out.max_t, out.sum_t, n);
   }
 
-  // Σ(a - ρb)² with ρ² = S/T.
+  // Σ(a - ρ·b)² with the block's own ratio ρ. o = κ - ρ comes from κ² - ρ² = -(Σd² + 2κ·Σdb)/Σb², which keeps its
+  // digits where κ is next to ρ.
   static double around_own_ratio(const Sums& x, double kappa) {
-    if (!(x.s > 0.0 && x.t > 0.0)) return x.d;
-    const double o = -(x.d + 2.0 * kappa * x.e) / (x.t * (kappa + std::sqrt(x.s / x.t)));
-    return x.d + 2.0 * o * x.e + o * o * x.t;
+    if (!(x.l_s > 0.0 && x.l_t > 0.0)) return x.dd;
+    const double o = -(x.dd + 2.0 * kappa * x.db) / (x.l_t * (kappa + std::sqrt(x.l_s / x.l_t)));
+    return x.dd + 2.0 * o * x.db + o * o * x.l_t;
   }
 
-  // Joins a block of masses (S, T) and own distance to what came before: with u², w² the shares of a part in the two
-  // rows, s² = Σ u·w·(its s²) + ½ Σ (u - w)² over both parts.
-  void merge(double mass_s, double mass_t, double own) {
-    const double all_s = s.sum + mass_s, all_t = t.sum + mass_t;
-    const double rcp_s = all_s == 0.0 ? 0.0 : 1.0 / all_s, rcp_t = all_t == 0.0 ? 0.0 : 1.0 / all_t;
-    const double u0 = std::sqrt(s.sum * rcp_s), w0 = std::sqrt(t.sum * rcp_t);
+  // Joins a part with these masses and this distance to what came before. With u², w² the parts' fractions of the two
+  // rows' masses, s² = Σ u·w·(s² of the part) + ½ Σ (u - w)², over both parts.
+  void merge(double mass_s, double mass_t, double part_distance) {
+    const double l_s = student.l + mass_s, l_t = teacher.l + mass_t;
+    const double rcp_s = l_s == 0.0 ? 0.0 : 1.0 / l_s, rcp_t = l_t == 0.0 ? 0.0 : 1.0 / l_t;
+    const double u0 = std::sqrt(student.l * rcp_s), w0 = std::sqrt(teacher.l * rcp_t);
     const double u1 = std::sqrt(mass_s * rcp_s), w1 = std::sqrt(mass_t * rcp_t);
-    distance = u0 * w0 * distance + u1 * w1 * own + 0.5 * ((u0 - w0) * (u0 - w0) + (u1 - w1) * (u1 - w1));
-    s.sum = all_s;
-    t.sum = all_t;
+    distance = u0 * w0 * distance + u1 * w1 * part_distance + 0.5 * ((u0 - w0) * (u0 - w0) + (u1 - w1) * (u1 - w1));
+    student.l = l_s;
+    teacher.l = l_t;
   }
 
-  // s² of the row; 0 where one side is empty, NaN where one holds NaN.
+  // s² of the row: 0 where one side is empty, NaN where one holds NaN.
   double result() const {
-    if (s.sum == 0.0 || t.sum == 0.0) return 0.0;
+    if (student.l == 0.0 || teacher.l == 0.0) return 0.0;
     return distance > 1.0 ? 1.0 : distance < 0.0 ? 0.0 : distance;
   }
 
-  // As a divergence: the peak joins the sums, which no block follows.
+  // D, Σg and the peak's gradient, of g = -½√(pq) and c = -g/q = ½√(p/q) of the peak. No block may follow, because the
+  // peak joins the sums.
   RowResult finish() {
-    const double beside_s = s.sum, beside = products;
+    const double other_l_s = student.l, other_both = both;  // without the peak
     if (peak.exists()) join(peak);
     RowResult r;
     r.d = result();
-    if (s.sum == 0.0 || t.sum == 0.0) return r;
-    const double others = -0.5 * beside / std::sqrt(s.sum * t.sum);
-    r.sum_g = others;
-    if (peak.counts()) {
-      const double q = s.mass(peak.s, 2.0 * half) / s.sum, p = t.mass(peak.t, 2.0 * half) / t.sum;
+    if (student.l == 0.0 || teacher.l == 0.0) return r;
+    r.sum_g = -0.5 * other_both / std::sqrt(student.l * teacher.l);
+    if (peak.finite()) {
+      const double q = student.mass(peak.s, 2.0 * half) / student.l, p = teacher.mass(peak.t, 2.0 * half) / teacher.l;
       const double c = 0.5 * std::sqrt(p / q);
-      r.set_gradient(peak.index, q, c, others + c * beside_s / s.sum);
+      r.set_gradient(peak.index, q, c, r.sum_g + c * other_l_s / student.l);
     }
     return r;
   }

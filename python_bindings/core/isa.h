@@ -25,6 +25,7 @@ void backward(const GradientCall& call, int64_t n) {
                        : token_divergence_backward_row<Floats>(call, n);
 }
 
+// y[i] = function(x[i]); the last vector is filled up with ones. The tests check exp2 and log2 by it.
 template <class Function> void map(Function function, const float* x, float* y, int64_t n) {
   constexpr int kStep = kLanes<Floats>;
   for (int64_t i = 0; i < n; i += kStep) {
@@ -41,6 +42,8 @@ void map_log2(const float* x, float* y, int64_t n) { map([](Floats v) { return l
 
 }  // namespace
 
+// Two macros, so that ADAKD_ISA is replaced by its value before it becomes a string. `extern` because a constant would
+// be visible in this file only.
 #define ADAKD_NAME_OF(isa) #isa
 #define ADAKD_NAME(isa) ADAKD_NAME_OF(isa)
 extern const Kernels table;

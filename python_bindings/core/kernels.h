@@ -1,7 +1,7 @@
 // What the kernels compute and how they are called: plain C++, no torch, no instruction set.
 //
-// A call describes a batch; a kernel computes one token of it, so that whoever calls decides on the threads. Results of a
-// token do not depend on the others, nor on the thread.
+// A call describes a batch. A kernel computes token n of it, so that the caller decides on the threads. The results of
+// a token depend neither on the other tokens nor on the thread.
 #pragma once
 
 #include <cstdint>
@@ -22,19 +22,20 @@ struct Logits {
 struct Rows {
   Logits student, teacher;
   int64_t tokens;  // L
-  int64_t vocab;   // entries that both rows have
+  int64_t vocab;   // number of common entries, the first of both rows
 };
 
-// Per-token numbers are (B·L,) arrays of the accumulation type: double where either side's logits are, else float.
+// Per-token numbers are (B·L,) arrays of the accumulation type: double where either side's logits are, else float. A
+// normaliser is the maximum of a row and Σ exp((z - max)/τ).
 struct Normalizers {
   void *max_s, *sum_s, *max_t, *sum_t;
 };
 
 struct StatsCall {
   Rows rows;
-  const bool* mask;
-  void* hellinger;  // s² of equation (2)
-  Normalizers out;
+  const bool* mask;  // (B·L,) tokens to compute; others get the results of ops/token_stats.py, and are not read
+  void* distance;    // s² of equation (2)
+  Normalizers out;   // at temperature 1
 };
 
 struct DivergenceCall {
@@ -43,10 +44,10 @@ struct DivergenceCall {
   double alpha, beta;
   const void* temperature;
   const bool* mask;
-  void *d, *sum_g;
-  int64_t* peak;
-  void* peak_grad;
-  Normalizers out;
+  void *d, *sum_g;  // D and Σg of equation (10)
+  int64_t* peak;    // the student's most likely entry, or -1
+  void* peak_grad;  // τ·∂D/∂zˢ there
+  Normalizers out;  // at temperature τ
 };
 
 struct GradientCall {
@@ -55,11 +56,12 @@ struct GradientCall {
   double alpha, beta;
   Logits grad;            // of the student's type; may be the student's logits
   int64_t student_vocab;  // entries from `vocab` on get gradient 0
-  const void *temperature, *weight, *sum_g;
-  Normalizers in;
+  const void *temperature, *weight, *sum_g;  // weight: gradient of the loss in D
+  Normalizers in;                            // as the forward gave them, like sum_g, peak and peak_grad
   const int64_t* peak;
   const void* peak_grad;
   const int64_t* labels;  // null: no cross-entropy
+  // Gradient of the loss in the cross-entropy; the student's normaliser at temperature 1.
   const void *ce_weight, *ce_max, *ce_sum;
 };
 
@@ -72,12 +74,12 @@ struct Kernels {
   void (*log2)(const float* x, float* y, int64_t n);
 };
 
-// How many bytes ahead of a load the kernels ask for memory: 0 except on Intel, where they would otherwise wait for memory
+// How many bytes ahead of a load the kernels prefetch: 0 except on Intel, where they would otherwise wait for memory
 // most of the time. On AMD they are faster without (docs/cpu-kernels.md).
 extern const int prefetch_distance;
 
-// The kernels for this processor, or for the instruction set that the environment variable ADAKD_ISA names: avx512, avx2
-// or portable. Null where the variable names none that this processor and this build have.
+// The kernels for this processor, or for the instruction set that the environment variable ADAKD_ISA names: avx512,
+// avx2 or portable. Null where this processor or this build lacks the one that it names.
 const Kernels* kernels();
 
 // The instruction sets that this processor and this build have, the widest first.

@@ -1,99 +1,106 @@
-// Normalisers of two rows in one sweep and, for forward and reverse KL and their sum, the summed log-ratios
-// (docs/maths.md, section 5.2).
+// Forward and reverse KL of two rows, and their sum, in one sweep (docs/maths.md, section 5.2); without either, the
+// normalisers alone.
 //
-// Sums run over all entries but the peak and are relative to two anchors, the peak's logit and a logit near the teacher's
-// maximum. Logarithms are to base 2 until the result.
+// Sums run over all entries but the peak. Masses are relative to two anchors: the student's is its peak's logit, the
+// teacher's is a logit near its maximum. Logarithms are to base 2 until the results, which are in nats.
 #pragma once
 
-#include "rows.h"
+#include "sweep.h"
 
 namespace adakd {
 namespace ADAKD_ISA {
 
-// z - m. In double, which computes what the other types cannot hold, logits of the type's whole range stay finite.
-template <bool kGuarded, class V> ADAKD_INLINE V difference(V z, V m) {
-  if constexpr (kGuarded && sizeof(Scalar<V>) == 8) return max(broadcast<V>(kLowest), z - m);
-  return z - m;
-}
-
 template <bool kForward, bool kReverse> struct KLFold {
-  static constexpr bool kPeak = true, kRatios = kForward || kReverse;
+  static constexpr bool kPeak = true, kGaps = kForward || kReverse;
 
   double scale;
-  Side s{}, t{};                      // Σ of the masses; s is relative to the peak
-  double keep_s = 0.0, keep_t = 0.0;  // those of entries that are -inf on no side
-  double gap_s = 0.0, gap_t = 0.0;    // Σ q·gap, Σ p·gap over them, gap = (zs - s.anchor) - (zt - t.anchor)
+  RunningNormalizer student{}, teacher{};
+  double keep_s = 0.0, keep_t = 0.0;  // mass of the finite entries, a part of student.l and teacher.l
+  // Σ a·gap and Σ b·gap over the finite entries, a and b the masses. gap is that of the logits relative to the anchors,
+  // (s - student.anchor) - (t - teacher.anchor), so that log2(q/p) is scale·gap plus a constant of the row.
+  double gap_s = 0.0, gap_t = 0.0;
   Peak peak{};
-  double passing = -kInfinity;  // the logit of the new peak in a block that was not added
+  double passing = -kInfinity;  // the student's largest logit in a block that was refused for a new peak
 
-  // The masses of both rows, at the peak and elsewhere. finish() fills them in.
-  struct Masses {
-    double all_s = 0.0, all_t = 0.0;
-    double beside = 0.0;  // Σ q but for the peak
-    double peak_s = 0.0, peak_t = 0.0;
-    double log_q = 0.0, log_ratio = 0.0;  // log2 q and log2(q/p) at the peak
+  // What a row has at its peak and in all, known after the sweep.
+  struct PeakMasses {
+    double l_s = 0.0, l_t = 0.0;  // mass of all entries, with the peak
+    double a = 0.0, b = 0.0;      // mass of the peak in either row
+    double other_q = 0.0;         // Σ q over the other entries
+    double log_q = 0.0;           // log2 q of the peak
+    double gap = 0.0;             // log2(q/p) of the peak
   };
-  Masses masses{};
+  PeakMasses masses{};  // set by finish()
 
   explicit KLFold(double scale) : scale(scale) {}
 
+  // The sums of one block, as above.
   struct Sums {
-    double s, t, keep_s, keep_t, gap_s, gap_t;
+    double l_s, l_t, keep_s, keep_t, gap_s, gap_t;
     Maxima max;
-    bool finite() const { return std::isfinite(s + t + gap_s + gap_t); }
+    // Not so where an entry at -inf met no guard, or a number left the type's range.
+    bool all_finite() const { return std::isfinite(l_s + l_t + gap_s + gap_t); }
+  };
+
+  // The same sums in the loop: a number for each lane. Sums that nobody reads are removed by the compiler.
+  template <class V> struct LaneSums {
+    V l_s{}, l_t{}, keep_s{}, keep_t{}, gap_s{}, gap_t{};
   };
 
   template <bool kGuarded, class V, class T> Sums sums(const Block<T>& block) const {
-    const V k = constant<V>(scale), m_s = constant<V>(s.origin()), m_t = constant<V>(t.origin()), zero = V{};
-    const V minus_infinity = broadcast<V>(-kInfinity), one = constant<V>(1.0);
-    Total<V> total_s, total_t, total_rs, total_rt, total_ks, total_kt;
-    Pair<V> sum_s{}, sum_t{}, ratio_s{}, ratio_t{}, kept_s{}, kept_t{};
+    const V k = constant<V>(scale), m_s = constant<V>(student.origin()), m_t = constant<V>(teacher.origin());
+    const V minus_infinity = broadcast<V>(-kInfinity), zero = V{}, one = constant<V>(1.0);
+    Total<V> l_s, l_t, gap_s, gap_t, keep_s, keep_t;
+    LaneSums<V> first, second;
     V max_s = minus_infinity, max_t = minus_infinity;
-    const auto entry = [&](V zs, V zt, V& ss, V& tt, V& rs, V& rt, V& ks, V& kt) ADAKD_INLINE_LAMBDA {
-      max_s = max(max_s, zs);
-      max_t = max(max_t, zt);
-      const V from_s = difference<kGuarded>(zs, m_s), from_t = difference<kGuarded>(zt, m_t);
-      const V a = exp2(from_s * k), b = exp2(from_t * k);
-      // Sums by multiply-adds: AMD's units for additions are the busier ones here, with exp2's rounding and scaling.
-      ss = fma(a, one, ss);
-      tt = fma(b, one, tt);
-      if constexpr (kRatios && kGuarded) {
-        const Mask<V> kept = (zs != minus_infinity) & (zt != minus_infinity);
-        const V a_kept = kept ? a : zero, b_kept = kept ? b : zero, gap = kept ? from_s - from_t : zero;
-        ks += a_kept;
-        kt += b_kept;
-        rs = fma(a_kept, gap, rs);
-        rt = fma(b_kept, gap, rt);
-      } else if constexpr (kRatios) {
-        const V gap = from_s - from_t;
-        if (kReverse) rs = fma(a, gap, rs);
-        if (kForward) rt = fma(b, gap, rt);
+    const auto entry = [&](V s, V t, LaneSums<V>& sum) ADAKD_INLINE_LAMBDA {
+      max_s = max(max_s, s);
+      max_t = max(max_t, t);
+      const V x = below<kGuarded>(s, m_s), y = below<kGuarded>(t, m_t);
+      const V a = exp2(x * k), b = exp2(y * k);
+      // Multiply-adds by 1 instead of additions: exp2 keeps AMD's units for additions busy with its rounding and
+      // scaling.
+      sum.l_s = fma(a, one, sum.l_s);
+      sum.l_t = fma(b, one, sum.l_t);
+      if constexpr (kGaps && kGuarded) {
+        const Mask<V> finite = (s != minus_infinity) & (t != minus_infinity);
+        const V a_finite = finite ? a : zero, b_finite = finite ? b : zero, gap = finite ? x - y : zero;
+        sum.keep_s += a_finite;
+        sum.keep_t += b_finite;
+        sum.gap_s = fma(a_finite, gap, sum.gap_s);
+        sum.gap_t = fma(b_finite, gap, sum.gap_t);
+      } else if constexpr (kGaps) {
+        // An entry at -inf makes the gap infinite and the sum infinite or NaN, which all_finite() sees.
+        const V gap = x - y;
+        if (kReverse) sum.gap_s = fma(a, gap, sum.gap_s);
+        if (kForward) sum.gap_t = fma(b, gap, sum.gap_t);
       }
     };
     for_each_pair<V>(
         block,
-        [&](const Pair<V>& zs, const Pair<V>& zt) ADAKD_INLINE_LAMBDA {
-          entry(zs.first, zt.first, sum_s.first, sum_t.first, ratio_s.first, ratio_t.first, kept_s.first, kept_t.first);
-          entry(zs.second, zt.second, sum_s.second, sum_t.second, ratio_s.second, ratio_t.second, kept_s.second,
-                kept_t.second);
+        [&](const Pair<V>& s, const Pair<V>& t) ADAKD_INLINE_LAMBDA {
+          entry(s.first, t.first, first);
+          entry(s.second, t.second, second);
         },
         [&]() ADAKD_INLINE_LAMBDA {
-          total_s.take(sum_s);
-          total_t.take(sum_t);
-          if (kReverse || (kRatios && kGuarded)) total_rs.take(ratio_s);
-          if (kForward || (kRatios && kGuarded)) total_rt.take(ratio_t);
-          if (kRatios && kGuarded) total_ks.take(kept_s);
-          if (kRatios && kGuarded) total_kt.take(kept_t);
+          l_s.take(first.l_s, second.l_s);
+          l_t.take(first.l_t, second.l_t);
+          if (kReverse || (kGaps && kGuarded)) gap_s.take(first.gap_s, second.gap_s);
+          if (kForward || (kGaps && kGuarded)) gap_t.take(first.gap_t, second.gap_t);
+          if (kGaps && kGuarded) keep_s.take(first.keep_s, second.keep_s);
+          if (kGaps && kGuarded) keep_t.take(first.keep_t, second.keep_t);
         });
-    Sums x{total_s.value(), total_t.value(), 0.0, 0.0, total_rs.value(), total_rt.value(),
-           {max_lanes(max_s), max_lanes(max_t)}};
-    x.keep_s = kRatios && kGuarded ? total_ks.value() : x.s;
-    x.keep_t = kRatios && kGuarded ? total_kt.value() : x.t;
+    Sums x{l_s.value(), l_t.value(), 0.0, 0.0, gap_s.value(), gap_t.value(), {max_lanes(max_s), max_lanes(max_t)}};
+    // Without guards every entry is finite, or the block is folded again.
+    x.keep_s = kGaps && kGuarded ? keep_s.value() : x.l_s;
+    x.keep_t = kGaps && kGuarded ? keep_t.value() : x.l_t;
     return x;
   }
 
+  // Adds a block, unless it needs guards or has a new peak. The anchors are guessed from what came before, so most
+  // blocks are read once. A block whose teacher passes the guess by far is read again with a new anchor.
   template <bool kGuarded, class V, class T> Added add(const Block<T>& block) {
-    if (!peak.exists() || t.anchor == -kInfinity) {
+    if (!peak.exists() || teacher.anchor == -kInfinity) {
       const Maxima first = block_maxima<V>(block);
       raise_teacher(first.t);
       if (passes(first.s)) return Added::kNewPeak;
@@ -102,141 +109,159 @@ template <bool kForward, bool kReverse> struct KLFold {
     const bool raised = raise_teacher(x.max.t);
     if (passes(x.max.s)) return Added::kNewPeak;
     if (raised) x = sums<kGuarded, V>(block);
-    // Sums in double are what they are: NaN comes from the logits.
-    if (!(kGuarded && sizeof(Scalar<V>) == 8) && !x.finite()) return Added::kNotInThisType;
-    s.sum += x.s;
-    t.sum += x.t;
+    // There is no way after the guarded one in double: NaN then comes from the logits and is added.
+    if (!(kGuarded && kIsDouble<V>) && !x.all_finite()) return Added::kRetry;
+    student.l += x.l_s;
+    teacher.l += x.l_t;
     keep_s += x.keep_s;
     keep_t += x.keep_t;
     gap_s += x.gap_s;
     gap_t += x.gap_t;
-    s.include(x.max.s);
-    t.include(x.max.t);
+    student.include(x.max.s);
+    teacher.include(x.max.t);
     return Added::kYes;
   }
 
-  bool has_no_mass(double logit) const { return s.has_no_mass(logit, scale) && t.has_no_mass(logit, scale); }
+  bool has_no_mass(double logit) const {
+    return student.has_no_mass(logit, scale) && teacher.has_no_mass(logit, scale);
+  }
 
+  // Whether a block with this student maximum has to be refused for a new peak. Notes the logit of that peak.
   bool passes(double logit) {
     if (!peak.passed_by(logit, scale)) return false;
     passing = logit;
     return true;
   }
 
-  // Moves the teacher's anchor if it is too low for this logit; whether it moved.
+  // Moves the teacher's anchor to this logit if it is too low for it. Returns whether it moved.
   bool raise_teacher(double logit) {
-    if (!t.too_low(logit, scale)) return false;
-    shift_gaps(0.0, apart(t.origin(), logit));
-    const double f = t.move(logit, scale);
+    if (!teacher.too_low(logit, scale)) return false;
+    shift_gaps(0.0, apart(teacher.origin(), logit));
+    const double f = teacher.move(logit, scale);
     keep_t *= f;
     gap_t *= f;
     return true;
   }
 
-  // The log-ratios of all entries so far, when the anchors move down by so much.
+  // Moves the gaps of all entries so far to new anchors. down_s and down_t are what a logit's difference to its anchor
+  // changes by, in the student and in the teacher, so every gap changes by down_s - down_t.
   void shift_gaps(double down_s, double down_t) {
     gap_s += keep_s == 0.0 ? 0.0 : keep_s * (down_s - down_t);
     gap_t += keep_t == 0.0 ? 0.0 : keep_t * (down_s - down_t);
   }
 
-  // The former peak joins the other entries.
+  // Makes `next` the peak and the student's anchor. The former peak joins the other entries.
   void take_peak(const Peak& next) {
-    shift_gaps(apart(s.origin(), next.s), 0.0);
-    const double f = s.move(next.s, scale);
+    shift_gaps(apart(student.origin(), next.s), 0.0);
+    const double f = student.move(next.s, scale);
     keep_s *= f;
     gap_s *= f;
     if (peak.exists()) {
-      const double a = s.mass(peak.s, scale), b = t.mass(peak.t, scale);
-      s.sum += a;
-      t.sum += b;
-      if (peak.counts()) {
+      const double a = student.mass(peak.s, scale), b = teacher.mass(peak.t, scale);
+      student.l += a;
+      teacher.l += b;
+      if (peak.finite()) {
         keep_s += a;
         keep_t += b;
-        gap_s += a * gap(peak);
-        gap_t += b * gap(peak);
+        gap_s += a * gap_of(peak);
+        gap_t += b * gap_of(peak);
       }
     }
     peak = next;
-    s.include(next.s);
-    t.include(next.t);
+    student.include(next.s);
+    teacher.include(next.t);
   }
 
-  double gap(const Peak& at) const { return apart(apart(at.s, s.origin()), apart(at.t, t.origin())); }
+  double gap_of(const Peak& at) const { return apart(apart(at.s, student.origin()), apart(at.t, teacher.origin())); }
 
-  Masses measure() const {
-    Masses m;
-    m.all_s = s.sum;
-    m.all_t = t.sum;
+  PeakMasses measure() const {
+    PeakMasses m;
+    m.l_s = student.l;
+    m.l_t = teacher.l;
     if (peak.exists()) {
-      m.peak_s = 1.0;  // the anchor is its logit
-      m.peak_t = t.mass(peak.t, scale);
-      m.all_s += m.peak_s;
-      m.all_t += m.peak_t;
-      m.beside = s.sum / m.all_s;
+      m.a = 1.0;  // its logit is the anchor
+      m.b = teacher.mass(peak.t, scale);
+      m.l_s += m.a;
+      m.l_t += m.b;
+      m.other_q = student.l / m.l_s;
     }
-    if (peak.counts()) {
-      // Next to 1, a mass is known by what lies beside it.
-      m.log_q = -std::log1p(s.sum / m.peak_s) / kLn2;
-      const double log_p = t.sum < m.peak_t ? -std::log1p(t.sum / m.peak_t) / kLn2
-                                            : apart(peak.t, t.origin()) * scale - std::log2(m.all_t);
-      m.log_ratio = apart(m.log_q, log_p);
+    if (peak.finite()) {
+      // log2 of a probability near 1, from the mass of the others: log(1 + x) of a small x keeps all its digits.
+      m.log_q = -std::log1p(student.l / m.a) / kLn2;
+      const double log_p = teacher.l < m.b ? -std::log1p(teacher.l / m.b) / kLn2
+                                           : apart(peak.t, teacher.origin()) * scale - std::log2(m.l_t);
+      m.gap = apart(m.log_q, log_p);
     }
     return m;
   }
-  bool empty() const { return (s.sum == 0.0 && !peak.exists()) || (t.sum == 0.0 && !peak.counts()); }
 
-  // Whose sums include the peak, as they are kept.
+  // Whether one of the rows has no mass: nothing but -inf.
+  bool empty() const { return (student.l == 0.0 && !peak.exists()) || (teacher.l == 0.0 && !peak.finite()); }
+
+  // Stores the normalisers of token n with the peak in them. finish() comes first.
   template <class S> void store(const Normalizers& out, int64_t n) const {
-    Side all_s = s, all_t = t;
-    all_s.sum = masses.all_s;
-    all_t.sum = masses.all_t;
+    RunningNormalizer all_s = student, all_t = teacher;
+    all_s.l = masses.l_s;
+    all_t.l = masses.l_t;
     store_normalizer<S>(all_s, scale, out.max_s, out.sum_s, n);
     store_normalizer<S>(all_t, scale, out.max_t, out.sum_t, n);
   }
 
-  // D and what its gradient needs.
+  // D, Σg and the peak's gradient; zeros where a row is empty.
   RowResult finish() {
-    const Masses& m = masses = measure();
-    if (!kRatios || empty()) return {};
-    const double q_lost = (s.sum - keep_s + (peak.counts() ? 0.0 : m.peak_s)) / m.all_s;
+    masses = measure();
+    if (!kGaps || empty()) return {};
+    return peak.finite() ? result_with_peak() : result_without_peak();
+  }
+
+ private:
+  // Where the teacher has -inf at the peak, the peak's gradient is 0 and nothing cancels. D comes from the sums as they
+  // are.
+  RowResult result_without_peak() const {
+    const PeakMasses& m = masses;
+    const double q_lost = (student.l - keep_s + m.a) / m.l_s;  // Σ q over the entries that are not finite
+    const double log_ratio = std::log2(m.l_t) - std::log2(m.l_s);
+    const double reverse = (scale * gap_s + keep_s * log_ratio) / m.l_s * kLn2, forward = forward_of(log_ratio);
     RowResult r;
-    if (!peak.counts()) {
-      // Nothing to take the log-ratios from, and nothing cancels: the peak's gradient is 0.
-      const double offset = std::log2(m.all_t) - std::log2(m.all_s);
-      const double reverse = (scale * gap_s + keep_s * offset) / m.all_s * kLn2;
-      const double forward = -(scale * gap_t + keep_t * offset) / m.all_t * kLn2;
-      r.d = (kForward ? forward : 0.0) + (kReverse ? reverse : 0.0);
-      r.sum_g = (kForward ? -keep_t / m.all_t : 0.0) + (kReverse ? reverse - q_lost : 0.0);
-      return r;
-    }
-    // From log-ratios less the peak's: Σ q·ψ over the others, with ψ less its value at the peak, -c.
-    const double own = gap(peak);
-    const double reverse = scale * (gap_s - keep_s * own) / m.all_s * kLn2;
-    // From those less the anchors', near which the teacher has its mass. Far from both, the peak's has too few digits.
-    constexpr double kFar = 32.0;
-    const double offset = std::fabs(own * scale) < kFar ? m.log_ratio - own * scale
-                                                        : std::log2(m.all_t) - std::log2(m.all_s);
-    const double forward = -(scale * gap_t + keep_t * offset) / m.all_t * kLn2;
-    const double ratio = kForward ? std::exp2(-m.log_ratio) : 0.0, nats = m.log_ratio * kLn2;
-    double c = 0.0, others = 0.0;
-    if (kReverse) {
-      r.d += reverse + nats * (keep_s + m.peak_s) / m.all_s;
-      c -= nats;
-      others += reverse - q_lost;
-    }
-    if (kForward) {
-      r.d += forward - nats * m.peak_t / m.all_t;
-      c += ratio;
-      others += ratio * keep_s / m.all_s - keep_t / m.all_t;
-    }
-    others += c * q_lost;
-    r.set_gradient(peak.index, m.peak_s / m.all_s, c, others);
+    r.d = (kForward ? forward : 0.0) + (kReverse ? reverse : 0.0);
+    r.sum_g = (kForward ? -keep_t / m.l_t : 0.0) + (kReverse ? reverse - q_lost : 0.0);
     return r;
   }
-};
 
-// Normalisers alone: the first of two sweeps.
-using NormalizerFold = KLFold<false, false>;
+  RowResult result_with_peak() const {
+    const PeakMasses& m = masses;
+    const double q_lost = (student.l - keep_s) / m.l_s;
+    const double peak_gap = gap_of(peak);
+    // Σ q·log(q/p) over the others, less log(q/p) of the peak in each: what reverse KL's gradient at the peak consists
+    // of.
+    const double reverse = scale * (gap_s - keep_s * peak_gap) / m.l_s * kLn2;
+    // Forward KL takes the gaps from the anchors, because near the teacher's most of its mass lies. The constant that
+    // they lack has most digits as the peak's log-ratio less the peak's gap, unless both are large.
+    constexpr double kFar = 32.0;
+    const double log_ratio = std::fabs(peak_gap * scale) < kFar ? m.gap - peak_gap * scale
+                                                                : std::log2(m.l_t) - std::log2(m.l_s);
+    const double forward = forward_of(log_ratio);
+    const double p_over_q = kForward ? std::exp2(-m.gap) : 0.0, nats = m.gap * kLn2;
+    RowResult r;
+    double c = 0.0, rest = 0.0;  // as in RowResult::set_gradient
+    if (kReverse) {
+      r.d += reverse + nats * (keep_s + m.a) / m.l_s;
+      c -= nats;
+      rest += reverse - q_lost;
+    }
+    if (kForward) {
+      r.d += forward - nats * m.b / m.l_t;
+      c += p_over_q;
+      rest += p_over_q * keep_s / m.l_s - keep_t / m.l_t;
+    }
+    rest += c * q_lost;
+    r.set_gradient(peak.index, m.a / m.l_s, c, rest);
+    return r;
+  }
+
+  // Σ p·log(p/q) over the finite entries beside the peak, from log_ratio = log2(q/p) less scale·gap of any entry.
+  double forward_of(double log_ratio) const { return -(scale * gap_t + keep_t * log_ratio) / masses.l_t * kLn2; }
+};
 
 }  // namespace ADAKD_ISA
 }  // namespace adakd

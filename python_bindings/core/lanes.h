@@ -1,9 +1,10 @@
 // A vector of floats or doubles for the instruction set that this file is compiled for, and the few operations on it
-// that the kernels need. This is the only file that knows instruction sets.
+// that the kernels need. Only this file and exp_log.h use intrinsics.
 //
-// The types are the compiler's own vectors (GCC and clang), so + - * / and comparisons are operators, and a compiler for
-// another processor than x86 makes of them what it has. ADAKD_ISA names the namespace: the same source is compiled once
-// for each instruction set, and nothing is shared between the objects.
+// The types are the compiler's own vectors (GCC and clang): + - * / and comparisons are operators, which the compiler
+// translates for processors other than x86 too. The same source is compiled once for each instruction set, in a
+// namespace that ADAKD_ISA names, because one inline function compiled for two instruction sets would be linked as
+// either of them.
 #pragma once
 
 #include <cmath>
@@ -23,12 +24,14 @@
 #define ADAKD_AVX512 1
 #endif
 
+// Vectors are passed in registers only where calls are inlined.
 #define ADAKD_INLINE inline __attribute__((always_inline))
 #define ADAKD_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace adakd {
 namespace ADAKD_ISA {
 
+// Bytes of a vector. Without AVX the compiler makes two instructions of 16 bytes of each operation.
 #if defined(ADAKD_AVX512)
 constexpr int kBytes = 64;
 #else
@@ -42,21 +45,36 @@ typedef double Doubles __attribute__((vector_size(kBytes)));
 typedef int64_t Longs __attribute__((vector_size(kBytes)));
 
 template <class V> struct Traits;
-template <> struct Traits<Floats> { using Scalar = float; using Mask = Ints; static constexpr int size = kBytes / 4; };
-template <> struct Traits<Doubles> { using Scalar = double; using Mask = Longs; static constexpr int size = kBytes / 8; };
-// One double, for what a row has one of: the divergences' formulas take it as they take vectors.
-template <> struct Traits<double> { using Scalar = double; using Mask = bool; static constexpr int size = 1; };
+template <> struct Traits<Floats> {
+  using Scalar = float;
+  using Mask = Ints;
+  static constexpr int size = kBytes / 4;
+};
+template <> struct Traits<Doubles> {
+  using Scalar = double;
+  using Mask = Longs;
+  static constexpr int size = kBytes / 8;
+};
+// One double: the divergences' formulas take it for the peak as they take vectors for the other entries.
+template <> struct Traits<double> {
+  using Scalar = double;
+  using Mask = bool;
+  static constexpr int size = 1;
+};
 template <class V> using Scalar = typename Traits<V>::Scalar;
 template <class V> using Mask = typename Traits<V>::Mask;
 template <class V> constexpr int kLanes = Traits<V>::size;
+template <class V> constexpr bool kIsDouble = sizeof(Scalar<V>) == 8;
 
 struct Bf16 { uint16_t bits; };
 struct Half { uint16_t bits; };
 
-template <class V> ADAKD_INLINE V broadcast(Scalar<V> x) { return x - V{}; }  // x - 0 keeps the sign of a zero
+// x in every lane. A scalar broadcasts in an operation with a vector only, and x - 0, unlike x + 0, keeps a zero's
+// sign.
+template <class V> ADAKD_INLINE V broadcast(Scalar<V> x) { return x - V{}; }
 template <class V> ADAKD_INLINE V constant(double x) { return broadcast<V>(static_cast<Scalar<V>>(x)); }
 
-// a·b + c, in one rounding where the processor has it (kFused).
+// a·b + c: rounded once if V is a vector of floats and the processor has the instruction (kFused), else twice.
 #if defined(__AVX2__)
 template <class V> constexpr bool kFused = sizeof(Scalar<V>) == 4;
 #else
@@ -73,14 +91,15 @@ ADAKD_INLINE Floats fma(Floats a, Floats b, Floats c) {
 }
 ADAKD_INLINE Doubles fma(Doubles a, Doubles b, Doubles c) { return a * b + c; }
 
-// a·b + c in one rounding everywhere. Two would lose a small c next to every large product alike.
+// a·b + c, rounded once everywhere for floats. Two roundings would lose a small c beside all large products of a row
+// alike. Doubles have digits to spare.
 ADAKD_INLINE Floats rounded_once(Floats a, Floats b, Floats c) {
 #if defined(__AVX2__)
   return fma(a, b, c);
 #else
   typedef double Wide __attribute__((vector_size(2 * kBytes)));
-  const Wide wide = __builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide) + __builtin_convertvector(c, Wide);
-  return __builtin_convertvector(wide, Floats);
+  const auto wide = [](Floats x) ADAKD_INLINE_LAMBDA { return __builtin_convertvector(x, Wide); };
+  return __builtin_convertvector(wide(a) * wide(b) + wide(c), Floats);
 #endif
 }
 ADAKD_INLINE Doubles rounded_once(Doubles a, Doubles b, Doubles c) { return a * b + c; }
@@ -107,11 +126,13 @@ ADAKD_INLINE Floats min(Floats a, Floats b) {
 }
 ADAKD_INLINE Doubles min(Doubles a, Doubles b) { return a < b ? a : b; }
 
+// -|x| and |x|, by the sign bit.
 ADAKD_INLINE Floats minus_absolute(Floats x) { return (Floats)((Uints)x | 0x80000000u); }
 ADAKD_INLINE Doubles minus_absolute(Doubles x) { return (Doubles)((Longs)x | std::numeric_limits<int64_t>::min()); }
 ADAKD_INLINE Floats absolute(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
 ADAKD_INLINE Doubles absolute(Doubles x) { return (Doubles)((Longs)x & 0x7fffffffffffffff); }
 
+// The same operations on one double.
 inline double fma(double a, double b, double c) { return a * b + c; }
 inline double max(double a, double b) { return a > b ? a : b; }
 inline double min(double a, double b) { return a < b ? a : b; }
@@ -138,7 +159,7 @@ ADAKD_INLINE bool any(Longs mask) {
   return some != 0;
 }
 
-// Whether every lane of both is neither infinite nor NaN.
+// Whether no lane of either is infinite or NaN. The backward asks for every pair of vectors, so this has to be cheap.
 ADAKD_INLINE bool all_finite(Floats a, Floats b) {
 #if defined(ADAKD_AVX512)
   constexpr int kNotFinite = 0x01 | 0x08 | 0x10 | 0x80;  // quiet NaN, +inf, -inf, signalling NaN
@@ -156,10 +177,12 @@ ADAKD_INLINE bool all_finite(Floats a, Floats b) {
 #endif
 }
 
-// 2^x, 0 for x <= -127, NaN for NaN; x < 128. And log2(x) of a normal positive x. Errors: exp_log.h.
+// 2^x of x < 128: 0 for x <= -127, NaN for NaN. log2(x) of a normal positive x. Both are in exp_log.h, with their
+// errors.
 ADAKD_INLINE Floats exp2(Floats x);
 ADAKD_INLINE Floats log2(Floats x);
 
+// Doubles are the rare case, and the library's functions are accurate enough for them.
 ADAKD_INLINE Doubles exp2(Doubles x) {
   for (int i = 0; i < kLanes<Doubles>; ++i) x[i] = std::exp2(x[i]);
   return x;
@@ -169,12 +192,12 @@ ADAKD_INLINE Doubles log2(Doubles x) {
   return x;
 }
 
-// Two vectors of consecutive logits. Of 16-bit logits the first holds those at even places and the second those at odd
-// ones: one load, and no shuffle; store_pair is its inverse.
+// Two vectors of consecutive logits, 2 * kLanes<V> of them. Of bf16 logits the first vector holds those at even places
+// and the second those at odd ones, which takes one load and no shuffle. store_pair is the inverse of load_pair.
 template <class V> struct Pair { V first, second; };
 
-// All lanes of a vector into one number by `join`, a half onto the other: a loop over lanes would be a chain of dependent
-// operations.
+// All lanes of a vector joined into one number, in log2(lanes) steps of one half with the other. A loop over the lanes
+// would be a chain of dependent operations.
 template <class S, class X, class Join> ADAKD_INLINE S across(X x, Join join) {
   if constexpr (sizeof(X) == sizeof(S)) {
     return x[0];
@@ -186,23 +209,25 @@ template <class S, class X, class Join> ADAKD_INLINE S across(X x, Join join) {
   }
 }
 
-// A sum of the vectors of a block, lane by lane: a few are added to one another, then to the others. A long chain of float
-// sums would round every small mass against the one large mass of a confident token, and the token's gradient is a
-// difference from that. Blocks are added in double.
+// A sum over a block, lane by lane, in two levels: the caller adds a few vectors to one another and take() adds that to
+// the sum of all. In one long chain of float additions every small mass would be rounded against the one large mass of
+// a confident token, and the token's gradient is a difference from that. Sums of blocks are added in double, by
+// value().
 template <class V> struct Total {
   Pair<V> sum{};
 
-  // Adds the lanes of both vectors, and leaves zeros in them.
-  ADAKD_INLINE void take(Pair<V>& x) {
-    sum.first += x.first;
-    sum.second += x.second;
-    x.first = x.second = V{};
+  // Adds both vectors of sums, and sets them to 0 for the next chain of additions.
+  ADAKD_INLINE void take(V& first, V& second) {
+    sum.first += first;
+    sum.second += second;
+    first = second = V{};
   }
   ADAKD_INLINE double value() const {
     Doubles lanes;
     if constexpr (sizeof(Scalar<V>) == 8) {
       lanes = sum.first + sum.second;
     } else {
+      // Half a vector of floats widens to a vector of doubles; `sum` is four such halves.
       typedef float HalfVector __attribute__((vector_size(kBytes / 2)));
       HalfVector half[4];
       std::memcpy(half, &sum, sizeof sum);
@@ -224,7 +249,7 @@ template <class V> ADAKD_INLINE V load(const Scalar<V>* p) {
 }
 template <class V> ADAKD_INLINE void store(Scalar<V>* p, V v) { std::memcpy(p, &v, sizeof v); }
 
-// Past the cache, for a line that nobody reads soon; p is aligned to kBytes.
+// Stores past the cache: the gradient is not read soon, and would displace the logits. p is aligned to kBytes.
 ADAKD_INLINE void stream(void* p, Uints v) {
 #if defined(ADAKD_AVX512)
   _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
@@ -240,15 +265,15 @@ ADAKD_INLINE void stream(void* p, Uints v) {
 #endif
 }
 
-// Streamed stores are ordered with the thread's later ones.
+// Orders streamed stores before the thread's later stores, as other threads see them.
 ADAKD_INLINE void end_of_stream() {
 #if defined(__SSE2__)
   _mm_sfence();
 #endif
 }
 
-// Logits come from memory, once, and in order: asks for those of a later step. There need not be any, for a prefetch
-// never faults.
+// Asks for the logits of a later step. The address may lie behind the row, because a prefetch never faults; it is
+// computed as an integer, because such a pointer would be undefined behaviour.
 ADAKD_INLINE void prefetch_after(const void* p) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + prefetch_distance));
 }
@@ -266,7 +291,7 @@ ADAKD_INLINE Pair<Floats> load_pair(const Bf16* p) {
   return {(Floats)(both << 16), (Floats)(both & 0xffff0000u)};
 }
 
-// Whether the instruction set converts vectors of fp16; else logits are converted one by one (widen, narrow).
+// Whether the instruction set converts vectors of fp16. Else they are widened and narrowed one by one.
 #if defined(__F16C__)
 constexpr bool kConvertsHalf = true;
 ADAKD_INLINE Pair<Floats> load_pair(const Half* p) {
@@ -293,7 +318,7 @@ template <bool kStream> ADAKD_INLINE void store_pair(float* p, Pair<Floats> x) {
   store_bits<kStream>(p, (Uints)x.first);
   store_bits<kStream>(p + kLanes<Floats>, (Uints)x.second);
 }
-// To the nearest bf16, ties to even; x is finite.
+// Rounded to the nearest bf16, ties to even, which is then the upper half of each lane. x is finite.
 ADAKD_INLINE Uints rounded_to_bf16(Floats x) {
   const Uints bits = (Uints)x;
   return bits + ((bits >> 16) & 1u) + 0x7fffu;
@@ -314,7 +339,7 @@ template <bool kStream> ADAKD_INLINE void store_pair(Half* p, Pair<Floats> x) {
 }
 #endif
 
-// Conversions of single logits, for the ends of rows and for pairs of rows that no pair of vectors is loaded from.
+// Conversions of single logits: for blocks that are widened to scratch memory, and for the peak.
 ADAKD_INLINE float widen(float x) { return x; }
 ADAKD_INLINE double widen(double x) { return x; }
 ADAKD_INLINE float widen(Bf16 x) {
@@ -325,7 +350,8 @@ ADAKD_INLINE float widen(Bf16 x) {
 }
 ADAKD_INLINE float widen(Half x) {
   const uint32_t magnitude = x.bits & 0x7fff, sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
-  // A subnormal is its fraction times 2^-24. Otherwise the exponent is rebiased by 112, by as much again for infinity.
+  // A subnormal number is its fraction times 2^-24. Otherwise the exponent's bias grows by 112, and by as much again
+  // for infinity and NaN, whose exponent has to become the largest.
   const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
   uint32_t bits;
   std::memcpy(&bits, &subnormal, sizeof bits);
@@ -355,24 +381,26 @@ ADAKD_INLINE void narrow(float x, Half* out) {
   } else if (bits >= 0x477ff000u) {
     half = 0x7c00;  // rounds to infinity
   } else if (bits < 0x38800000u) {
-    // Subnormal: adding ½ leaves the fraction, rounded to even, in the low bits.
+    // The result is subnormal: adding ½ leaves its fraction, rounded to even, in the low bits.
     float magnitude;
     std::memcpy(&magnitude, &bits, sizeof magnitude);
     magnitude += 0.5f;
     std::memcpy(&half, &magnitude, sizeof half);
     half -= 0x3f000000u;
   } else {
-    half = (bits + 0xc8000fffu + ((bits >> 13) & 1u)) >> 13;  // rebias the exponent by -112 and round to even
+    half = (bits + 0xc8000fffu + ((bits >> 13) & 1u)) >> 13;  // the exponent's bias less 112, rounded to even
   }
   out->bits = static_cast<uint16_t>(sign | half);
 }
 ADAKD_INLINE void narrow(double x, Bf16* out) { narrow(static_cast<float>(x), out); }
 ADAKD_INLINE void narrow(double x, Half* out) { narrow(static_cast<float>(x), out); }
 
-// Results below the normal range become 0 while this lives: they count for nothing, and some processors are slow on them.
+// While this lives, results and operands below the normal range are 0. Such masses change no sum, and some processors
+// are slow on them.
 class FlushSubnormals {
  public:
 #if defined(__SSE2__)
+  // Bit 15 is for results (FTZ), bit 6 for operands (DAZ).
   FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
   ~FlushSubnormals() { _mm_setcsr(saved_); }
 

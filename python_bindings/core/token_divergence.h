@@ -1,14 +1,9 @@
 // `token_divergence`: D(p^τ, q^τ) of a token, Σg of equation (10), the peak's gradient and the normalisers at
 // temperature τ.
 //
-// The KL family and the Hellinger distance read the row once, the others twice; the second time the row comes from the
-// cache. Logarithms are to base 2 until a result is stored (docs/maths.md, section 5).
-//
-// Most rows have no entry at -inf, so a block is first folded without regard to such entries. Each makes the block's sum
-// of log-ratios infinite or NaN, and then the block is folded again with guards.
+// The KL family and the Hellinger distance read the row once. The others read it twice, the second time from the cache
+// where the row fits into it.
 #pragma once
-
-#include <type_traits>
 
 #include "hellinger.h"
 #include "two_sweeps.h"
@@ -23,7 +18,7 @@ template <class S> void store_result(const DivergenceCall& call, int64_t n, cons
   static_cast<S*>(call.peak_grad)[n] = saturated<S>(r.peak_grad);
 }
 
-// The fold that a divergence of one sweep takes.
+// The fold of a divergence that takes one sweep.
 template <class D> struct OneSweep { using Fold = void; };
 template <> struct OneSweep<Tag<ForwardKL>> { using Fold = KLFold<true, false>; };
 template <> struct OneSweep<Tag<ReverseKL>> { using Fold = KLFold<false, true>; };
@@ -34,12 +29,13 @@ template <class V> void token_divergence_row(const DivergenceCall& call, int64_t
   using S = Scalar<V>;
   if (!call.mask[n]) {
     store_result<S>(call, n, {});
-    store_ignored<S>(call.out, n);
+    store_masked_out<S>(call.out, n);
     return;
   }
   const Rows& rows = call.rows;
   const Row s = row_of(rows.student, n, rows.tokens), t = row_of(rows.teacher, n, rows.tokens);
   const double scale = scale_of<V>(temperature_of<S>(call.temperature, n));
+  // The sweep that finds the normalisers, and stores them.
   const auto sweep = [&](auto& fold) {
     Sweep<V, std::decay_t<decltype(fold)>>(s, t, fold).range(0, rows.vocab);
     const RowResult found = fold.finish();
@@ -52,18 +48,19 @@ template <class V> void token_divergence_row(const DivergenceCall& call, int64_t
     if constexpr (D::template Of<V>::kTwoSweeps) {
       NormalizerFold first(scale);
       sweep(first);
-      if (first.empty()) return;
-      const auto kept = [n](const void* array) -> double { return static_cast<const S*>(array)[n]; };
-      const Normalized normalized = Normalized::kept<V>(scale, kept(call.out.max_s), kept(call.out.sum_s),
-                                                        kept(call.out.max_t), kept(call.out.sum_t));
-      TermsFold<D> terms(normalized, call.alpha, call.beta);
+      if (first.empty()) return;  // D and its gradient are 0
+      // As stored, in the accumulation type, because the backward has no more digits.
+      const auto stored = [n](const void* array) { return number_of<S>(array, n); };
+      const LogNormalizers normalizers = LogNormalizers::from<V>(scale, stored(call.out.max_s), stored(call.out.sum_s),
+                                                                 stored(call.out.max_t), stored(call.out.sum_t));
+      TermsFold<D> terms(normalizers, call.alpha, call.beta);
       terms.template align_with_peak<V>(first);
-      Sweep<V, TermsFold<D>> second(s, t, terms);
-      second.range(0, rows.vocab, first.peak.index);
+      Sweep<V, TermsFold<D>>(s, t, terms).range(0, rows.vocab, first.peak.index);
       result = terms.template result<V>(first);
     } else {
       using Fold = typename OneSweep<D>::Fold;
       static_assert(!std::is_void_v<Fold>, "a divergence of one sweep needs a fold in OneSweep, others say kTwoSweeps");
+      // The test again: without it the compiler would report the void variable beside the assertion.
       if constexpr (!std::is_void_v<Fold>) {
         Fold fold(scale);
         result = sweep(fold);

@@ -1,5 +1,5 @@
-// Σf and Σg of the divergences whose summands are not linear in the masses, from the normalisers: the second sweep
-// (docs/maths.md, section 5.4).
+// The divergences whose summands are not linear in the masses: the first sweep finds the normalisers, the second Σf and
+// Σg (docs/maths.md, section 5.4).
 #pragma once
 
 #include "divergence_terms.h"
@@ -8,146 +8,176 @@
 namespace adakd {
 namespace ADAKD_ISA {
 
-// What a sweep knows of a row's normalisers. log2 q of an entry is (z - m)·scale - c.
-struct Normalized {
-  double scale, m_s, c_s, m_t, c_t;
-  double c_gap;  // c_s - c_t, with digits of its own
+// The first sweep: normalisers and peak.
+using NormalizerFold = KLFold<false, false>;
 
-  // From the normalisers as they are kept, and rounded as vectors of V have it.
-  template <class V> static Normalized kept(double scale, double m_s, double sum_s, double m_t, double sum_t) {
-    const Scalar<V> c_s = static_cast<Scalar<V>>(std::log2(sum_s)), c_t = static_cast<Scalar<V>>(std::log2(sum_t));
+// The two normalisers of a row as the second sweep and the backward take them: log2 q of an entry is (s - m_s)·scale -
+// c_s.
+struct LogNormalizers {
+  double scale, m_s, c_s, m_t, c_t;
+  // c_s - c_t. It is a number of its own because it may have more digits than the difference
+  // (TermsFold::align_with_peak).
+  double c_gap;
+
+  // From the stored (max, sum) pairs, with c rounded to the type of V's lanes. Forward and backward then round alike,
+  // and total variation finds the same sign of a log-ratio next to 0 in both.
+  template <class V> static LogNormalizers from(double scale, double m_s, double l_s, double m_t, double l_t) {
+    const Scalar<V> c_s = static_cast<Scalar<V>>(std::log2(l_s)), c_t = static_cast<Scalar<V>>(std::log2(l_t));
     return {scale, m_s, c_s, m_t, c_t, c_s - c_t};
   }
 };
 
+// The same in every lane of a vector.
 template <class V> struct Frame {
   V scale, m_s, m_t, c_s, c_t, c_gap;
 
-  explicit Frame(const Normalized& x)
+  explicit Frame(const LogNormalizers& x)
       : scale(constant<V>(x.scale)), m_s(constant<V>(x.m_s)), m_t(constant<V>(x.m_t)), c_s(constant<V>(x.c_s)),
         c_t(constant<V>(x.c_t)), c_gap(constant<V>(x.c_gap)) {}
 
-  template <bool kGuarded> ADAKD_INLINE Entry<V> entry(V zs, V zt) const {
-    const V from_s = difference<kGuarded>(zs, m_s), from_t = difference<kGuarded>(zt, m_t);
-    return {rounded_once(from_s, scale, -c_s), rounded_once(from_t, scale, -c_t),
-            bounded<kGuarded>(rounded_once(from_s - from_t, scale, -c_gap))};
+  // log2 q, log2 p and log2(q/p) from logits. Each is rounded once: c is often small beside the product, and rounding
+  // the product first would shift all entries of a row the same way. The gap comes from the logits, not from log2 q -
+  // log2 p, which loses it where both are large.
+  template <bool kGuarded> ADAKD_INLINE Entry<V> entry(V s, V t) const {
+    const V x = below<kGuarded>(s, m_s), y = below<kGuarded>(t, m_t);
+    return {rounded_once(x, scale, -c_s), rounded_once(y, scale, -c_t),
+            bounded<kGuarded>(rounded_once(x - y, scale, -c_gap))};
   }
 
  private:
-  // A log-ratio in double, whose product with 0 has to be 0.
+  // A log-ratio in double stays finite, because it is multiplied by masses of 0.
   template <bool kGuarded> static ADAKD_INLINE V bounded(V x) {
-    if constexpr (kGuarded && sizeof(Scalar<V>) == 8) return min(broadcast<V>(-kLowest), max(broadcast<V>(kLowest), x));
+    if constexpr (kGuarded && kIsDouble<V>) return min(broadcast<V>(-kLowest), max(broadcast<V>(kLowest), x));
     return x;
   }
 };
 
+// The second sweep: Σf and Σg over the entries beside the peak, with g as the divergence's terms() gives it.
 template <class D> struct TermsFold {
-  static constexpr bool kPeak = false;
+  static constexpr bool kPeak = false;  // the first sweep has found it
 
-  Normalized normalized;
+  LogNormalizers normalizers;
   double alpha, beta;
-  double own_sign = 0.0;  // kSign: that of the peak's log-ratio
+  double peak_sign = 0.0;  // for kSign: the sign of log2(q/p) at the peak
   double f = 0.0, g = 0.0;
 
-  TermsFold(const Normalized& normalized, double alpha, double beta) : normalized(normalized), alpha(alpha), beta(beta) {}
+  TermsFold(const LogNormalizers& normalizers, double alpha, double beta)
+      : normalizers(normalizers), alpha(alpha), beta(beta) {}
 
-  // Puts the peak and the other entries on one scale, as vectors of V have it.
+  // Makes the log-ratios of the other entries agree with the peak's, which the first sweep knows with more digits.
+  // Vectors of V will take them.
   template <class V> void align_with_peak(const NormalizerFold& first) {
-    if (!first.peak.counts()) return;
-    const double log_ratio = first.masses.log_ratio;
+    if (!first.peak.finite()) return;
+    const double peak_gap = first.masses.gap;
     if (D::template Of<double>::kSign) {
-      // The backward has to find the signs that are added up here, from the normalisers that it knows: so has the peak
-      // where its log-ratio is within the rounding of the sums. With equal rows, all signs are then the same.
-      const bool known = std::fabs(log_ratio) > -8.0 * std::numeric_limits<Scalar<V>>::epsilon() * first.masses.log_q;
-      const V s = broadcast<V>(static_cast<Scalar<V>>(first.peak.s)), t = broadcast<V>(static_cast<Scalar<V>>(first.peak.t));
-      const double gap = known ? log_ratio : Frame<V>(normalized).template entry<true>(s, t).gap[0];
-      own_sign = gap > 0.0 ? 1.0 : gap < 0.0 ? -1.0 : 0.0;
+      // The backward finds the signs again from the stored normalisers. So a peak whose log-ratio is within the
+      // rounding of the sums takes the sign that these give. For equal rows all signs are then the same.
+      const bool known = std::fabs(peak_gap) > -8.0 * std::numeric_limits<Scalar<V>>::epsilon() * first.masses.log_q;
+      const V s = constant<V>(first.peak.s), t = constant<V>(first.peak.t);
+      const double gap = known ? peak_gap : Frame<V>(normalizers).template entry<true>(s, t).gap[0];
+      peak_sign = gap > 0.0 ? 1.0 : gap < 0.0 ? -1.0 : 0.0;
       return;
     }
-    // A shift of all log-ratios against the peak's would be an error of the peak's gradient.
-    const double from_s = first.peak.s - normalized.m_s, from_t = first.peak.t - normalized.m_t;
-    constexpr double kFar = 1.0e3;  // c_gap would be a small difference of two large numbers
-    if (std::fabs(log_ratio) < kFar) normalized.c_gap = (from_s - from_t) * normalized.scale - log_ratio;
+    // A shift of all log-ratios against the peak's does not average out over the vocabulary, and would be an error of
+    // the peak's gradient. So c_gap becomes what the peak's log-ratio asks for, unless that would be a small difference
+    // of two large numbers.
+    const double x = first.peak.s - normalizers.m_s, y = first.peak.t - normalizers.m_t;
+    constexpr double kFar = 1.0e3;
+    if (std::fabs(peak_gap) < kFar) normalizers.c_gap = (x - y) * normalizers.scale - peak_gap;
   }
 
+  // Whether the terms of this logit are 0 in fp32: its masses, to the least power that the terms raise them to, are
+  // below 2^-400.
   bool has_no_mass(double logit) const {
     constexpr double kNone = -400.0;
-    const double log_q = (logit - normalized.m_s) * normalized.scale, log_p = (logit - normalized.m_t) * normalized.scale;
+    const double log_q = (logit - normalizers.m_s) * normalizers.scale;
+    const double log_p = (logit - normalizers.m_t) * normalizers.scale;
     return (log_q > log_p ? log_q : log_p) * D::template Of<double>::least_power(alpha, beta) < kNone;
   }
 
   template <bool kGuarded, class V, class T> Added add(const Block<T>& block) {
     Parameters<V> parameters(alpha, beta);
-    parameters.own_sign = constant<V>(own_sign);
+    parameters.peak_sign = constant<V>(peak_sign);
     return unswitched<typename D::template Of<V>>(parameters, [&](const Parameters<V>& x) ADAKD_INLINE_LAMBDA {
       return add<kGuarded, V>(block, x);
     });
   }
 
-  template <bool kGuarded, class V, class T> ADAKD_INLINE Added add(const Block<T>& block, const Parameters<V>& parameters) {
+  template <bool kGuarded, class V, class T>
+  ADAKD_INLINE Added add(const Block<T>& block, const Parameters<V>& parameters) {
     using Divergence = typename D::template Of<V>;
-    const V own_c = constant<V>(-0.5 * own_sign);
+    const V peak_c = constant<V>(-0.5 * peak_sign);  // total variation's c of the peak
     const Divergence divergence(parameters);
-    const Frame<V> frame(normalized);
+    const Frame<V> frame(normalizers);
     const V minus_infinity = broadcast<V>(-kInfinity), zero = V{};
     Total<V> total_f, total_g;
-    Pair<V> sum_f{}, sum_g{}, finite{};  // finite: 0, or NaN once a log-ratio is not
-    const auto entry = [&](V zs, V zt, V& ff, V& gg, V& finite) ADAKD_INLINE_LAMBDA {
-      const Entry<V> at = frame.template entry<kGuarded>(zs, zt);
+    LaneSums<V> first, second;
+    const auto entry = [&](V s, V t, LaneSums<V>& sum) ADAKD_INLINE_LAMBDA {
+      const Entry<V> at = frame.template entry<kGuarded>(s, t);
       V f_here, g_here;
       divergence.terms(at, f_here, g_here);
-      V check = at.gap;
+      V gap = at.gap;
       if (kGuarded) {
-        const Mask<V> kept = (zs != minus_infinity) & (zt != minus_infinity);
-        // What (c - κ)·q comes to: κ = 1 where g leaves out the term q, c where the terms have it already.
-        const V lost = Divergence::kWithoutQ ? -exp2(at.log_q) : Divergence::kSign ? own_c * exp2(at.log_q) : zero;
-        f_here = kept ? f_here : zero;
-        g_here = kept ? g_here : lost;
-        check = kept ? check : zero;
+        const Mask<V> finite = (s != minus_infinity) & (t != minus_infinity);
+        // An entry that is not finite has g = 0, but its q still enters Σg: as -q where terms() leaves the term q out
+        // of g, as c·q where terms() adds c·q to g.
+        const V lost = Divergence::kWithoutQ ? -exp2(at.log_q) : Divergence::kSign ? peak_c * exp2(at.log_q) : zero;
+        f_here = finite ? f_here : zero;
+        g_here = finite ? g_here : lost;
+        gap = finite ? gap : zero;
       }
-      ff += f_here;
-      gg += g_here;
-      if constexpr (sizeof(Scalar<V>) == 4) finite = fma(check, zero, finite);
+      sum.f += f_here;
+      sum.g += g_here;
+      if constexpr (!kIsDouble<V>) sum.check = fma(gap, zero, sum.check);
     };
     for_each_pair<V>(
         block,
-        [&](const Pair<V>& zs, const Pair<V>& zt) ADAKD_INLINE_LAMBDA {
-          entry(zs.first, zt.first, sum_f.first, sum_g.first, finite.first);
-          entry(zs.second, zt.second, sum_f.second, sum_g.second, finite.second);
+        [&](const Pair<V>& s, const Pair<V>& t) ADAKD_INLINE_LAMBDA {
+          entry(s.first, t.first, first);
+          entry(s.second, t.second, second);
         },
         [&]() ADAKD_INLINE_LAMBDA {
-          total_f.take(sum_f);
-          total_g.take(sum_g);
+          total_f.take(first.f, second.f);
+          total_g.take(first.g, second.g);
         });
-    if (any(finite.first + finite.second != zero)) return Added::kNotInThisType;
+    if (any(first.check + second.check != zero)) return Added::kRetry;
     f += total_f.value();
     g += total_g.value();
     return Added::kYes;
   }
 
-  // D and the gradient's numbers, with the peak's own terms, from parameters rounded as in vectors of V.
+  // D, Σg and the peak's gradient from these sums and the peak's own terms, which take the parameters as vectors of V
+  // do.
   template <class V> RowResult result(const NormalizerFold& first) const {
     using Divergence = typename D::template Of<double>;
-    const NormalizerFold::Masses& m = first.masses;
-    const double q = m.peak_s / m.all_s;
+    const NormalizerFold::PeakMasses& m = first.masses;
+    const double q = m.a / m.l_s;
     RowResult r;
     r.d = f;
-    if (!first.peak.counts()) {
+    if (!first.peak.finite()) {
       r.sum_g = Divergence::kWithoutQ ? g - q : g;
       return r;
     }
     const Parameters<double> parameters = Parameters<V>(alpha, beta).in_double();
-    double own_f, own_g;
-    Divergence(parameters).terms(Entry<double>{m.log_q, m.log_q - m.log_ratio, m.log_ratio}, own_f, own_g);
-    r.d += own_f;
+    double peak_f, peak_g;
+    Divergence(parameters).terms(Entry<double>{m.log_q, m.log_q - m.gap, m.gap}, peak_f, peak_g);
+    r.d += peak_f;
     if (Divergence::kSign) {
-      r.set_gradient(first.peak.index, q, -0.5 * own_sign, g);
+      // g is Σ(g + c·q) already.
+      r.set_gradient(first.peak.index, q, -0.5 * peak_sign, g);
     } else {
-      const double c = -own_g / q;
-      r.set_gradient(first.peak.index, q, c, g + c * m.beside);
+      const double c = -peak_g / q;
+      r.set_gradient(first.peak.index, q, c, g + c * m.other_q);
     }
     return r;
   }
+
+ private:
+  // The sums in the loop: a number for each lane.
+  template <class V> struct LaneSums {
+    V f{}, g{};
+    V check{};  // 0, or NaN once a log-ratio is not finite
+  };
 };
 
 }  // namespace ADAKD_ISA

@@ -1,0 +1,167 @@
+// One sweep over both rows of a token: block by block through a fold, the cheapest way first.
+//
+// A fold holds the running sums of a row. It has
+//   add<kGuarded, V>(block), which adds a block and says what became of it (`Added`), and
+//   has_no_mass(logit), whether that logit's mass is 0 in both rows;
+// a fold with a peak (kPeak) has
+//   passing, the logit that made it refuse a block, and
+//   take_peak(peak), which makes that entry the peak.
+#pragma once
+
+#include <type_traits>
+
+#include "peak.h"
+
+namespace adakd {
+namespace ADAKD_ISA {
+
+// What became of a block.
+enum class Added {
+  kYes,
+  kRetry,    // not added: a sum is not finite, or the block does not suit this type; the next way of folding may do
+  kNewPeak,  // not added: its largest student logit has to become the peak first
+};
+
+// n consecutive entries of both rows, a whole number of pairs of vectors. To leave the peak out, the pair of vectors
+// that begins at entry `patch` is read from a copy instead.
+template <class T> struct Block {
+  const T *s, *t;
+  int n;
+  int patch = -1;
+  const T *patch_s = nullptr, *patch_t = nullptr;
+
+  const T* s_at(int i) const { return i == patch ? patch_s : s + i; }
+  const T* t_at(int i) const { return i == patch ? patch_t : t + i; }
+};
+
+// Takes both rows of a token through a fold. Each block is folded in the first of three ways that works: without guards
+// from where it is stored; widened to scratch memory, with guards for entries at -inf; the same in double.
+template <class V, class Fold> class Sweep {
+ public:
+  Sweep(const Row& s, const Row& t, Fold& fold) : s_(s), t_(t), fold_(fold) {}
+
+  // Folds entries begin .. end, without the peak if that is one of them.
+  void range(int64_t begin, int64_t end, int64_t peak = -1) {
+    for (int64_t start = begin; start < end;) {
+      const int64_t left = end - start;
+      int n = static_cast<int>(left < kBlock ? left : kBlock);
+      Added added = n < kStep ? Added::kRetry : stored(start, n, peak);
+      if (added == Added::kRetry) added = widened(start, n, peak);
+      if constexpr (Fold::kPeak) {
+        if (added == Added::kNewPeak) with_new_peak(start, n);
+      }
+      start += n;
+    }
+  }
+
+ private:
+  static constexpr int kStep = 2 * kLanes<V>;
+
+  // The first way, for rows that are readable as stored. It shortens n to whole pairs of vectors: what is left at the
+  // end of the row becomes a block of its own, too short for this way.
+  Added stored(int64_t start, int& n, int64_t peak) {
+    return as_stored<V>(s_, t_, Added::kRetry, [&](auto entry) {
+      using T = decltype(entry);
+      n -= n % kStep;
+      return start <= peak && peak < start + n ? without_peak<T>(start, n, static_cast<int>(peak - start))
+                                               : fold_.template add<false, V>(block<T>(start, n));
+    });
+  }
+
+  template <class T> Block<T> block(int64_t start, int n) const {
+    return {reinterpret_cast<const T*>(s_.data) + start, reinterpret_cast<const T*>(t_.data) + start, n};
+  }
+
+  // The first way for a block with the peak. Its logits are replaced by ones that have no mass in these rows and are
+  // finite all the same, because -inf would need guards.
+  template <class T> Added without_peak(int64_t start, int n, int peak) {
+    constexpr float kNoMass = std::is_same_v<T, Half> ? -6.0e4f : -1.0e30f;
+    if (!fold_.has_no_mass(kNoMass)) return Added::kRetry;
+    Block<T> all = block<T>(start, n);
+    alignas(64) T patch_s[kStep], patch_t[kStep];
+    all.patch = peak - peak % kStep;
+    std::memcpy(patch_s, all.s + all.patch, sizeof patch_s);
+    std::memcpy(patch_t, all.t + all.patch, sizeof patch_t);
+    narrow(kNoMass, &patch_s[peak % kStep]);
+    narrow(kNoMass, &patch_t[peak % kStep]);
+    all.patch_s = patch_s;
+    all.patch_t = patch_t;
+    return fold_.template add<false, V>(all);
+  }
+
+  // The second way, and the third where the second is in fp32.
+  Added widened(int64_t start, int n, int64_t peak) {
+    const Added added = widened_to<V>(start, n, peak);
+    if constexpr (!kIsDouble<V>) {
+      if (added == Added::kRetry) return widened_to<Doubles>(start, n, peak);
+    }
+    return added;
+  }
+
+  // Not inlined, because its 64 kB of arrays would lie on the stack of every call of range().
+  template <class W> __attribute__((noinline)) Added widened_to(int64_t start, int n, int64_t peak) {
+    alignas(64) Scalar<W> wide_s[kBlock], wide_t[kBlock];
+    widen_block<W>(s_, start, n, wide_s);
+    const int padded = widen_block<W>(t_, start, n, wide_t);
+    if (start <= peak && peak < start + n) wide_s[peak - start] = wide_t[peak - start] = -kInfinity;
+    return fold_.template add<true, W>(Block<Scalar<W>>{wide_s, wide_t, padded});
+  }
+
+  // Makes the block's largest student logit the peak and folds the block again, now without that entry.
+  void with_new_peak(int64_t start, int n) {
+    const int64_t index = start + find(start, n, fold_.passing);
+    fold_.take_peak(Peak{index, entry_of(s_, index), entry_of(t_, index)});
+    range(start, start + n, index);
+  }
+
+  // The first place of a student logit in a block that has it: by vectors where they can be loaded, then entry by
+  // entry.
+  int find(int64_t start, int n, double logit) const {
+    int from = 0;
+    as_stored<V>(s_, s_, 0, [&](auto entry) {
+      using T = decltype(entry);
+      const T* const p = reinterpret_cast<const T*>(s_.data) + start;
+      const V wanted = broadcast<V>(static_cast<Scalar<V>>(logit));
+      for (; from + kStep <= n; from += kStep) {
+        const Pair<V> z = load_pair(p + from);
+        if (any((z.first == wanted) | (z.second == wanted))) break;
+      }
+      return 0;
+    });
+    while (from < n - 1 && entry_of(s_, start + from) != logit) ++from;
+    return from;
+  }
+
+  const Row &s_, &t_;
+  Fold& fold_;
+};
+
+// Calls step(s, t) with every pair of vectors of a block, and flush() after every 16 of them. Between two flushes, step
+// adds to sums that are few and short enough to stay accurate (see Total).
+template <class V, class T, class Step, class Flush>
+ADAKD_INLINE void for_each_pair(const Block<T>& block, Step step, Flush flush) {
+  constexpr int kStep = 2 * kLanes<V>, kChain = 16 * kStep;
+  const Block<T> x = block;  // a copy that the compiler can keep in registers
+  for (int begin = 0; begin < x.n; begin += kChain) {
+    const int end = begin + kChain < x.n ? begin + kChain : x.n;
+    for (int i = begin; i < end; i += kStep) step(load_pair(x.s_at(i)), load_pair(x.t_at(i)));
+    flush();
+  }
+}
+
+// The largest logit of a block in each row. Where the block holds NaN it may be any, and the sums show the NaN.
+struct Maxima {
+  double s, t;
+};
+template <class V, class T> inline Maxima block_maxima(const Block<T>& block) {
+  V max_s = broadcast<V>(-kInfinity), max_t = max_s;
+  for (int i = 0; i < block.n; i += 2 * kLanes<V>) {
+    const Pair<V> s = load_pair(block.s_at(i)), t = load_pair(block.t_at(i));
+    max_s = max(max(max_s, s.first), s.second);
+    max_t = max(max(max_t, t.first), t.second);
+  }
+  return {max_lanes(max_s), max_lanes(max_t)};
+}
+
+}  // namespace ADAKD_ISA
+}  // namespace adakd
