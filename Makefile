@@ -57,7 +57,7 @@ lint: setup ## check format and style
 	$(BIN)/ruff format --check .
 
 types: setup ## check the type annotations
-	$(BIN)/mypy adakd_kernels $(wildcard benchmarks)
+	$(BIN)/mypy adakd_kernels $(wildcard benchmarks instruments)
 
 # The tier that may have nothing to run comes first, so that a run ends with the summary of one that has.
 test: test-gpu test-fast test-native test-interpret test-compile ## run every tier of tests, stopping at the first that fails (make -k: all)
@@ -121,4 +121,4 @@ kernels-table: setup ## count in the compiled kernels and write the tables of do
 
 clean: ## remove build products and caches; the virtual environment stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	find $(wildcard adakd_kernels tests benchmarks) -name __pycache__ -prune -exec rm -rf {} +
+	find $(wildcard adakd_kernels tests benchmarks instruments) -name __pycache__ -prune -exec rm -rf {} +

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tests.compiled import Code, Loop
+from instruments.compiled import Code, Loop
 
 BANDWIDTH, SHARE_OF_COPIES = 3.35e12, 0.9
 SMS, CLOCK = 132, 1.755e9

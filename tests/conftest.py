@@ -15,7 +15,7 @@ INTERPRETING = backend("cpu").name == "triton-interpreter"
 NATIVE = backend("cpu").name == "native"
 
 if INTERPRETING:
-    from . import interpreter
+    from instruments import interpreter
 
     interpreter.install()
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 NAME, CLASS = "le_cam", "LeCam"
 # What a copy needs so that its tests run and its C++ kernels can be built.
 COPIED = [
-    "adakd_kernels", "benchmarks", "docs", "python_bindings", "tests",
+    "adakd_kernels", "benchmarks", "docs", "instruments", "python_bindings", "tests",
     "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py",
 ]  # fmt: skip
 

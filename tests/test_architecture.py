@@ -56,6 +56,30 @@ def test_imports_go_one_way(path):
         assert LEVEL[name] <= LEVEL[own], f"{path.name} imports {name}, which comes after {own}"
 
 
+def imported_folders(path: Path) -> set[str]:
+    """Names of the project's top-level folders that a file of another one imports, as text that it runs, too."""
+    return set(re.findall(r"^ *(?:from|import) (adakd_kernels|benchmarks|instruments|tests)\b", path.read_text(), re.M))
+
+
+# The tests of benchmarks themselves.
+TESTS_OF_BENCHMARKS = {"test_bench_gpu.py", "test_kernel_table.py"}
+FOLDERS = {
+    "adakd_kernels": set(),
+    "instruments": {"adakd_kernels"},
+    "benchmarks": {"adakd_kernels", "instruments"},
+    "tests": {"adakd_kernels", "instruments"},
+}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folders_import_one_another_in_no_circle(folder):
+    files = list((ROOT / folder).rglob("*.py"))
+    assert files
+    for path in files:
+        allowed = FOLDERS[folder] | {folder} | ({"benchmarks"} if path.name in TESTS_OF_BENCHMARKS else set())
+        assert imported_folders(path) <= allowed, path.relative_to(ROOT)
+
+
 def test_import_is_cheap_and_works_without_triton_and_transformers():
     """Neither is imported, and hiding both changes nothing; nothing is printed."""
     code = """

@@ -22,21 +22,17 @@ if INTERPRETING:
 import triton
 import triton.language as tl
 
-from adakd_kernels.divergences import DIVERGENCES
 from adakd_kernels.kernels import token_stats
 from adakd_kernels.kernels.launch import divergence_class
+from instruments.compiled import KERNELS, TARGETS, Code, compiled, compiling_for, launch, logits, read_code
 
 from .cases import name_of
-from .compiled import TARGETS, Code, compiling_for, launch, logits, read_code
 
 pytestmark = pytest.mark.compile
 
 QWEN, QWEN_PADDED, LLAMA_3, LLAMA_2, GPT2 = 151_936, 152_064, 128_256, 32_000, 50_257
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
-# The difficulty is one kernel whatever the divergence; its name here is that of the sum it folds.
-STATS = [("stats", "hellinger")]
-KERNELS = STATS + [(kernel, div) for kernel in ("forward", "backward", "backward_ce") for div in DIVERGENCES]
 # One divergence of one sweep, and the one of two sweeps that takes the most registers.
 SOME_KERNELS = [
     (kernel, div) for kernel, div in KERNELS if kernel == "stats" or div in ("reverse_kl", "skew_reverse_kl")
@@ -45,14 +41,6 @@ SOME_KERNELS = [
 each_kernel = pytest.mark.parametrize(("kernel", "divergence"), KERNELS)
 some_kernels = pytest.mark.parametrize(("kernel", "divergence"), SOME_KERNELS)
 each_target = pytest.mark.parametrize("target", TARGETS)
-
-
-def compiled(target: str, kernel: str, divergence: str, student: Tensor, teacher: Tensor) -> Code:
-    """What one launch compiles to."""
-    with compiling_for(TARGETS[target]) as launched:
-        launch(kernel, divergence, student, teacher)
-    (only,) = launched
-    return read_code(only)
 
 
 def faults(code: Code, student: Tensor, teacher: Tensor) -> list[str]:

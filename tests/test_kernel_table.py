@@ -18,7 +18,7 @@ import json
 from adakd_kernels.kernels.launch import LAUNCH_TABLE
 from benchmarks import kernel_table, launch_table
 from benchmarks.roofline import CLOCKS_A_BYTE, bracket
-from tests.compiled import Code, Loop
+from instruments.compiled import KERNELS, Code, Loop
 
 pytestmark = pytest.mark.compile
 
@@ -39,13 +39,13 @@ def test_tables_are_those_of_the_kernels(kernel, divergence):
 
 
 def test_every_kernel_has_a_row():
-    for kernel, divergence in kernel_table.KERNELS:
+    for kernel, divergence in KERNELS:
         assert f"| {kernel_table.NAMES[kernel]} | `{divergence}` | " in PAGE
 
 
 def test_every_kernel_but_two_is_bound_by_memory():
     rows = re.findall(r"^\| (\S.*?) \| `(\w+)` \|.*\| (\w+) \| ([\d.]+) … [\d.]+ \| \d+ … \d+ \|$", PAGE, re.MULTILINE)
-    assert len(rows) == len(kernel_table.KERNELS)
+    assert len(rows) == len(KERNELS)
     beyond = {(name, div) for name, div, bound, lower in rows if bound != "memory" or float(lower) > 1.15}
     assert beyond == {("backward with CE", "skew_reverse_kl"), ("backward with CE", "jensen_shannon")}
 
