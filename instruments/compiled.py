@@ -68,7 +68,9 @@ class _StubDriver:
 def compiling_for(target: GPUTarget) -> Iterator[list[CompiledKernel]]:
     """Inside, a launch appends its compiled kernel to the list, the same object as before if it needs no compilation.
 
-    Nothing compiled earlier is used, neither from memory nor from the disk.
+    Nothing compiled earlier is used from memory. From the disk, only what this run of the tests compiled: the variable
+    ADAKD_COMPILED_KERNELS names the folder that its processes share. Triton finds a kernel there by its source, target
+    and options.
     """
     stub = _StubDriver(target)
     launched: list[CompiledKernel] = []
@@ -81,7 +83,7 @@ def compiling_for(target: GPUTarget) -> Iterator[list[CompiledKernel]]:
 
     with (
         tempfile.TemporaryDirectory() as cache,
-        mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache),
+        mock.patch.dict(os.environ, TRITON_CACHE_DIR=os.environ.get("ADAKD_COMPILED_KERNELS", cache)),
         mock.patch.object(driver, "_active", stub),
         mock.patch.object(JITFunction, "run", compile_only),
     ):
