@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ if INTERPRETING:
     from instruments import interpreter
 
     interpreter.install()
+TIERS = {"fast", "native", "interpret", "compile", "gpu"}
 SHARED_CACHE = "ADAKD_COMPILED_KERNELS"
 
 # Whether the C++ kernels run with a narrower instruction set than this processor has.
@@ -57,6 +60,14 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.TemporaryDirectory()
         os.environ[SHARED_CACHE] = folder.name
         config.add_cleanup(folder.cleanup)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not import the files of other tiers alone: transformers takes each process of each tier seconds."""
+    if collection_path.suffix != ".py" or config.getoption("markexpr") not in TIERS:
+        return None
+    tiers = set(re.findall(r"pytest\.mark\.(\w+)", collection_path.read_text())) & TIERS
+    return True if tiers and config.getoption("markexpr") not in tiers else None
 
 
 def _is_left_out(item: pytest.Item, rules: dict[str, Callable[..., bool]]) -> bool:

@@ -34,9 +34,12 @@ def of_a_class_seen(divergence: Divergence | str) -> bool:
 # cast alone.
 IN_THE_INTERPRETER: dict[str, Callable[..., bool]] = {
     "test_contract.py::test_divergence_and_gradient_are_as_exact_as_eager": lambda divergence, dtype, vocab: (
-        vocab not in (1003, 4097) or dtype in (FP16, FP64) if of_a_class_seen(divergence)
-        else dtype in (FP16, FP64) and vocab != 1003
+        (dtype, vocab) not in ((FP32, 1003), (BF16, 4097)) if of_a_class_seen(divergence)
+        else (dtype in (FP16, FP64) and vocab != 1003) or (dtype == FP32 and vocab == 50257)
     ),
+    "test_contract.py::test_equal_rows_give_zero_and_a_constant_changes_nothing": of_a_class_seen,
+    "test_contract.py::test_gradcheck": of_a_class_seen,
+    "test_contract.py::test_strided_views": lambda view, inplace: inplace and view != "padded rows",
     "test_contract.py::test_vocabularies_of_different_length": of_a_class_seen,
     "test_contract.py::test_minus_infinity_takes_an_entry_out": lambda divergence, vocab: (
         vocab != 7 and of_a_class_seen(divergence)
@@ -54,21 +57,30 @@ IN_THE_INTERPRETER: dict[str, Callable[..., bool]] = {
     "test_extreme_rows.py::test_divergence_and_gradient": lambda divergence, dtype: (
         dtype != FP32 and of_a_class_seen(divergence)
     ),
+    "test_extreme_rows.py::test_a_constant_that_rounds_nowhere_changes_nothing": of_a_class_seen,
     "test_extreme_rows.py::test_a_row_whose_value_is_nan_has_a_gradient_of_nan": of_a_class_seen,
+    "test_losses.py::test_loss_and_gradient_equal_the_reference": of_a_class_seen,
     "test_losses.py::test_a_loss_of_nan_has_a_gradient_of_nan": of_a_class_seen,
+    "test_linear.py::test_as_exact_as_the_logits_route": lambda dtype, options: (
+        (dtype, bool(options)) not in ((BF16, True), (FP32, False))
+    ),
+    "test_linear.py::test_head_that_is_a_module": lambda hidden_grad: not hidden_grad,
+    "test_bench_gpu.py::test_every_provider_is_gated_and_measured": every,
 }  # fmt: skip
 
-# bf16, the type of training, is compiled for every target; the others for one of each family.
-OTHER_TARGETS = ("sm_80", "sm_100")
+# bf16, the type of training, is compiled for every target; the others for one of each family. For NVIDIA that is sm_100,
+# the first to spill in fp64; the odd vocabulary takes sm_90, for which the resident warps are counted.
+BUT_SM_90 = ("sm_80", "sm_100")
+BUT_SM_100 = ("sm_80", "sm_90")
 COMPILED: dict[str, Callable[..., bool]] = {
     "test_compile.py::test_kernel_compiles_clean": lambda target, student_dtype, teacher_dtype: (
-        target in OTHER_TARGETS and (student_dtype, teacher_dtype) != (BF16, BF16)
+        target in BUT_SM_100 and (student_dtype, teacher_dtype) != (BF16, BF16)
     ),
-    "test_compile.py::test_odd_vocabulary_compiles_clean": lambda target: target in OTHER_TARGETS,
-    "test_compile.py::test_other_vocabularies_compile_clean": lambda target: target in OTHER_TARGETS,
-    "test_compile.py::test_padded_student_compiles_clean": lambda target: target in OTHER_TARGETS,
-    "test_compile.py::test_every_vocabulary_and_padding_is_read_wide": lambda target: target in OTHER_TARGETS,
-    "test_compile.py::test_helper_sees_a_spill": lambda target: target in OTHER_TARGETS,
+    "test_compile.py::test_odd_vocabulary_compiles_clean": lambda target: target in BUT_SM_90,
+    "test_compile.py::test_other_vocabularies_compile_clean": lambda target: target in BUT_SM_100,
+    "test_compile.py::test_padded_student_compiles_clean": lambda target: target in BUT_SM_100,
+    "test_compile.py::test_every_vocabulary_and_padding_is_read_wide": lambda target: target in BUT_SM_90,
+    "test_compile.py::test_helper_sees_a_spill": lambda target: target in BUT_SM_90,
     "test_compile.py::test_batch_does_not_recompile": lambda target, divergence: (
         target == "gfx942" and divergence == "skew_reverse_kl"
     ),
