@@ -24,6 +24,7 @@ if INTERPRETING:
     from instruments import interpreter
 
     interpreter.install()
+LONGEST = ("test_tenth_divergence.py", "test_trainer_runs.py", "test_any_row.py", "test_documentation.py")
 TIERS = {"fast", "native", "interpret", "compile", "gpu"}
 SHARED_CACHE = "ADAKD_COMPILED_KERNELS"
 
@@ -97,6 +98,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out what the run does without; skip what needs a GPU, the interpreter or the C++ kernels, absent."""
     if not config.getoption("--thorough"):
         _leave_out(config, items)
+    items.sort(key=lambda item: item.path.name not in LONGEST)  # so that no worker waits for one of them at the end
     for item in items:
         markers = {marker.name for marker in item.iter_markers()}
         if "native" in markers and _tier("native", config) and not NATIVE:
