@@ -122,7 +122,7 @@ bench: setup ## measure speed and memory; not part of test
 bench-gpu: setup ## measure on a GPU beside the peers installed, one JSON line a result: make -s bench-gpu > results.jsonl
 	@$(BIN)/python -m benchmarks.bench_gpu
 
-kernels-table: setup ## count in the compiled kernels and write the tables of docs/kernels.md; needs no GPU
+kernels-table: setup ## count in the compiled kernels and write docs/kernel-tables.md; needs no GPU
 	$(PIP) install -q -c constraints.txt --no-deps liger-kernel
 	$(BIN)/python -m benchmarks.kernel_table
 

@@ -1,7 +1,7 @@
 """The divergences a student can be trained with: their names, parameters and checks (docs/maths.md, section 3).
 
-An instance is immutable and carries no tensor. What it computes stands in `reference.py` and in the kernels, which find
-it by `name` and receive its two parameters as `alpha` and `beta` (unused ones are 0).
+An instance is immutable and holds no tensor. The formulas are in `reference.py` and in the kernels, which know a
+divergence by its `name` and receive its parameters as `alpha` and `beta`; a parameter that it does not have is 0.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Divergence:
     """Base of all divergences D(p, q) between a teacher distribution p and a student distribution q.
 
     Attributes:
-        name: the name users pass and kernels dispatch on.
-        sweeps: passes over a row that a kernel needs; 2 where the summand is not linear in the unnormalised masses.
+        name: what users pass as `divergence`, and what the kernels select their formulas by.
+        sweeps: how often the forward reads a row: 2 if the summand is not linear in the unnormalised masses.
     """
 
     name: ClassVar[str] = ""
@@ -50,7 +50,7 @@ class Divergence:
 
     @property
     def parameters(self) -> tuple[float, float]:
-        """(alpha, beta) as the kernels take them; a parameter that a divergence lacks is 0."""
+        """(alpha, beta) as the kernels take them; 0 for a parameter that the divergence does not have."""
         return float(getattr(self, "alpha", 0.0)), float(getattr(self, "beta", 0.0))
 
 
@@ -84,7 +84,7 @@ class JensenShannon(Divergence):
     beta: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_open_unit("JensenShannon", "beta", self.beta, "for the limits use 'forward_kl' or 'reverse_kl'")
+        _check_open_unit("JensenShannon", "beta", self.beta, "beta -> 0 is 'forward_kl', beta -> 1 is 'reverse_kl'")
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,8 @@ class AlphaBeta(Divergence):
             _check_number("AlphaBeta", name, value)
             if not 0.0 < value < float("inf"):
                 raise ValueError(
-                    f"AlphaBeta: {name} must be positive and finite, got {value!r}; for the limits alpha, beta -> 0 "
-                    "use 'reverse_kl' and 'forward_kl'"
+                    f"AlphaBeta: {name} must be positive and finite, got {value!r}; "
+                    "alpha -> 0 at beta = 1 is 'reverse_kl', beta -> 0 at alpha = 1 is 'forward_kl'"
                 )
 
 
@@ -162,7 +162,7 @@ DIVERGENCES: dict[str, type[Divergence]] = {
 
 
 def get_divergence(divergence: str | Divergence) -> Divergence:
-    """The divergence that a name (with its default parameters) or an instance stands for.
+    """An instance as it is, or the divergence of this name with its default parameters.
 
     Raises:
         ValueError: unknown name.
@@ -172,8 +172,8 @@ def get_divergence(divergence: str | Divergence) -> Divergence:
     if isinstance(divergence, Divergence):
         if DIVERGENCES.get(divergence.name) is not type(divergence):
             raise TypeError(
-                f"divergence must be an instance of a class in DIVERGENCES ({', '.join(DIVERGENCES)}), which alone "
-                f"have kernels, got {type(divergence).__name__}()"
+                f"divergence must be an instance of a class in DIVERGENCES ({', '.join(DIVERGENCES)}): there are no "
+                f"kernels for others; got {type(divergence).__name__}()"
             )
         return divergence
     if isinstance(divergence, str):

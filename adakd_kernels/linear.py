@@ -3,7 +3,7 @@
 Phase 1 computes the logits of each labelled token and keeps a few numbers: difficulty, normaliser, cross-entropy.
 Selection and temperatures follow over the whole batch. Phase 2 computes the logits of the selected tokens again, their
 divergence, writes the gradient over them and folds it into those of hidden states and head. Where every token counts
-at one temperature, no token waits for the others, and both phases are one (docs/kernels.md).
+at one temperature, no token waits for the others, and both phases are one (docs/hidden-states.md).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The mathematics of AdaKD in plain torch: equations (1)-(10) of docs/maths.md, on any device, in fp32 or fp64.
 
-This is the only definition of truth: kernels and compiled code are tested against it, it is the body of every op on a
-device that has no kernel, and `adakd_loss` below is the eager baseline of the benchmarks. It allocates several N x V
-temporaries; the kernels exist because of that.
+Kernels and compiled code are tested against these functions. They are also the body of every op on a device that has
+no kernel, and `adakd_loss` below is the eager baseline of the benchmarks. They allocate several N x V temporaries,
+which the kernels do not.
 
 Shapes: logits are (..., V), per-token tensors are (...). Logits of other types are computed in fp32, fp64 stays fp64.
 """
@@ -34,7 +34,7 @@ class Normalizer(NamedTuple):
 
 
 def normalizer(logits: Tensor, temperature: Tensor | float = 1.0) -> Normalizer:
-    """Row maximum m and Σᵥ exp((zᵥ − m)/τ) over the finite entries; the maximum is a constant for autograd."""
+    """Row maximum m and Σᵥ exp((zᵥ − m)/τ); the maximum is a constant for autograd."""
     z_max = logits.detach().amax(-1)
     tau = torch.as_tensor(temperature, dtype=logits.dtype, device=logits.device)
     anchor = z_max.masked_fill(z_max == -math.inf, 0.0)
@@ -51,8 +51,8 @@ def common_vocabulary(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]
 def _log_softmax(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Normalizer]:
     """(1) in logs and the normaliser; an empty row stays −inf where torch would give NaN.
 
-    The logarithm of a finite logit is finite: one that leaves the type's range is half of its lowest number, so that
-    differences of two stay finite too. Its derivative is 1/τ as that of any other.
+    The logarithm of a finite logit is finite: where it would leave the type's range it is half of the lowest number, so
+    that differences of two are finite too. Its derivative there is 1/τ, as elsewhere.
     """
     empty = (logits == -math.inf).all(-1)
     z_max, z_sum = normalizer(logits.masked_fill(empty.unsqueeze(-1), 0.0), temperature)
@@ -89,7 +89,7 @@ def _alpha_beta_gradient(p: Tensor, q: Tensor, lp: Tensor, lq: Tensor, a: float,
 
 
 # The summand f(p, q) and g = q ∂f/∂q of every divergence, from p, q and their logarithms (the table of docs/maths.md).
-# Arguments: p, q, log p, log q, alpha, beta. Only entries at which both logarithms are finite reach these functions.
+# Arguments: p, q, log p, log q, alpha, beta. Entries that are not finite come as log p = log q = 0, masked afterwards.
 SUMMANDS: dict[str, Summand] = {
     "forward_kl": lambda p, q, lp, lq, a, b: p * (lp - lq),
     "reverse_kl": lambda p, q, lp, lq, a, b: q * (lq - lp),
@@ -119,18 +119,18 @@ GRADIENTS: dict[str, Summand] = {
 }
 
 
-# Divergences whose g above leaves out a term c·q with c = 1. It cancels in (10) while every entry counts; where entries
-# are left out, their mass Σ q comes off Σ g instead (docs/maths.md, section 4).
+# Divergences whose g above leaves out a term c·q with c = 1. In (10) it cancels if all entries are finite; otherwise
+# the mass Σ q of the others is subtracted from Σ g instead (docs/maths.md, section 4).
 _G_WITHOUT_Q = ("reverse_kl", "jeffreys", "skew_reverse_kl")
 
 
 def _counted(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Entries that are −inf on neither side; NaN counts, so that it is seen."""
+    """The finite entries: −inf on neither side. NaN is one of them, so that it reaches the result."""
     return (log_p != -math.inf) & (log_q != -math.inf)
 
 
 def _entries(summand: Summand, log_p: Tensor, log_q: Tensor, div: Divergence) -> Tensor:
-    """The summand at the entries that count, 0 elsewhere."""
+    """The summand at the finite entries, 0 elsewhere."""
     out = ~_counted(log_p, log_q)
     log_p, log_q = log_p.masked_fill(out, 0.0), log_q.masked_fill(out, 0.0)
     return summand(log_p.exp(), log_q.exp(), log_p, log_q, *div.parameters).masked_fill(out, 0.0)
@@ -139,13 +139,13 @@ def _entries(summand: Summand, log_p: Tensor, log_q: Tensor, div: Divergence) ->
 def _total(log_p: Tensor, log_q: Tensor, div: Divergence) -> Tensor:
     """D of every row; 0 where a row is empty."""
     total = _entries(SUMMANDS[div.name], log_p, log_q, div).sum(-1)
-    if div.name == "hellinger":  # 1 − Σ√(pq) is over the whole vocabulary: half the mass of an entry left out
+    if div.name == "hellinger":  # 1 − Σ√(pq): an entry that is left out adds half of its mass
         total = total + 0.5 * (log_p.exp() + log_q.exp()).masked_fill(_counted(log_p, log_q), 0.0).sum(-1)
     return total.masked_fill((log_q == -math.inf).all(-1) | (log_p == -math.inf).all(-1), 0.0)
 
 
 class _Gradient(NamedTuple):
-    """τ·∂D/∂zˢ of every entry (N, V), Σ g of every row, the student's most likely entry, and the first there."""
+    """τ·∂D/∂zˢ of every entry (N, V); of every row Σ g, its peak, and τ·∂D/∂zˢ at the peak."""
 
     entries: Tensor
     sum_g: Tensor
@@ -154,17 +154,17 @@ class _Gradient(NamedTuple):
 
 
 def _gradient(log_p: Tensor, log_q: Tensor, div: Divergence) -> _Gradient:
-    """Equation (10) but for its weight, with the free constant c·q of g so that g + c·q is 0 at the student's peak.
+    """Equation (10) without its weight, with c such that g + c·q is 0 at the student's peak.
 
-    At a peak of mass near 1, g and q·Σ g cancel; there, q·Σ (g + c·q) runs over the other entries only, and keeps its
-    relative accuracy (docs/maths.md, section 4). A peak that does not count, for the teacher has −inf there, is −1.
+    At a peak of mass near 1, g and q·Σ g cancel. q·Σ (g + c·q) over the other entries does not, and so keeps its
+    relative accuracy (docs/maths.md, section 4). Where the teacher has −inf at the peak, `peak` is −1.
     """
     counted = _counted(log_p, log_q)
     g, q = _entries(GRADIENTS[div.name], log_p, log_q, div), log_q.exp()
     top = log_q.argmax(-1, keepdim=True)
     peak_counts = counted.gather(-1, top)
     c = torch.where(peak_counts, -g.gather(-1, top) / q.gather(-1, top), 0.0)
-    # 0 times c·q is NaN where that is NaN, so that it is seen.
+    # 0·c instead of 0, so that a NaN reaches the result.
     others = (g + c * q).masked_fill(~counted, 0.0).scatter(-1, top, 0.0 * c)
     left_out = q.masked_fill(counted, 0.0).sum(-1, keepdim=True)
     total = others.sum(-1, keepdim=True) + (c - float(div.name in _G_WITHOUT_Q)) * left_out
@@ -185,7 +185,7 @@ def token_divergence(
 ) -> Tensor:
     """D(p^τ, q^τ) of every row, by the table of docs/maths.md; autograd differentiates it in the student's logits.
 
-    A student entry that is −inf on either side is a constant of D, so its gradient is 0. An empty row gives 0.
+    An entry that is −inf on either side is a constant of D, so its gradient is 0. An empty row gives 0.
     """
     z_s, z_t, tau = _prepare(student, teacher.detach(), temperature)
     z_s = torch.where((z_s == -math.inf) | (z_t == -math.inf), z_s.detach(), z_s)
@@ -193,9 +193,9 @@ def token_divergence(
 
 
 class TokenSums(NamedTuple):
-    """What is kept of every row: D, the normalisers of student and teacher at τ, and what equation (10) needs.
+    """Of every row: D, Σ g, the normalisers of student and teacher at τ, the peak and its gradient.
 
-    `peak` is the student's most likely entry, −1 where the teacher has −inf there, and `peak_grad` τ·∂D/∂zˢ at it.
+    `peak` is the student's most likely entry, −1 where the teacher has −inf there, and `peak_grad` is τ·∂D/∂zˢ there.
     """
 
     d: Tensor
@@ -244,12 +244,12 @@ def cross_entropy_grad(student: Tensor, teacher: Tensor, labels: Tensor) -> Tens
 
 
 def squared_hellinger(student: Tensor, teacher: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
-    """(2): s² = ½ Σ(√p − √q)², summed as differences so that nothing cancels. An empty row gives 0."""
+    """(2): s² = ½ Σ(√p − √q)², a sum of squares, so that nothing cancels. An empty row gives 0."""
     return token_divergence(student.detach(), teacher, temperature, "hellinger")
 
 
 def difficulty(student: Tensor, teacher: Tensor, labels: Tensor, measure: str = "hellinger") -> Tensor:
-    """Difficulty of every token at temperature 1: (2), or one of the measures it is compared with."""
+    """Difficulty of every token at temperature 1: (2), or another measure by its name."""
     if measure == "hellinger":
         return squared_hellinger(student, teacher)
     if measure == "cross_entropy":
@@ -277,14 +277,14 @@ def adakd_loss(
     ce_weight: float = 0.0,
     ignore_index: int = -100,
 ) -> Tensor:
-    """(1)-(7) the way one writes them first: index the valid tokens, take the k hardest, differentiate by autograd.
+    """(1)-(7) written plainly: index the valid tokens, take the k hardest, differentiate by autograd.
 
-    (N, V), (N, V') and (N,) tensors. Waits for the device (boolean indexing), which the package's own loss does not.
+    Takes (N, V), (N, V') and (N,) tensors. Its boolean indexing waits for the device; the package's loss does not.
     """
     z_s, z_t = common_vocabulary(student, teacher)
     valid = (labels != ignore_index) & ~(z_s == -math.inf).all(-1) & ~(z_t == -math.inf).all(-1)
     if not valid.any():
-        return z_s[valid].sum()  # of no entry: 0 with gradient 0, beside -inf too
+        return z_s[valid].sum()  # a sum over nothing: 0 with gradient 0, even if a logit is −inf
     z_s, z_t, labels = z_s[valid], z_t[valid], labels[valid]
     hard = difficulty(z_s.detach(), z_t, labels, measure)
     k = max(1, math.floor(focus_ratio * len(hard)))  # (3)
@@ -300,7 +300,7 @@ def adakd_loss(
 
 
 class FocusState(NamedTuple):
-    """What LATF carries from one optimizer step to the next: plain numbers."""
+    """The state of LATF between two optimizer steps, as Python numbers."""
 
     ratio: float = 1.0
     ema: float = 0.0

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/kernels.md from the compiled kernels: `python -m benchmarks.kernel_table`.
+"""Writes docs/kernel-tables.md from the compiled kernels: `python -m benchmarks.kernel_table`.
 
 Needs no GPU, and liger-kernel for the peers' rows (`pip install --no-deps liger-kernel`).
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import re
 import sys
 from pathlib import Path
 
@@ -16,11 +15,10 @@ from torch import Tensor
 
 from instruments.compiled import KERNELS, TARGETS, Code, compiled, compiling_for, logits, read_code
 
-from .roofline import bracket, bytes_written, entries
+from .roofline import bound, bytes_moved, entries
 
-PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
-BEGIN, END = "<!-- begin of the generated tables -->", "<!-- end of the generated tables -->"
-VOCAB, ROWS = 151_936, 4096
+PAGE = Path(__file__).parent.parent / "docs" / "kernel-tables.md"
+VOCAB = 151_936
 NAMES = {"stats": "`token_stats`", "forward": "forward", "backward": "backward", "backward_ce": "backward with CE"}
 PAIR = 4  # bytes of an entry of both rows in bf16
 
@@ -43,26 +41,16 @@ def widths(code: Code) -> str:
 
 
 def counts(code: Code) -> str:
-    """Registers, instructions, exponentials, access and waiting, as cells."""
+    """Registers, instructions, MUFU, access and waits, as cells."""
     waits = sum(loop.barriers + loop.shuffles for loop in code.sweeps)
     return f"{code.registers} | {per_entry(code):.1f} | {per_entry(code, 'mufu'):.2f} | {widths(code)} | {waits}"
-
-
-def predicted(code: Code) -> str:
-    """Occupancy, bytes and the model's bracket, as cells."""
-    b = bracket(code, PAIR)
-    moved = sum(PAIR + bytes_written(loop) / entries(loop, PAIR) for loop in code.sweeps)
-    lower, upper = b.microseconds(ROWS, VOCAB)
-    return (
-        f"{code.occupancy():.0%} | {moved:.0f} | {b.bound} | {b.lower / b.floor:.2f} … {b.upper / b.floor:.2f} | "
-        f"{lower:.0f} … {upper:.0f}"
-    )
 
 
 def row_of(kernel: str, divergence: str) -> str:
     """A kernel's row of the first table, which a test compiles again."""
     code = in_bf16("sm_90", kernel, divergence)
-    return f"| {NAMES[kernel]} | `{divergence}` | {counts(code)} | {predicted(code)} |"
+    last = f"{code.occupancy():.0%} | {bytes_moved(code, PAIR):.0f} | {bound(code, PAIR)}"
+    return f"| {NAMES[kernel]} | `{divergence}` | {counts(code)} | {last} |"
 
 
 def row_of_targets(kernel: str, divergence: str, vocab: int) -> str:
@@ -104,21 +92,41 @@ def liger_kernels() -> dict[str, Code]:
     return dict(zip(names, map(read_code, launched), strict=True))
 
 
-def tables() -> str:
-    version = importlib.metadata.version("triton")
-    head = "| kernel | divergence | registers | instructions | MUFU | access (bits) | waits "
+HEAD = """\
+# What the GPU kernels compile to
+
+`make kernels-table` writes this page, and needs no GPU: change `benchmarks/kernel_table.py` instead. How the kernels
+work, and what follows from these numbers: [gpu-kernels.md](gpu-kernels.md).
+
+Instructions, MUFU and bytes are for one entry of both rows, over all sweeps of a row.
+
+| column | meaning |
+|---|---|
+| registers | those of a thread |
+| instructions | executed by a thread, in the loops over whole steps |
+| MUFU | those of them that the unit for exponentials, logarithms and roots executes |
+| access | bits of one load / of one store, in these loops |
+| waits | shuffles and barriers in these loops |
+| occupancy | resident warps, of those that an SM can hold |
+| bytes | read and written |
+| bound | the resource that an H100 SXM needs for the longest time, in the model of `benchmarks/roofline.py` |
+"""
+
+
+def page() -> str:
+    """The whole of docs/kernel-tables.md."""
     lines = [
-        f"Triton {version}, bf16, V = {VOCAB:,}, sm_90. Counted for an entry of both rows over all sweeps; *waits* are",
-        "shuffles and barriers in a loop; *access* is the width of loads / stores there.",
+        HEAD,
+        f"## On sm_90\n\nTriton {importlib.metadata.version('triton')}, bf16, V = {VOCAB:,}.",
         "",
-        head + "| occupancy | bytes | bound | predicted / floor | predicted µs |",
-        "|---|---|--:|--:|--:|---|--:|--:|--:|---|---|---|",
+        "| kernel | divergence | registers | instructions | MUFU | access (bits) | waits | occupancy | bytes | bound |",
+        "|---|---|--:|--:|--:|---|--:|--:|--:|---|",
         *(row_of(*names) for names in KERNELS),
         "",
-        f"*Predicted*: H100 SXM, {ROWS:,} rows, all of them counting, by the model below. Nobody has measured it.",
+        "## On every target",
         "",
-        "The same on every target, as registers, instructions, MUFU, access; occupancy on sm_90. Rows of V = 50,257",
-        "lie one right after the other, so that seven of eight start off a multiple of 16 bytes.",
+        "Each cell holds registers, instructions, MUFU and access; occupancy is that of sm_90. Rows of V = 50,257 lie",
+        "one right after the other, so that seven of eight start off a multiple of 16 bytes.",
     ]
     for vocab in (VOCAB, 50_257):
         lines += [
@@ -127,13 +135,16 @@ def tables() -> str:
             "|---|---|" + "---|" * len(TARGETS) + "--:|",
             *(row_of_targets(kernel, div, vocab) for kernel, div in KERNELS if kernel != "backward_ce"),
         ]
-    return "\n".join([*lines, "", *peer_lines()])
+    return "\n".join([*lines, "", *peer_lines()]) + "\n"
 
 
 def peer_lines() -> list[str]:
     liger = importlib.metadata.version("liger-kernel")
     lines = [
-        f"liger-kernel {liger} on the same scale: its Triton kernels of log-probabilities, as it launches them.",
+        "## Beside liger-kernel",
+        "",
+        f"liger-kernel {liger} on sm_90, in the same units: its Triton kernels, which read log-probabilities, launched",
+        "as it launches them.",
         "",
         "| kernel | bytes read | registers | stack | instructions | MUFU | access (bits) | waits | occupancy |",
         "|---|--:|--:|--:|--:|--:|---|--:|--:|",
@@ -161,9 +172,7 @@ def peer_lines() -> list[str]:
 
 
 def main() -> int:
-    text = PAGE.read_text()
-    written = re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n\n{tables()}\n\n{END}", text, flags=re.DOTALL)
-    PAGE.write_text(written)
+    PAGE.write_text(page())
     return 0
 
 

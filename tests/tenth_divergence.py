@@ -107,7 +107,7 @@ if DIVERGENCE == "{NAME}":
     ),
     "list of the README": Edit("README.md", "`hellinger`. Equations", f"`{NAME}`, "),
     "tables of the kernels": Edit(
-        "docs/kernels.md",
+        "docs/kernel-tables.md",
         "| forward | `hellinger` |",
         "".join(f"| {kernel} | `{NAME}` | …\n" for kernel in ("forward", "backward", "backward with CE")),
     ),

@@ -29,6 +29,7 @@ LAYERS = [
     {"ops"},
     {"functional"},
     {"loss", "linear"},
+    {"trainer"},
     {"integrations"},
     {"commands", "demo"},
     {"cli"},

@@ -251,8 +251,8 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     stats = ops.token_stats
 
     def off_by_a_little(*args: Any) -> Any:
-        hellinger, *others = stats(*args)
-        return hellinger * 1.0001, *others
+        difficulty, *others = stats(*args)
+        return difficulty * 1.0001, *others
 
     def broken(*args: Any) -> Any:
         raise RuntimeError("no such\nkernel")
@@ -271,7 +271,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
 def test_transformers_is_imported_when_needed_only() -> None:
     script = """
 import sys
-import adakd_kernels, adakd_kernels.cli, adakd_kernels.integrations.records, adakd_kernels.commands.doctor
+import adakd_kernels, adakd_kernels.cli, adakd_kernels.trainer.records, adakd_kernels.commands.doctor
 assert "transformers" not in sys.modules and "yaml" not in sys.modules
 sys.modules["transformers"] = None
 try:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from adakd_kernels.integrations import collator, token_histogram
-from adakd_kernels.integrations.collator import AdaKDDataCollator
-from adakd_kernels.integrations.records import DataError, check_same_tokenizer, load_records, tokenize_messages
-from adakd_kernels.integrations.token_histogram import TokenHistogram
+from adakd_kernels.trainer import collator, histogram
+from adakd_kernels.trainer.collator import AdaKDDataCollator
+from adakd_kernels.trainer.histogram import TokenHistogram
+from adakd_kernels.trainer.records import DataError, check_same_tokenizer, load_records, tokenize_messages
 
 from .tiny_models import INSTRUCTIONS, tiny_tokenizer, write_jsonl
 
@@ -193,11 +193,23 @@ def test_histogram() -> None:
         assert histogram.quantiles(p)[0] == pytest.approx(exact[math.ceil(p * len(exact)) - 1].item(), rel=0.0055)
     histogram.reset()
     assert all(math.isnan(q) for q in histogram.quantiles(0.1, 0.9))
-    histogram.add(torch.tensor([0.0, 0.0, 1e-12, 1.0, 2.0**-7, math.nan]), torch.ones(6, dtype=torch.bool))
+    histogram.add(torch.tensor([0.0, 0.0, 1e-12, 1.0, 2.0**-7, math.inf]), torch.ones(6, dtype=torch.bool))
     assert histogram.quantiles(0.1, 0.5, 0.6, 0.8, 1.0) == [0.0, 0.0, 2.0**-7, 1.0, 2.0**16]
 
 
-@pytest.mark.parametrize("module", [collator, token_histogram])
+def test_histogram_of_nan() -> None:
+    """NaN comes behind every number, as in torch.sort, and stays NaN; a rounding error below 0 is 0."""
+    values = torch.tensor([math.nan, 1.0, math.inf, -1e-9, math.nan])
+    histogram = TokenHistogram("cpu")
+    histogram.add(values, torch.ones(5, dtype=torch.bool))
+    assert histogram.quantiles(0.2, 0.4, 0.6) == [0.0, 1.0, 2.0**16]
+    assert all(math.isnan(q) for q in histogram.quantiles(0.7, 0.9, 1.0))
+    histogram.reset()
+    histogram.add(values, torch.tensor([False, True, False, False, False]))
+    assert histogram.quantiles(0.1, 1.0) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("module", [collator, histogram])
 def test_examples(module: Any) -> None:
     result = doctest.testmod(module, extraglobs={"torch": torch})
     assert result.attempted > 0 and result.failed == 0

@@ -137,8 +137,8 @@ def test_teacher_from_a_folder(tmp_path: Path) -> None:
         assert torch.equal(trainer.teacher.get_parameter(name), value)
 
 
-def test_evaluation_counts_all_tokens_and_leaves_the_share_alone(tmp_path: Path) -> None:
-    """eval_loss: share 1, the batch's own temperatures, mean of the batches weighted by their number of records."""
+def test_evaluation_selects_all_tokens_and_leaves_the_share_alone(tmp_path: Path) -> None:
+    """eval_loss: r = 1, the batch's own temperatures, mean of the batches weighted by their number of records."""
     held_out = token_records(7, seed=5)
     options = {"temperature_scale": 0.8, "ce_weight": 0.3}
     trainer = AdaKDTrainer(
@@ -203,15 +203,15 @@ def test_log_lines(tmp_path: Path) -> None:
     state, losses = reference.FocusState(), []
     for step in range(6):
         if step % 2 == 0:
-            hard, tau = [], []
+            difficulties, tau = [], []
         micro = kept[2 * step : 2 * step + 2]
         items = sum((labels != -100).sum().item() for _, _, labels in micro)
         losses.append(0.0)
         for student, teacher, labels in micro:
-            s2 = reference.squared_hellinger(student, teacher)[labels != -100]
-            k = max(1, math.floor(state.ratio * len(s2)))
-            chosen = s2.sort(descending=True, stable=True).values[:k]
-            hard.append(s2)
+            difficulty = reference.squared_hellinger(student, teacher)[labels != -100]
+            k = max(1, math.floor(state.ratio * len(difficulty)))
+            chosen = difficulty.sort(descending=True, stable=True).values[:k]
+            difficulties.append(difficulty)
             median = chosen.sort().values[(k - 1) // 2]
             tau.append(torch.exp(-0.5 * (chosen - median) / (chosen + median)))
             losses[-1] += (
@@ -226,7 +226,7 @@ def test_log_lines(tmp_path: Path) -> None:
             assert log["focus_ratio"] == pytest.approx(state.ratio, rel=1e-12)
             assert log["loss_ema"] == pytest.approx(state.ema, rel=1e-5)
             assert log["loss_reference"] == pytest.approx(state.reference, rel=1e-5)
-            for name, values in (("difficulty", torch.cat(hard)), ("temperature", torch.cat(tau))):
+            for name, values in (("difficulty", torch.cat(difficulties)), ("temperature", torch.cat(tau))):
                 for suffix, p in (("p10", 0.1), ("p50", 0.5), ("p90", 0.9)):
                     exact = values.sort().values[math.ceil(p * len(values)) - 1].item()
                     assert log[f"{name}_{suffix}"] == pytest.approx(exact, rel=0.006), (name, suffix)

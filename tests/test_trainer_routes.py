@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from adakd_kernels import LinearAdaKDLoss
-from adakd_kernels.integrations.heads import HeadOptions, NoPlainHeadError, plain_head
 from adakd_kernels.integrations.transformers import AdaKDDataCollator, AdaKDTrainer
+from adakd_kernels.trainer.heads import HeadOptions, NoPlainHeadError, instead_of_head, plain_head
 
 from .tiny_models import tiny_model, token_records
 from .trainer_process import config
@@ -94,6 +94,37 @@ def test_plain_heads_are_tried_out(architecture: str, options: HeadOptions) -> N
     assert plain_head(model.bfloat16()) == options
 
 
+def test_a_head_is_itself_again_after_nested_contexts_and_errors() -> None:
+    head, hidden = nn.Linear(2, 3), torch.ones(1, 2)
+    plain = head(hidden)
+    with instead_of_head(head, lambda hidden: hidden + 1):
+        with pytest.raises(KeyError), instead_of_head(head, lambda hidden: {}[0]):
+            head(hidden)
+        assert torch.equal(head(hidden), hidden + 1)
+    assert torch.equal(head(hidden), plain) and "forward" not in vars(head)
+
+
+def test_a_step_leaves_models_and_losses_as_they_were(tmp_path: Path) -> None:
+    """After each kind of call, and after an error in the middle of one."""
+    student, teacher = tiny_model("llama", seed=1), tiny_model("llama", layers=2, seed=2)
+    records = token_records(4)
+    for route in ("logits", "hidden"):
+        trainer = AdaKDTrainer(model=student, teacher=teacher, args=config(tmp_path, logits_route=route))
+        losses = trainer.loss_fn, trainer.eval_loss_fn
+        assert losses[0] is not losses[1]
+        before = [{name: value for name, value in vars(loss).items() if name[0] != "_"} for loss in losses]
+        batch = trainer.data_collator(records)
+        trainer.compute_loss(student, batch)
+        trainer.compute_loss(student, batch, return_outputs=True)
+        for loss_only in (True, False):
+            trainer.prediction_step(student, batch, loss_only)
+        with pytest.raises(TypeError, match="labels must be integers"):
+            trainer.compute_loss(student, {**batch, "labels": batch["labels"].float()})
+        after = [{name: value for name, value in vars(loss).items() if name[0] != "_"} for loss in losses]
+        assert after == before and (trainer.loss_fn, trainer.eval_loss_fn) == losses
+        assert "forward" not in {**vars(student.lm_head), **vars(teacher.lm_head)}
+
+
 def _capped_in_secret(model: Any) -> None:
     _then(model, lambda logits: logits.div_(30.0).tanh_().mul_(30.0))
 
@@ -148,18 +179,19 @@ def test_other_heads_take_the_logits_route(
         plain_head(model)
     with pytest.raises(ValueError, match=f"logits_route='hidden' cannot be taken: student: {message}"):
         AdaKDTrainer(model=model, teacher=tiny_model("llama"), args=config(tmp_path, logits_route="hidden"))
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         trainer = AdaKDTrainer(model=tiny_model("llama"), teacher=model, args=config(tmp_path))
     assert not isinstance(trainer.loss_fn, LinearAdaKDLoss)
-    (said,) = [record.message for record in caplog.records if "AdaKDTrainer" in record.message]
-    assert said.startswith("AdaKDTrainer: loss from the logits") and f"teacher: {message}" in said
+    (said,) = [record for record in caplog.records if "AdaKDTrainer" in record.message]
+    assert said.message.startswith("AdaKDTrainer: loss from the logits") and f"teacher: {message}" in said.message
+    assert said.levelno == logging.INFO
 
 
 def test_the_route_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         run(tmp_path, "llama", "auto")
-    said = [record.message for record in caplog.records if "AdaKDTrainer" in record.message]
-    assert said == ["AdaKDTrainer: loss from hidden states; no logits of a whole batch are computed"]
+    said = [(record.levelno, record.message) for record in caplog.records if "AdaKDTrainer" in record.message]
+    assert said == [(logging.INFO, "AdaKDTrainer: loss from hidden states; no logits of a whole batch are computed")]
 
 
 def test_compiled_runs_take_the_logits_route(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def _devices() -> list[torch.device]:
 
 @contextmanager
 def _poisoned_memory() -> Iterator[None]:
-    """New memory holds NaN, so that what no kernel has written is not taken for a result of an earlier one."""
+    """Fill new memory with NaN, so that a value that no kernel wrote is not taken for an earlier kernel's result."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*deterministic")
@@ -73,7 +73,8 @@ def _poisoned_memory() -> Iterator[None]:
 def _verdict(check: Check, device: torch.device) -> str:
     """'ok', or 'failed' with the reason. An error may be twice that of plain torch in the same type, and a few ulp.
 
-    And half of a row's own largest value: zeros in its place do not pass because another row's values are larger.
+    It may also be no more than half of its own row's largest value. Otherwise zeros would pass for a row of small
+    values beside a row of large ones.
     """
     worst = 0.0
     try:
@@ -112,11 +113,11 @@ def _inputs(device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor, Tens
 
 def _check_token_stats(device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     (s, t, *_), (s64, t64, *_) = _inputs(device)
-    hellinger, max_s, sum_s, max_t, sum_t = ops.token_stats(
+    difficulty, max_s, sum_s, max_t, sum_t = ops.token_stats(
         s, t, torch.ones(s.shape[:2], dtype=torch.bool, device=device)
     )
     s, s64 = s[..., :1000], s64[..., :1000]
-    yield hellinger, reference.squared_hellinger(s, t), reference.squared_hellinger(s64, t64)
+    yield difficulty, reference.squared_hellinger(s, t), reference.squared_hellinger(s64, t64)
     yield max_s + sum_s.log(), s.logsumexp(-1), s64.logsumexp(-1)
     yield max_t + sum_t.log(), t.logsumexp(-1), t64.logsumexp(-1)
 

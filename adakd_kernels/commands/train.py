@@ -69,7 +69,7 @@ class _Parser(CommandParser, HfArgumentParser):
 
 
 class _Started(TrainerCallback):
-    """Tells an error of a checkpoint, which is the user's, from one of the training itself."""
+    """Whether a step has begun: an error before the first one comes from the checkpoint, a later one from training."""
 
     started = False
 
@@ -85,8 +85,8 @@ def run(argv: list[str]) -> int:
     """
     options, config = parse(argv)
     code = _train(options, config)
-    # Only once the trainer is gone. DistributedDataParallel would otherwise be the last to hold the process group, and
-    # freeing it there hangs now and then (torch 2.13, gloo).
+    # The trainer must be gone before the process group is destroyed. Otherwise DistributedDataParallel is the last to
+    # hold the group, and freeing it there sometimes hangs (torch 2.13, gloo).
     gc.collect()
     PartialState().destroy_process_group()
     return code
@@ -116,10 +116,8 @@ def _train(options: RunOptions, config: AdaKDConfig) -> int:
     trainer.save_state()
     trainer.save_metrics("all", metrics, combined=False)
     if trainer.is_world_process_zero():
-        share = float(trainer.loss_fn.focus_ratio)
-        print(
-            json.dumps({"output_dir": config.output_dir, "steps": result.global_step, "focus_ratio": share, **metrics})
-        )
+        steps, focus_ratio = result.global_step, float(trainer.loss_fn.focus_ratio)
+        print(json.dumps({"output_dir": config.output_dir, "steps": steps, "focus_ratio": focus_ratio, **metrics}))
     return 0
 
 
@@ -158,7 +156,7 @@ def parse(argv: list[str]) -> tuple[RunOptions, AdaKDConfig]:
 
 
 def _config_flags(path: Path) -> list[str]:
-    """The options of a YAML file as flags, so that the parser checks both alike."""
+    """The options of a YAML file as flags, so that the parser checks the file as it checks the command line."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -202,7 +200,7 @@ def _checkpoint(config: AdaKDConfig) -> str | None:
 
 
 def _trainer(options: RunOptions, config: AdaKDConfig) -> AdaKDTrainer:
-    """The trainer with everything loaded; what is quick to check comes first."""
+    """The trainer with everything loaded: tokenizers and records first, because loading the models takes longest."""
     hub: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     tokenizer = _load("student", options.student, lambda name: AutoTokenizer.from_pretrained(name, **hub))
     teacher_tokenizer = _load("teacher", options.teacher, lambda name: AutoTokenizer.from_pretrained(name, **hub))
@@ -240,8 +238,8 @@ def _trainer(options: RunOptions, config: AdaKDConfig) -> AdaKDTrainer:
 
 
 def _load(role: str, name: str | None, load: Callable[[Any], Any]) -> Any:
-    """What `load` makes of a folder or hub name; anything that goes wrong is put down to it."""
-    # "owner/name" may be on the hub; what looks like a path is not sought there.
+    """What `load` makes of a folder or hub name; every error becomes one that names it."""
+    # "owner/name" may be on the hub. A name that looks like a path is a folder and nothing else.
     looks_like_path = str(name).startswith(("/", ".", "~")) or str(name).count("/") > 1
     if looks_like_path and not Path(str(name)).is_dir():
         raise CommandError(f"{role} {name}: no such folder")

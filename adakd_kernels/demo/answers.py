@@ -91,10 +91,10 @@ def answer_records(
 ) -> list[Answer]:
     """Answer every record greedily, with progress, and keep the answers in `cache` as they come.
 
-    Greedy answers need no seed and are the ones that a student's greedy answers are compared with. Alone they fall into
-    loops; a mild repetition penalty ends these. Prompts of similar length share a batch. The batches depend on the
-    records alone, so that a run that was stopped goes on with the next batch and ends with the answers that an unbroken
-    run has.
+    Greedy answers need no seed, and a student's greedy answers are compared with them. Small models repeat themselves
+    in greedy answers; a mild repetition penalty ends that. Prompts of similar length share a batch. The batches depend
+    on the records alone, so that a run that was stopped goes on with the next batch and ends with the answers that an
+    unbroken run has.
 
     Args:
         model: a causal language model of transformers.

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from adakd_kernels import token_divergence
-
+from ..functional import token_divergence
 from .answers import Answer
 
 TOKENS_PER_CHUNK = 1024
@@ -46,9 +45,9 @@ def answer_states(model: Any, answers: Sequence[Answer], *, batch_size: int) -> 
     for batch in _batches(answers, batch_size):
         ids, attention, targets = (tensor.to(model.device) for tensor in pad_batch(batch))
         hidden = model.get_decoder()(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state
-        counts = targets >= 0
-        states.append(hidden[counts])
-        tokens.append(targets[counts])
+        labelled = targets >= 0
+        states.append(hidden[labelled])
+        tokens.append(targets[labelled])
     return torch.cat(states), torch.cat(tokens)
 
 

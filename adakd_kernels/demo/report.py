@@ -36,7 +36,7 @@ class Run:
     Attributes:
         name: column and legend.
         logs: one dictionary per logged step, with "step", "loss", "focus_ratio" and "temperature_p10", "_p50", "_p90".
-        probe: `(step, reverse KL)` on the held-out probe, in nats per token at temperature 1, all tokens counted.
+        probe: `(step, reverse KL)` on the held-out probe, in nats per labelled token at temperature 1.
         seconds: wall-clock time of the run, the probe included.
     """
 
@@ -90,8 +90,8 @@ def verdict(scores: dict[str, Score], plain: str, adaptive: str) -> str:
             sentences.append(f"{title}: {plain} and {adaptive} are equal")
             continue
         ahead, behind = (adaptive, plain) if (new > old) == higher else (plain, adaptive)
-        share = f" ({abs(new - old) / abs(old):.1%} of {plain}'s)" if old else ""
-        sentences.append(f"{title}: {ahead} is ahead of {behind} by {abs(new - old):.3g}{share}")
+        relative = f" ({abs(new - old) / abs(old):.1%} of {plain}'s)" if old else ""
+        sentences.append(f"{title}: {ahead} is ahead of {behind} by {abs(new - old):.3g}{relative}")
     return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
@@ -152,7 +152,7 @@ def write_figure(path: Path, runs: Sequence[Run]) -> None:
     titles = (
         "reverse KL on held-out answers (nats/token, τ = 1)",
         "training losses, each on its own scale",
-        "share r of the tokens that count",
+        "share r of the valid tokens that are selected",
         "temperature τ of the selected tokens",
     )
     for axis, title in zip((probe, loss, share, temperature), titles, strict=True):

@@ -1,1 +1,1 @@
-"""Drivers for other frameworks. Importing this package imports none of them."""
+"""What the package offers to other frameworks, a module for each. Importing this package imports none of them."""

@@ -80,7 +80,7 @@ def _(
 def empty_gradient(student: Tensor) -> Tensor:
     """Where the gradient goes: contiguous on the CPU, elsewhere with rows apart as the student's modulo 8 entries.
 
-    So both start alike, which the Triton kernels need for wide access (docs/kernels.md).
+    So both start alike, which the Triton kernels need for wide access (docs/gpu-kernels.md).
     """
     pad = 0 if student.device.type == "cpu" else (student.stride(-2) - student.shape[-1]) % 8
     shape = (*student.shape[:-1], student.shape[-1] + pad)

@@ -73,7 +73,7 @@ struct Kernels {
 };
 
 // How many bytes ahead of a load the kernels ask for memory: 0 except on Intel, where they would otherwise wait for memory
-// most of the time. On AMD they are faster without (docs/kernels.md).
+// most of the time. On AMD they are faster without (docs/cpu-kernels.md).
 extern const int prefetch_distance;
 
 // The kernels for this processor, or for the instruction set that the environment variable ADAKD_ISA names: avx512, avx2

@@ -47,17 +47,18 @@ class AdaKDConfig(TrainingArguments):
         default=0.0, metadata={"help": "Weight a in (1-a)*distillation + a*cross-entropy with the labels."}
     )
     focus_ratio: float | None = field(
-        default=None, metadata={"help": "Fixed share of tokens that count; left out, it follows the loss (LATF)."}
+        default=None,
+        metadata={"help": "Fixed share r of the valid tokens to select; left out, it follows the loss (LATF)."},
     )
     focus_warmup_ratio: float = field(
-        default=0.05, metadata={"help": "Part of the optimizer steps during which all tokens count."}
+        default=0.05, metadata={"help": "Part of the optimizer steps during which r = 1."}
     )
     focus_beta: float = field(default=0.99, metadata={"help": "Decay of the moving average of the loss."})
     focus_epsilon: float = field(
-        default=0.05, metadata={"help": "Relative change of the average loss beyond which the share changes."}
+        default=0.05, metadata={"help": "Relative change of the average loss beyond which r changes."}
     )
-    focus_delta: float = field(default=0.05, metadata={"help": "Relative change of the share."})
-    focus_min_ratio: float = field(default=0.1, metadata={"help": "Lower bound of the share."})
+    focus_delta: float = field(default=0.05, metadata={"help": "Relative change of r."})
+    focus_min_ratio: float = field(default=0.1, metadata={"help": "Lower bound of r."})
 
     logits_route: str = field(
         default="auto",
@@ -91,7 +92,7 @@ class AdaKDConfig(TrainingArguments):
             )
         if self.logits_route not in ROUTES:
             raise ValueError(f"logits_route must be one of {', '.join(ROUTES)}, got {self.logits_route!r}")
-        # The functions check their own arguments: one token with two entries raises for every option that is wrong.
+        # The functions check their own arguments, so a call on one token with two entries refuses every wrong option.
         token = torch.zeros(1, 1, 2)
         focus_ratio = 1.0 if self.focus_ratio is None else self.focus_ratio
         adakd_loss(
@@ -121,7 +122,7 @@ class AdaKDConfig(TrainingArguments):
             raise ValueError(f"divergence_kwargs {kwargs!r} do not fit {self.divergence!r}: {error}") from None
 
     def make_focus(self, total_steps: int) -> LossAdaptiveFocus | float:
-        """The share of tokens that count in a run of `total_steps` optimizer steps, adaptive or fixed by `focus_ratio`.
+        """The share r of a run of `total_steps` optimizer steps, adaptive or fixed by `focus_ratio`.
 
         Raises:
             ValueError: an option outside its range.
@@ -141,12 +142,12 @@ class AdaKDConfig(TrainingArguments):
             raise type(error)(f"focus_{error}") from None
 
     def make_loss(
-        self, focus: LossAdaptiveFocus | float, cls: type[AdaKDLoss] = AdaKDLoss, **head_options: Any
+        self, focus: LossAdaptiveFocus | float, cls: type[AdaKDLoss] = AdaKDLoss, **options: Any
     ) -> AdaKDLoss:
-        """The loss of these options with the given share, as a class that may take options of its own."""
-        return cls(self.make_divergence(), focus=focus, **self._loss_options(), **head_options)
+        """The loss of these options with the given share; `options` are further ones of the class."""
+        return cls(self.make_divergence(), focus=focus, **self._loss_options(), **options)
 
     def _loss_options(self) -> dict[str, Any]:
-        """The options that `adakd_loss` and `AdaKDLoss` share, without the divergence."""
+        """The options that `adakd_loss` and `AdaKDLoss` both take, without the divergence."""
         names = ("temperature_scale", "base_temperature", "difficulty", "ce_weight")
         return {name: getattr(self, name) for name in names}

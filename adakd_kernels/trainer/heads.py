@@ -1,7 +1,8 @@
-"""Whether a model's logits are a plain function of its head's input, and how to run it without them."""
+"""The output layers of the models: which positions and hidden states they get, and what follows them."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,8 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import modeling_utils
 
-__all__ = ["HeadOptions", "NoPlainHeadError", "instead_of_head", "output_head", "plain_head"]
+__all__ = [
+    "HeadOptions",
+    "NoPlainHeadError",
+    "hidden_states",
+    "instead_of_head",
+    "output_head",
+    "plain_head",
+    "takes_positions",
+    "takes_positions_per_record",
+]
 
 
 class NoPlainHeadError(ValueError):
@@ -32,12 +43,35 @@ def output_head(model: Any) -> Any:
 
 @contextmanager
 def instead_of_head(head: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Calls of `head` go to `function`, so that the model's forward runs but computes no logits."""
+    """Calls of `head` go to `function`, so that the forward of its model runs but computes no logits."""
+    # This changes the head, but nothing beside it, and only while its model's forward runs in this context. Ways that
+    # leave the head alone cost more: a forward pre-hook that passes on no rows still has autocast copy the weight,
+    # and a TorchFunctionMode puts Python before every operation of the forward. A second module around the same
+    # parameters is not the one that autocast and data parallelism have wrapped. Contexts may nest on one head, and
+    # each gives back what it found, after an error too.
+    found = vars(head).get("forward")
     head.forward = function
     try:
         yield
     finally:
-        del head.forward
+        if found is None:
+            del head.forward
+        else:
+            head.forward = found
+
+
+def hidden_states(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """What the head of `model` gets in a forward on `inputs`: (B, K, H). The head itself does not run."""
+    seen: list[Tensor] = []
+
+    def keep(hidden: Tensor) -> Tensor:
+        seen.append(hidden)
+        return hidden[..., :1]  # the rest of the forward needs a result, which nobody reads
+
+    with instead_of_head(output_head(model), keep):
+        model(**inputs, use_cache=False, return_dict=True)
+    (hidden,) = seen
+    return hidden
 
 
 def plain_head(model: Any) -> HeadOptions:
@@ -56,7 +90,7 @@ def plain_head(model: Any) -> HeadOptions:
     options = _configured(model.config)
     # Numbers as large as logits get, so that a soft-cap shows.
     probe = torch.linspace(-60.0, 60.0, 2 * head.out_features, dtype=head.weight.dtype, device=head.weight.device)
-    probe = probe.view(head.out_features, 2).T.unsqueeze(0)
+    probe = probe.view(head.out_features, 2).T.unsqueeze(0)  # (1, 2, V)
     seen: list[Tensor] = []
 
     def give(hidden: Tensor) -> Tensor:
@@ -94,3 +128,20 @@ def _configured(config: Any) -> HeadOptions:
         scale=float(scale) if scale else 1.0 / float(divisor) if divisor else 1.0,
         softcap=getattr(config, "final_logit_softcapping", None),
     )
+
+
+def takes_positions(keep: Tensor, *models: Any) -> bool:
+    """Whether all models take `logits_to_keep` in the form of `keep`, (K,) or (B, K)."""
+    named = all("logits_to_keep" in inspect.signature(_base(model).forward).parameters for model in models)
+    return named and (keep.dim() == 1 or takes_positions_per_record(*models))
+
+
+def takes_positions_per_record(*models: Any) -> bool:
+    """Whether `logits_to_keep` may be (B, K): in transformers' own models, where it has the function for it."""
+    native = all(type(_base(model)).__module__.startswith("transformers.models.") for model in models)
+    return native and hasattr(modeling_utils, "slice_logits_to_keep")
+
+
+def _base(model: Any) -> Any:
+    """The model, or the one that an adapter of peft wraps."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["AdaKDDataCollator"]
+from .records import IGNORE_INDEX
 
-IGNORE_INDEX = -100
+__all__ = ["AdaKDDataCollator"]
 
 
 @dataclass
@@ -81,8 +81,8 @@ class AdaKDDataCollator:
 
 def _positions(predicts: Tensor, length: int) -> Tensor:
     """Where a (..., L − 1) mask is true, as (..., K) indices, filled up with the last position."""
-    # One position at least: the graph of a batch without labels still reaches every parameter.
-    count = max(1, int(predicts.sum(-1).max()))
+    # One position at least, so that the graph of a batch without labels reaches every parameter too.
+    longest = max(1, int(predicts.sum(-1).max()))
     index = torch.arange(length - 1).expand(predicts.shape).masked_fill(~predicts, length - 1)
     index = torch.nn.functional.pad(index, (0, 1), value=length - 1)
-    return index.sort(-1).values[..., :count]
+    return index.sort(-1).values[..., :longest]

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 __all__ = ["DataError", "LoadedRecords", "check_same_tokenizer", "load_records", "tokenize_messages"]
 
 IGNORE_INDEX = -100
+"""Label of a token that is not part of the answer."""
 
 Message = dict[str, str]
 

@@ -1,0 +1,365 @@
+"""`AdaKDTrainer`: transformers' `Trainer` with a frozen teacher and AdaKD's loss."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Trainer
+
+from ..adaptive import LossAdaptiveFocus
+from ..functional import AdaKDOutput
+from ..linear import LinearAdaKDLoss
+from ..loss import AdaKDLoss
+from .checkpoints import last_checkpoint
+from .collator import AdaKDDataCollator
+from .config import AdaKDConfig
+from .focus_callback import FocusCallback
+from .heads import (
+    HeadOptions,
+    NoPlainHeadError,
+    hidden_states,
+    instead_of_head,
+    output_head,
+    plain_head,
+    takes_positions,
+    takes_positions_per_record,
+)
+from .histogram import TokenHistogram
+from .records import IGNORE_INDEX
+
+__all__ = ["AdaKDTrainer"]
+
+QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
+KEEP_BYTES = 2**28
+"""Bytes for logits kept between the two phases of the hidden route: those of a small batch are computed once."""
+
+logger = logging.getLogger(__name__)
+
+
+class AdaKDTrainer(Trainer):
+    """A `Trainer` that distils a frozen teacher into `model` with AdaKD's loss.
+
+    The teacher is put on the training device in evaluation mode with `requires_grad` off. It keeps its type, is not
+    wrapped for distributed training, and is not part of a checkpoint. A token is valid where its label is not −100.
+    `num_items_in_batch` of `Trainer` makes k micro-batches, and k ranks, add up to one big batch; difficulties,
+    selection and temperatures are those of each micro-batch.
+
+    Logged besides `loss`: `focus_ratio` (the share r after the step), `loss_ema`, `loss_reference`, and p10, p50 and
+    p90 of `difficulty` (valid tokens) and `temperature` (selected tokens) since the last log line, over all ranks.
+    `eval_loss` is the same loss with every valid token selected (r = 1), its medians taken over each evaluation batch;
+    evaluation leaves the adaptive share alone.
+
+    The loss comes from the hidden states (`linear_adakd_loss`), so that no logits of a batch exist, where
+    `logits_route` allows it and the logits of both models are their output layer's result, scaled and soft-capped as
+    their configurations say. This is tried out here on two tokens, and the choice is logged once. Otherwise, and for
+    `compute_loss(return_outputs=True)`, the loss comes from the logits. On that route the gradient takes the place of
+    the student's logits in training, where nothing reads them afterwards; with `return_outputs=True` and under
+    `torch_compile` it gets memory of its own.
+
+    Args:
+        model: the student, a causal language model.
+        teacher: a causal language model with the same tokenizer, or the folder or name that `from_pretrained` loads one
+            from, in the type it was saved in.
+        args: the options.
+        data_collator: `AdaKDDataCollator` by default. Batches need `labels` aligned with `input_ids`; `logits_to_keep`
+            is used where both models take it.
+        processing_class: the tokenizer; saved with the model.
+        **kwargs: everything else `Trainer` takes, such as `train_dataset`, `eval_dataset`, `callbacks`, `optimizers`.
+
+    Attributes:
+        teacher: the frozen teacher.
+        loss_fn: the loss of the training micro-batches; each `train` makes a new one, with the share of its run.
+        eval_loss_fn: the loss of the evaluation batches, r = 1.
+
+    Raises:
+        TypeError: `args` is no `AdaKDConfig`.
+        ValueError: shared parameters, several GPUs in one process, sequences split over processes, or
+            `logits_route="hidden"` where it cannot be taken.
+    """
+
+    args: AdaKDConfig
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        teacher: nn.Module | str | Path | None = None,
+        args: AdaKDConfig | None = None,
+        *,
+        data_collator: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(args, AdaKDConfig):
+            raise TypeError(f"args must be an AdaKDConfig, got {type(args).__name__}")
+        if teacher is None:
+            raise TypeError("teacher must be a causal language model or the folder of one, got None")
+        if isinstance(teacher, (str, Path)):
+            teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype="auto")
+        if model is not None and not set(map(id, model.parameters())).isdisjoint(map(id, teacher.parameters())):
+            raise ValueError(
+                "model and teacher share parameters, which would be frozen with the teacher: copy the model"
+            )
+        if data_collator is None:
+            pad = getattr(processing_class, "pad_token_id", None)
+            # The backward of this form is a scatter-add, which torch may refuse under full_determinism.
+            per_record = takes_positions_per_record(model, teacher) and not args.full_determinism
+            data_collator = AdaKDDataCollator(pad_token_id=0 if pad is None else pad, per_record=per_record)
+        super().__init__(
+            model=model, args=args, data_collator=data_collator, processing_class=processing_class, **kwargs
+        )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"AdaKDTrainer runs one GPU a process, but this process sees {args.n_gpu}: start it with "
+                f"'torchrun --nproc-per-node {args.n_gpu}' or 'accelerate launch', or set CUDA_VISIBLE_DEVICES to one"
+            )
+        if self.get_cp_size() * self.get_sp_size() > 1:
+            raise ValueError("AdaKDTrainer needs whole sequences: set cp_size and sp_size of parallelism_config to 1")
+        # The loss is divided by num_items_in_batch here, so Trainer must count the items and not divide again.
+        self.model_accepts_loss_kwargs = True
+        self.teacher = self._frozen(teacher)
+        self._head_options = self._choose_route()
+        # r = 1 until `create_scheduler` knows how many steps the run has.
+        self.loss_fn = self._training_loss(focus=1.0)
+        self.eval_loss_fn = self._make_loss(focus=1.0)
+        self._difficulty = TokenHistogram(args.device)
+        self._temperature = TokenHistogram(args.device)
+        self.add_callback(FocusCallback)
+
+    def _frozen(self, teacher: nn.Module) -> nn.Module:
+        """The teacher in evaluation mode, without gradients, on the training device unless it is placed already."""
+        teacher = teacher.requires_grad_(False).eval()
+        placed = getattr(teacher, "hf_device_map", None) is not None or getattr(teacher, "is_quantized", False)
+        return teacher if placed else teacher.to(self.args.device)
+
+    def _choose_route(self) -> tuple[HeadOptions, HeadOptions] | None:
+        """What follows the heads of student and teacher on the hidden route, or None for the logits route.
+
+        Raises:
+            ValueError: the hidden route is asked for and cannot be taken.
+        """
+        if self.args.logits_route == "logits":
+            return None
+        try:
+            options = self._plain_heads()
+        except NoPlainHeadError as error:
+            if self.args.logits_route == "hidden":
+                raise ValueError(
+                    f"logits_route='hidden' cannot be taken: {error}; set it to 'auto' or 'logits'"
+                ) from error
+            if self.args.should_log:
+                logger.info("AdaKDTrainer: loss from the logits; from hidden states it is not possible: %s", error)
+            return None
+        if self.args.should_log:
+            logger.info("AdaKDTrainer: loss from hidden states; no logits of a whole batch are computed")
+        return options
+
+    def _plain_heads(self) -> tuple[HeadOptions, HeadOptions]:
+        """What follows the heads of student and teacher.
+
+        Raises:
+            NoPlainHeadError: the hidden route cannot be taken.
+        """
+        if self.args.torch_compile:
+            raise NoPlainHeadError("torch_compile is on, and this route waits for the device")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1:
+            raise NoPlainHeadError("the head is split over processes (FSDP, DeepSpeed or tensor parallelism)")
+        found = []
+        for role, model in (("student", self.model), ("teacher", self.teacher)):
+            try:
+                found.append(plain_head(model))
+            except NoPlainHeadError as error:
+                raise NoPlainHeadError(f"{role}: {error}") from error
+        return found[0], found[1]
+
+    def _training_loss(self, focus: LossAdaptiveFocus | float) -> AdaKDLoss:
+        """The loss of training micro-batches, on the training device."""
+        # The gradient may take the logits' place on the logits route only: on the hidden route, logits are computed for
+        # someone who reads them. A compiled model may have saved its logits for its own backward.
+        inplace = self._head_options is None and not self.args.torch_compile
+        return self._make_loss(focus, inplace=inplace).to(self.args.device)
+
+    def _make_loss(self, focus: LossAdaptiveFocus | float, inplace: bool = False) -> AdaKDLoss:
+        """The loss of the options with the given share; on the hidden route one that takes hidden states too."""
+        if self._head_options is None:
+            return self.args.make_loss(focus, inplace=inplace)
+        student, teacher = self._head_options
+        return self.args.make_loss(
+            focus,
+            LinearAdaKDLoss,
+            inplace=inplace,
+            student_scale=student.scale,
+            student_softcap=student.softcap,
+            teacher_scale=teacher.scale,
+            teacher_softcap=teacher.softcap,
+            keep_bytes=KEEP_BYTES,
+        )
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As `Trainer.create_scheduler`; the number of steps of the run also sets up the adaptive share."""
+        self.loss_fn = self._training_loss(self.args.make_focus(max(1, num_training_steps)))
+        # Looked up here, because `Trainer` may have replaced the callback by one from a checkpoint.
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, FocusCallback):
+                callback.loss_fn = self.loss_fn
+        self._difficulty.reset()
+        self._temperature.reset()
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; True resumes from the last checkpoint that was written to its end.
+
+        Raises:
+            ValueError: True, and there is no checkpoint.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ValueError(f"no complete checkpoint in {self.args.output_dir!r} to resume from")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> Any:
+        """The distillation loss of one micro-batch.
+
+        Args:
+            model: the student, wrapped or not.
+            inputs: what the models take, with `labels` (B, L) and optionally `logits_to_keep` (K,) or (B, K). With
+                `skip_logits` true, nobody reads the logits of outputs that are returned.
+            return_outputs: also return the student's outputs, with logits (B, L, V), or (B, K, V) at `logits_to_keep`.
+            num_items_in_batch: number of labels in the optimizer step; None takes the mean over this micro-batch.
+
+        Returns:
+            The 0-d loss, or (loss, outputs).
+
+        Raises:
+            ValueError: `inputs` has no labels.
+        """
+        inputs = dict(inputs)
+        skip_logits = inputs.pop("skip_logits", False)
+        logits_are_read = return_outputs and not skip_logits
+        targets = self._pop_targets(inputs)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # The number is global, and gradients, logged losses and the adaptive share are means over the ranks.
+            num_items_in_batch = num_items_in_batch / (self.accelerator.num_processes // self.get_tp_size())
+        loss_fn = self.loss_fn if model.training else self.eval_loss_fn
+        if self._head_options is None or logits_are_read:
+            out, outputs = self._from_logits(loss_fn, model, inputs, targets, num_items_in_batch, logits_are_read)
+        else:
+            out, outputs = self._from_hidden(loss_fn, model, inputs, targets, num_items_in_batch)
+        if model.training:
+            self._difficulty.add(out.difficulty, targets != IGNORE_INDEX)
+            self._temperature.add(out.temperature, out.selected)
+        return (out.loss, outputs) if return_outputs else out.loss
+
+    def _pop_targets(self, inputs: dict[str, Any]) -> Tensor:
+        """The token that each position predicts, (B, L) or (B, K); `labels` leave `inputs`, as does an unused keep."""
+        labels, keep = inputs.pop("labels", None), inputs.pop("logits_to_keep", None)
+        if labels is None:
+            raise ValueError(f"a batch must have labels, got {sorted(inputs)}")
+        targets = torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], IGNORE_INDEX)), dim=1)  # (B, L)
+        if keep is None or not takes_positions(keep, self.model, self.teacher):
+            return targets
+        inputs["logits_to_keep"] = keep
+        return targets[:, keep] if keep.dim() == 1 else targets.gather(1, keep)  # (B, K)
+
+    def _from_logits(
+        self,
+        loss_fn: AdaKDLoss,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        targets: Tensor,
+        num_items: int | Tensor | None,
+        logits_are_read: bool,
+    ) -> tuple[AdaKDOutput, Any]:
+        """The loss from the logits of both models, and the student's outputs."""
+        # The teacher first: its activations are gone before the student's are kept for the backward.
+        with torch.no_grad():
+            teacher_logits = self.teacher(**inputs, use_cache=False, return_dict=True).logits
+        outputs = model(**inputs, return_dict=True)
+        logits = outputs.logits
+        if logits_are_read and loss_fn.inplace:
+            logits = logits.clone()  # the gradient takes the place of the copy
+        from_logits = loss_fn.from_logits if isinstance(loss_fn, LinearAdaKDLoss) else loss_fn
+        return from_logits(logits, teacher_logits, targets, num_items), outputs
+
+    def _from_hidden(
+        self,
+        loss_fn: AdaKDLoss,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        targets: Tensor,
+        num_items: int | Tensor | None,
+    ) -> tuple[AdaKDOutput, Any]:
+        """The loss, computed where the student's forward calls its head; the outputs have no logits worth reading.
+
+        Inside the forward, because what wraps a model (data parallelism, autocast) acts there, and the model itself
+        chooses the positions that its head gets.
+        """
+        student_head, teacher_head = output_head(self.model), output_head(self.teacher)
+        with torch.no_grad():
+            teacher_hidden = hidden_states(self.teacher, inputs)  # (B, K, H)
+        results: list[AdaKDOutput] = []
+
+        def loss_of_hidden(hidden: Tensor) -> Tensor:
+            out: AdaKDOutput = loss_fn(
+                hidden,
+                student_head.weight,
+                teacher_hidden.to(hidden.device),
+                teacher_head.weight,
+                targets,
+                num_items,
+                student_bias=student_head.bias,
+                teacher_bias=teacher_head.bias,
+            )
+            results.append(out)
+            # In place of logits, a graph that reaches every parameter: data parallelism looks there for parameters
+            # without a gradient.
+            return out.loss.to(hidden.dtype).expand(*hidden.shape[:-1], 1)
+
+        with instead_of_head(student_head, loss_of_hidden):
+            outputs = model(**inputs, return_dict=True)
+        (out,) = results
+        return out, outputs
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """As `Trainer.prediction_step`; logits that are returned cover all positions, as the labels do."""
+        inputs = dict(inputs)
+        if prediction_loss_only:
+            # `Trainer` asks for outputs here too, but drops them.
+            inputs["skip_logits"] = True
+        else:
+            inputs.pop("logits_to_keep", None)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `Trainer.log`, with the share and the quantiles added to a training log line."""
+        if self.is_in_train and "loss" in logs:
+            logs.update(self._adakd_logs())
+        super().log(logs, start_time)
+
+    def _adakd_logs(self) -> dict[str, float]:
+        """What AdaKD adds to a log line; waits for the device and the other ranks."""
+        focus, logs = self.loss_fn.focus, {}
+        if isinstance(focus, LossAdaptiveFocus):
+            names = ("focus_ratio", "loss_ema", "loss_reference")
+            values = torch.stack([getattr(focus, name) for name in names]).tolist()
+            logs = dict(zip(names, values, strict=True))
+        else:
+            logs["focus_ratio"] = float(focus)
+        for name, histogram in (("difficulty", self._difficulty), ("temperature", self._temperature)):
+            histogram.counts = self.accelerator.reduce(histogram.counts)
+            for suffix, value in zip(QUANTILES, histogram.quantiles(*QUANTILES.values()), strict=True):
+                logs[f"{name}_{suffix}"] = value
+            histogram.reset()
+        return logs
