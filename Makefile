@@ -10,14 +10,14 @@ INSTALLED := $(VENV)/.installed
 INSTALLERS := pip==26.3 setuptools==84.2.1
 
 # pytest-benchmark switches itself off under xdist and warns about it on each run.
-PYTEST := $(BIN)/python -m pytest -p no:benchmark
-# One thread a worker: torch's own threads would fight over the cores.
-WORKERS := -n $(JOBS)
+PYTEST = $(BIN)/python -m pytest -p no:benchmark $(THOROUGH)
+# One thread a worker: torch's own threads would fight over the cores. A worker without work takes some of another's.
+WORKERS := -n $(JOBS) --dist worksteal
 # Triton reads it when a kernel is defined; only the interpret tier may have it.
 unexport TRITON_INTERPRET
 
-.PHONY: help setup demo format lint types test test-fast test-native test-interpret test-compile test-gpu sanitize fuzz \
-  bench bench-gpu kernels-table clean
+.PHONY: help setup demo format lint types test test-all test-fast test-native test-interpret test-compile test-gpu \
+  test-faults sanitize fuzz bench bench-gpu kernels-table clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -57,10 +57,16 @@ lint: setup ## check format and style
 	$(BIN)/ruff format --check .
 
 types: setup ## check the type annotations
-	$(BIN)/mypy adakd_kernels $(wildcard benchmarks)
+	$(BIN)/mypy adakd_kernels $(wildcard benchmarks instruments)
 
 # The tier that may have nothing to run comes first, so that a run ends with the summary of one that has.
 test: test-gpu test-fast test-native test-interpret test-compile ## run every tier of tests, stopping at the first that fails (make -k: all)
+
+test-all: THOROUGH := --thorough
+test-all: test ## every tier in full: every type on every GPU, every test with every instruction set, more examples
+
+test-faults: setup ## plant faults in a copy, one at a time, and say which ones `make test` would miss; takes hours
+	$(BIN)/python -m instruments.planted_faults --jobs $(JOBS)
 
 test-fast: setup ## plain torch on the CPU
 	ADAKD_NATIVE=0 OMP_NUM_THREADS=1 $(PYTEST) $(WORKERS) -m fast
@@ -77,6 +83,7 @@ test-native: setup ## the C++ kernels, with every instruction set that this proc
 
 # libstdc++ comes along because Python does not load it at its start, and an exception of torch would meet no handler.
 # -s lets a report through to the terminal. Python itself leaks at its end, and the kernels allocate nothing.
+sanitize: THOROUGH := --thorough
 sanitize: setup ## the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	ADAKD_NATIVE=1 ADAKD_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize
 	@isas=$$($(INSTRUCTION_SETS)) || exit; cxx="$${CXX:-c++}"; \
@@ -121,4 +128,4 @@ kernels-table: setup ## count in the compiled kernels and write docs/kernel-tabl
 
 clean: ## remove build products and caches; the virtual environment stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	find $(wildcard adakd_kernels tests benchmarks) -name __pycache__ -prune -exec rm -rf {} +
+	find $(wildcard adakd_kernels tests benchmarks instruments) -name __pycache__ -prune -exec rm -rf {} +

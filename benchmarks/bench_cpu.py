@@ -13,14 +13,10 @@ read and written bytes together; a second sweep comes from the cache and is not 
 from __future__ import annotations
 
 import json
-import os
-import platform
 import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,10 +24,8 @@ from torch import Tensor
 
 from adakd_kernels import adakd_loss, ops, reference
 from adakd_kernels.divergences import get_divergence
+from instruments.devices import ROOT, Cpu, circumstances, copy_speed, produced, quantiles
 
-from .devices import produced
-
-ROOT = Path(__file__).parent.parent
 SHARE, ROWS_AT_ONCE, ROUNDS = 0.5, 8, 7
 WORKLOADS = [
     (256, 151_936, torch.float32, "reverse_kl"),
@@ -148,24 +142,6 @@ def profile(student: Tensor, teacher: Tensor, divergence: str) -> dict[str, floa
     return found
 
 
-def seconds_to_copy(size: int) -> float:
-    """Median over rounds of copying `size` bytes."""
-    source, target = torch.ones(size // 4), torch.ones(size // 4)
-    found = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        target.copy_(source)
-        found.append(time.perf_counter() - start)
-    return statistics.median(found)
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.split(": ")[1]
-    return platform.processor() or platform.machine()
-
-
 @pytest.mark.skipif(
     ops.backend("cpu").name != "native", reason=f"measures the C++ kernels: {ops.backend('cpu').reason}"
 )
@@ -188,7 +164,7 @@ def bench_cpu(tokens, vocab, dtype, divergence, capsys):
         del got
     del expected
 
-    copy = seconds_to_copy(2**30)
+    copy_rate = copy_speed(Cpu())
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(ROUNDS):
         for name, run in runs.items():
@@ -200,21 +176,14 @@ def bench_cpu(tokens, vocab, dtype, divergence, capsys):
     median = {name: statistics.median(found) for name, found in times.items()}
 
     unit = tokens * vocab * student.element_size()
-    floor = (4 * SHARE + 3) * unit / (2 * 2**30 / copy)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
-    )
+    floor = (4 * SHARE + 3) * unit / copy_rate
     line = {
         "workload": f"{tokens} x {vocab} {str(dtype).removeprefix('torch.')} {divergence}",
-        "machine": processor(),
-        "threads": torch.get_num_threads(),
-        "isa": os.environ.get("ADAKD_ISA") or ops.backend("cpu").reason.split()[-2],
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
-        "copy_gb_per_s": round(2 * 2**30 / copy / 1e9, 1),
+        **circumstances(Cpu()),
+        "copy_gb_per_s": round(copy_rate / 1e9, 1),
         "floor_ms": round(floor * 1e3, 1),
         "profile_ms": profile(student, teacher, divergence),
-        "ms": {name: [round(x * 1e3, 1) for x in spread(found)] for name, found in times.items()},
+        "ms": {name: {key: round(x * 1e3, 1) for key, x in quantiles(found).items()} for name, found in times.items()},
     }
     with capsys.disabled():
         print("\n" + json.dumps(line))
@@ -223,9 +192,3 @@ def bench_cpu(tokens, vocab, dtype, divergence, capsys):
                 f"{median[name] / median[ours]:.1f}x {name}" for name in median if name not in ("new", "in place")
             )
             print(f"  {ours:>8}: {median[ours] * 1e3:7.1f} ms, {floor / median[ours]:.2f} of the floor; {ratios}")
-
-
-def spread(found: list[float]) -> tuple[float, float, float]:
-    """20th percentile, median, 80th percentile."""
-    low, *_, high = statistics.quantiles(found, n=5)
-    return low, statistics.median(found), high

@@ -14,29 +14,23 @@ inputs. One JSON line a provider and shape. The fp64 of the gate needs the most 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import adakd_kernels
-from adakd_kernels import adakd_loss, linear_adakd_loss, ops, reference, token_divergence
-
-from .devices import Cpu, Gpu, device_of, produced, quantiles
+from adakd_kernels import adakd_loss, linear_adakd_loss, reference, token_divergence
+from instruments.devices import Cpu, Gpu, circumstances, copy_speed, device_of, produced, quantiles
 
 SHARE = 0.5
 # Beside twice the error of eager: units in the last place of the type, relative to the largest entry.
 UNITS = 4.0
-PACKAGES = ("torch", "triton", "adakd-kernels", "liger-kernel", "orda-kernel")
 
 
 @dataclass(frozen=True)
@@ -202,34 +196,6 @@ def error(job: Job, provider: Callable[..., Tensor], inputs: dict[str, Tensor], 
     )
 
 
-def copy_speed(device: Gpu | Cpu) -> float:
-    """Bytes a second of a copy, read and written."""
-    x = torch.zeros(device.size(2**30, 2**20), dtype=torch.uint8, device=device.device)
-    y = torch.empty_like(x)
-    times = [device.milliseconds(lambda: y.copy_(x)) for _ in range(12)]
-    return 2 * x.numel() / (quantiles(times[2:])["median"] * 1e-3)
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def circumstances(device: Gpu | Cpu) -> dict[str, Any]:
-    """What a number is worth nothing without."""
-    root = Path(adakd_kernels.__file__).parent.parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
-    return {
-        **device.describe(),
-        "copy_gb_per_s": round(copy_speed(device) / 1e9, 1),
-        "versions": {"python": sys.version.split()[0], **{package: version(package) for package in PACKAGES}},
-        "commit": git.stdout.strip() or None,
-        "backend": ops.backend(device.device).name,
-    }
-
-
 def measure(
     device: Gpu | Cpu, name: str, job: Job, tokens: int, vocab: int, dtype: torch.dtype, rounds: int
 ) -> list[dict[str, Any]]:
@@ -267,7 +233,7 @@ def measure(
         for provider in passing:
             copy = fresh(job, inputs)
             times[provider].append(device.milliseconds(partial(step, job, job.providers[provider], copy)))
-    speed = copy_speed(device)
+    speed = copy_speed(device, device.size(2**30, 2**20))
     for provider in passing:
         records[provider]["milliseconds"] = quantiles(times[provider])
         if job.passes is not None and provider.startswith("adakd"):
@@ -282,7 +248,8 @@ def measure(
 
 
 def run(device: Gpu | Cpu, out: TextIO, rounds: int, shapes: list[tuple[int, int]], dtypes: list[torch.dtype]) -> None:
-    around = circumstances(device)
+    speed = copy_speed(device, device.size(2**30, 2**20))
+    around = circumstances(device) | {"copy_gb_per_s": round(speed / 1e9, 1)}
     for name, job in jobs(device).items():
         for tokens, vocab in shapes:
             for dtype in dtypes:

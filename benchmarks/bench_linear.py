@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,9 +22,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adakd_kernels import adakd_loss, linear_adakd_loss, ops
+from instruments.devices import circumstances, device_of, forget_peak, resident
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HIDDEN, VOCAB, DTYPE = 896, 151_936, torch.bfloat16
+SHAPE = f"H {HIDDEN}, V {VOCAB}, {DTYPE}"
 FUSED = ops.backend(DEVICE).name != "reference"
 TOKENS = 4096 if FUSED else 512
 """Plain torch makes a dozen fp32 copies of the logits: 4,096 tokens would take 30 GB on the logits route."""
@@ -144,20 +145,7 @@ def gate(provider: Provider) -> None:
 
 def run_once(provider: Provider, x: Inputs) -> None:
     torch.autograd.grad(provider.loss(x), (x.student, x.student_head))
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "machine": torch.cuda.get_device_name()
-        if DEVICE == "cuda"
-        else f"{platform.machine()}, {platform.processor()}",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "backend": ops.backend(DEVICE).name,
-        "shape": f"H {HIDDEN}, V {VOCAB}, {DTYPE}",
-    }
+    device_of(DEVICE).synchronize()
 
 
 @pytest.mark.parametrize("name", PROVIDERS)
@@ -166,7 +154,7 @@ def bench_linear_time(benchmark, name):
     gate(provider)
     x = make_inputs(provider.tokens, HIDDEN, VOCAB, DTYPE)
     benchmark.group = f"loss and gradients with both heads, {provider.tokens} x {VOCAB}: {provider.group}"
-    benchmark.extra_info.update(machine())
+    benchmark.extra_info.update(circumstances(device_of(DEVICE)), shape=SHAPE)
     benchmark.pedantic(run_once, args=(provider, x), rounds=3, warmup_rounds=1)
 
 
@@ -183,7 +171,7 @@ def bench_linear_memory(benchmark, name):
 
     found = json.loads(benchmark.pedantic(measure, rounds=1).splitlines()[-1])
     benchmark.group = f"memory, {provider.tokens} x {VOCAB}"
-    benchmark.extra_info.update(machine(), **found)
+    benchmark.extra_info.update(circumstances(device_of(DEVICE)), shape=SHAPE, **found)
     print(f"\n{name}: {json.dumps(found)}")
     if FUSED and name.endswith("hidden") and provider.tokens == TOKENS:
         assert found["share_of_logits"] <= MEMORY_SHARE, found
@@ -195,7 +183,7 @@ def measure_memory(name: str) -> dict[str, float]:
     run_once(provider, make_inputs(64, 32, 1000, DTYPE))  # libraries load what they need
     x = make_inputs(provider.tokens, HIDDEN, VOCAB, DTYPE)
     before, _ = resident()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    forget_peak()
     loss = provider.loss(x)
     forward = resident()[1] - before
     torch.autograd.grad(loss, (x.student, x.student_head))
@@ -210,13 +198,6 @@ def measure_memory(name: str) -> dict[str, float]:
         "accumulator_mb": accumulator / 1e6,
         "share_of_logits": beside / (provider.tokens * ROW_BYTES),
     }
-
-
-def resident() -> tuple[int, int]:
-    """Resident bytes of this process: now, and at the peak."""
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    fields = {words[0]: int(words[1]) * 1024 for words in lines if words and words[0] in ("VmRSS:", "VmHWM:")}
-    return fields["VmRSS:"], fields["VmHWM:"]
 
 
 if __name__ == "__main__":

@@ -6,14 +6,11 @@ backend that the package took, and the bytes that the exact method has to move, 
 
 from __future__ import annotations
 
-import platform
-
 import pytest
 import torch
 
-from adakd_kernels import adakd_loss, ops, reference
-
-from .devices import produced
+from adakd_kernels import adakd_loss, reference
+from instruments.devices import circumstances, device_of, produced
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WORKLOADS = {"128 x 49152": (128, 49152), "64 x 151936": (64, 151936)}
@@ -62,17 +59,13 @@ def bench_loss(benchmark, provider, phase, workload, dtype):
         loss = PROVIDERS[provider](produced(leaf), teacher, labels)
         if phase != "forward":
             loss.backward()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+        device_of(DEVICE).synchronize()
 
     tokens, vocab = WORKLOADS[workload]
     unit = tokens * vocab * student.element_size()
     benchmark.group = f"{workload} {dtype}, {phase}"
     benchmark.extra_info.update(
-        machine=torch.cuda.get_device_name() if DEVICE == "cuda" else f"{platform.machine()}, {platform.processor()}",
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        backend=ops.backend(DEVICE).name,
+        circumstances(device_of(DEVICE)),
         bytes_of_the_exact_method=int((2 + 2 * SHARE + (0 if phase == "forward" else 2 * SHARE + 1)) * unit),
     )
     benchmark.pedantic(run, setup=fresh, rounds=7, warmup_rounds=1)

@@ -13,24 +13,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adakd_kernels.divergences import DIVERGENCES
-from tests.compiled import TARGETS, Code, compiling_for, launch, logits, read_code
+from instruments.compiled import KERNELS, TARGETS, Code, compiled, compiling_for, logits, read_code
 
 from .roofline import bound, bytes_moved, entries
 
 PAGE = Path(__file__).parent.parent / "docs" / "kernel-tables.md"
 VOCAB = 151_936
-STATS = [("stats", "hellinger")]
-KERNELS = STATS + [(kernel, div) for kernel in ("forward", "backward", "backward_ce") for div in DIVERGENCES]
 NAMES = {"stats": "`token_stats`", "forward": "forward", "backward": "backward", "backward_ce": "backward with CE"}
 PAIR = 4  # bytes of an entry of both rows in bf16
 
 
-def compiled(target: str, kernel: str, divergence: str, vocab: int = VOCAB) -> Code:
+def in_bf16(target: str, kernel: str, divergence: str, vocab: int = VOCAB) -> Code:
     x = logits(vocab, torch.bfloat16)
-    with compiling_for(TARGETS[target]) as launched:
-        launch(kernel, divergence, x, x)
-    return read_code(launched[0])
+    return compiled(target, kernel, divergence, x, x)
 
 
 def per_entry(code: Code, pipe: str | None = None) -> float:
@@ -53,7 +48,7 @@ def counts(code: Code) -> str:
 
 def row_of(kernel: str, divergence: str) -> str:
     """A kernel's row of the first table, which a test compiles again."""
-    code = compiled("sm_90", kernel, divergence)
+    code = in_bf16("sm_90", kernel, divergence)
     last = f"{code.occupancy():.0%} | {bytes_moved(code, PAIR):.0f} | {bound(code, PAIR)}"
     return f"| {NAMES[kernel]} | `{divergence}` | {counts(code)} | {last} |"
 
@@ -61,9 +56,9 @@ def row_of(kernel: str, divergence: str) -> str:
 def row_of_targets(kernel: str, divergence: str, vocab: int) -> str:
     cells = []
     for target in TARGETS:
-        code = compiled(target, kernel, divergence, vocab)
+        code = in_bf16(target, kernel, divergence, vocab)
         cells += [f"{code.registers}, {per_entry(code):.1f}, {per_entry(code, 'mufu'):.2f}, {widths(code)}"]
-    occupancy = f"{compiled('sm_90', kernel, divergence, vocab).occupancy():.0%}"
+    occupancy = f"{in_bf16('sm_90', kernel, divergence, vocab).occupancy():.0%}"
     return f"| {NAMES[kernel]} | `{divergence}` | " + " | ".join(cells) + f" | {occupancy} |"
 
 

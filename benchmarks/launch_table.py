@@ -24,7 +24,7 @@ from triton.runtime import driver
 
 from adakd_kernels.divergences import DIVERGENCES
 from adakd_kernels.kernels import launch as package
-from tests.compiled import TARGETS, Code, compiling_for, launch, logits, read_code
+from instruments.compiled import TARGETS, Code, compiling_for, launch, logits, read_code
 
 TABLE = Path(package.__file__).with_name("launch_table.json")
 VOCAB, ROWS = 151_936, 2048

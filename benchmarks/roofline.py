@@ -9,7 +9,7 @@ and executes 128 lanes of fp32, 64 of comparison, integer and conversion, 16 of 
 
 from __future__ import annotations
 
-from tests.compiled import Code, Loop
+from instruments.compiled import Code, Loop
 
 BANDWIDTH, COPY_RATE = 3.35e12, 0.9
 SMS, CLOCK = 132, 1.755e9

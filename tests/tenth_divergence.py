@@ -6,17 +6,12 @@ two sweeps.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent
+from instruments.project_copy import copy_project, replace
+
 NAME, CLASS = "le_cam", "LeCam"
-# What a copy needs so that its tests run and its C++ kernels can be built.
-COPIED = [
-    "adakd_kernels", "benchmarks", "docs", "python_bindings", "tests",
-    "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py",
-]  # fmt: skip
 
 
 class Edit(NamedTuple):
@@ -122,12 +117,7 @@ if DIVERGENCE == "{NAME}":
 
 def write_project(folder: Path, *left_out: str) -> Path:
     """A copy of the project with the tenth divergence in every place but those left out."""
-    for name in COPIED:
-        source, target = ROOT / name, folder / name
-        if source.is_dir():
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-        else:
-            shutil.copy(source, target)
+    copy_project(folder)
     for name, edit in EDITS.items():
         if name not in left_out:
             insert(folder, edit)
@@ -136,10 +126,3 @@ def write_project(folder: Path, *left_out: str) -> Path:
 
 def insert(folder: Path, edit: Edit) -> None:
     replace(folder / edit.path, edit.anchor, edit.text + edit.anchor)
-
-
-def replace(path: Path, old: str, new: str) -> None:
-    """The first occurrence, which has to be there."""
-    text = path.read_text()
-    assert old in text, f"{path.name} no longer has {old!r}, where this test writes"
-    path.write_text(text.replace(old, new, 1))

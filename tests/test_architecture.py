@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pytest
 import adakd_kernels
 from adakd_kernels.divergences import DIVERGENCES, Divergence
 from adakd_kernels.reference import GRADIENTS, SUMMANDS
+
+from . import left_out
 
 pytestmark = pytest.mark.fast
 
@@ -56,6 +59,42 @@ def test_imports_go_one_way(path):
     assert own in LEVEL, f"{own} has no place in the order of the modules"
     for name in imported_layers(path) - {own}:
         assert LEVEL[name] <= LEVEL[own], f"{path.name} imports {name}, which comes after {own}"
+
+
+def imported_folders(path: Path) -> set[str]:
+    """Names of the project's top-level folders that a file of another one imports, as text that it runs, too."""
+    return set(re.findall(r"^ *(?:from|import) (adakd_kernels|benchmarks|instruments|tests)\b", path.read_text(), re.M))
+
+
+# The tests of benchmarks themselves.
+TESTS_OF_BENCHMARKS = {"test_bench_gpu.py", "test_kernel_table.py"}
+FOLDERS = {
+    "adakd_kernels": set(),
+    "instruments": {"adakd_kernels"},
+    "benchmarks": {"adakd_kernels", "instruments"},
+    "tests": {"adakd_kernels", "instruments"},
+}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folders_import_one_another_in_no_circle(folder):
+    files = list((ROOT / folder).rglob("*.py"))
+    assert files
+    for path in files:
+        allowed = FOLDERS[folder] | {folder} | ({"benchmarks"} if path.name in TESTS_OF_BENCHMARKS else set())
+        assert imported_folders(path) <= allowed, path.relative_to(ROOT)
+
+
+def test_what_is_left_out_is_a_test_with_these_parameters():
+    """A test that is renamed would otherwise run in full, and a parameter that is renamed fail in its tier alone."""
+    rules = [left_out.IN_PLAIN_TORCH, left_out.IN_THE_INTERPRETER, left_out.COMPILED]
+    rules += [left_out.WITH_ANOTHER_INSTRUCTION_SET, left_out.WITH_THE_WIDEST_INSTRUCTION_SET]
+    for test, when in (item for of_tier in rules for item in of_tier.items()):
+        file, name = test.split("::")
+        tree = ast.parse((ROOT / "tests" / file).read_text())
+        functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert name in functions, test
+        assert {*inspect.signature(when).parameters} <= {arg.arg for arg in functions[name].args.args}, test
 
 
 def test_import_is_cheap_and_works_without_triton_and_transformers():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import bench_gpu
-from benchmarks.devices import Cpu
+from instruments.devices import Cpu
 
 from .conftest import INTERPRETING
 

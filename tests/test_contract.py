@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from adakd_kernels import adakd_loss, ops, reference, token_difficulty, token_divergence
-from benchmarks.devices import produced
+from instruments.devices import produced
 
 from .cases import (
     DIVERGENCES,

@@ -1,7 +1,7 @@
 """What only a GPU can show: real vocabularies, memory, streams, graphs. Without one, each body runs small on the CPU.
 
 `-m gpu` runs them at full size. In the `interpret` tier the real kernels run at small sizes, in the `fast` tier the
-reference does, with `benchmarks.devices.Cpu` in the GPU's place, so that no body goes untested.
+reference does, with `instruments.devices.Cpu` in the GPU's place, so that no body goes untested.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from adakd_kernels import AdaKDLoss, adakd_loss, ops, reference, token_difficulty, token_divergence
-from benchmarks.devices import device_of, produced
+from instruments.devices import device_of, produced
 
 from .cases import assert_close_as_eager, gradient, logits, temperatures, tokens
 

@@ -28,12 +28,12 @@ from adakd_kernels import reference
 from adakd_kernels.divergences import get_divergence
 from adakd_kernels.kernels.token_divergence import token_divergence_bwd, token_divergence_fwd
 from adakd_kernels.kernels.token_stats import token_stats_fwd
+from instruments import ptx_simulator
+from instruments.compiled import TARGETS, compiling_for
+from instruments.memory import guarded
+from instruments.ptx_simulator import PtxError
 
-from . import ptx_simulator
 from .cases import ONE_OF_EACH, assert_close_as_eager, logits, name_of, temperatures, tokens
-from .compiled import TARGETS, compiling_for
-from .memory import guarded
-from .ptx_simulator import PtxError
 
 pytestmark = pytest.mark.compile
 

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from adakd_kernels.ops import native
+from instruments.devices import ROOT
+from instruments.project_copy import replace
 
 from .tenth_divergence import (
     CLASS,
@@ -25,8 +27,6 @@ from .tenth_divergence import (
     CPP_TERMS,
     EDITS,
     NAME,
-    ROOT,
-    replace,
     write_project,
 )
 
@@ -46,7 +46,7 @@ def python(folder: Path, *argv: str, **environment: str) -> subprocess.Completed
 
 def run_tests(folder: Path, tier: str, chosen: str, *files: str, **environment: str) -> tuple[int, str]:
     """(exit code of pytest, what it printed); the backend is plain torch unless the environment says otherwise."""
-    options = ("-p", "no:benchmark", "-p", "no:cacheprovider", "-q", "-m", tier, "-k", chosen)
+    options = ("-p", "no:benchmark", "-p", "no:cacheprovider", "-q", "--thorough", "-m", tier, "-k", chosen)
     paths = [f"tests/test_{name}.py" for name in files]
     result = python(folder, "-m", "pytest", *options, *paths, **({"ADAKD_NATIVE": "0"} | environment))
     return result.returncode, result.stdout + result.stderr

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from adakd_kernels import adakd_loss, ops, token_divergence
-from benchmarks.devices import produced
+from instruments.devices import produced
 
 from .cases import ONE_OF_EACH, logits, name_of, temperatures, tokens
 from .conftest import INTERPRETING
@@ -25,9 +25,8 @@ import triton.language as tl
 
 from adakd_kernels.divergences import get_divergence
 from adakd_kernels.kernels.launch import launch_config
-
-from .memory import guarded
-from .traffic import counting
+from instruments.memory import guarded
+from instruments.traffic import counting
 
 pytestmark = pytest.mark.interpret
 

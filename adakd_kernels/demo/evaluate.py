@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from ..functional import token_divergence
+from ..trainer.records import IGNORE_INDEX
 from .answers import Answer
 
 TOKENS_PER_CHUNK = 1024
@@ -116,7 +117,7 @@ def pad_batch(answers: Sequence[Answer]) -> tuple[torch.Tensor, torch.Tensor, to
     length = max(len(answer.prompt_ids) + len(answer.answer_ids) for answer in answers)
     ids = torch.zeros(len(answers), length, dtype=torch.long)
     attention = torch.zeros_like(ids)
-    targets = torch.full_like(ids, -100)
+    targets = torch.full_like(ids, IGNORE_INDEX)
     for row, answer in enumerate(answers):
         sequence = answer.prompt_ids + answer.answer_ids
         ids[row, : len(sequence)] = torch.tensor(sequence)

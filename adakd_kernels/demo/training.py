@@ -10,6 +10,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from ..integrations.transformers import AdaKDConfig, AdaKDTrainer
+from ..trainer.records import IGNORE_INDEX
 from .answers import Answer
 from .config import DemoConfig
 from .progress import bar
@@ -86,7 +87,7 @@ def train_run(
 def _labelled(answer: Answer) -> dict[str, list[int]]:
     return {
         "input_ids": answer.prompt_ids + answer.answer_ids,
-        "labels": [-100] * len(answer.prompt_ids) + answer.answer_ids,
+        "labels": [IGNORE_INDEX] * len(answer.prompt_ids) + answer.answer_ids,
     }
 
 

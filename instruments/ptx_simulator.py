@@ -10,12 +10,12 @@ first. What a GPU would do silently is a `PtxError` here:
   branch, a guard, or what is stored to global memory. One that a select or a mask drops is no fault;
 - a barrier that only some threads of a block reach, a shuffle without its partners, a launch that does not end.
 
-Limits. The PTX is executed, not the machine code that ptxas makes of it. Timing, caches, the order of blocks and races
-on global memory are not modelled. Functions marked `.approx` or `.full` give the nearest number, where a GPU may be off
-by the few units in the last place that the PTX manual allows. A fused multiply-add rounds twice where the wider product
-and sum fall on a tie; it needs a long double of more than 64 bits to be as exact for fp64. The instructions are those
-that the kernels use: matrix products, asynchronous copies and atomics are not there, and an instruction that is not
-known is a `NotImplementedError`, never a guess.
+What it cannot find. The PTX is executed, not the machine code that ptxas makes of it. Timing, caches, the order of
+blocks and races on global memory are not modelled. Functions marked `.approx` or `.full` give the nearest number, where
+a GPU may be off by the few units in the last place that the PTX manual allows. A fused multiply-add rounds twice where
+the wider product and sum fall on a tie; it needs a long double of more than 64 bits to be as exact for fp64. The
+instructions are those that the kernels use: matrix products, asynchronous copies and atomics are not there, and an
+instruction that is not known is a `NotImplementedError`, never a guess.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from . import bf16
 from .memory import Rows, bytes_at
 
 WARP = 32
@@ -120,15 +121,9 @@ def _unsigned(bits: int) -> np.dtype[Any]:
     return np.dtype(bool) if bits == 1 else np.dtype(f"u{bits // 8}")
 
 
-def _from_bf16(bits: np.ndarray) -> np.ndarray:
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
 def _to_bf16(x: np.ndarray) -> np.ndarray:
-    """To nearest, ties to even; every NaN is the one that hardware gives."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    odd = (bits >> np.uint32(16)) & np.uint32(1)
-    return np.where(np.isnan(x), 0x7FFF, (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
+    """Every NaN is the one that hardware gives."""
+    return bf16.rounded(x, nan=0x7FFF)
 
 
 def _flush(x: np.ndarray) -> np.ndarray:
@@ -377,7 +372,7 @@ class _Launch:
         if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)U?", operand):
             number = int(operand.rstrip("U"), 0)
             if type_ == "pred":
-                return np.bool_(number != 0), None
+                return np.asarray(number != 0), None
             bits = _unsigned(8 * dtype.itemsize).type(number % 2 ** (8 * dtype.itemsize))
             return bits.view(dtype), None
         if operand == "global_smem":  # Triton's one array in shared memory, at its start
@@ -459,7 +454,7 @@ class _Launch:
         target, source = i.modifiers[-2:]
         x, undefined = self._get(i.operands[1], "b16" if source == "bf16" else source)
         if source == "bf16":
-            x = _from_bf16(np.asarray(x))
+            x = bf16.widened(np.asarray(x))
         if target in ("bf16x2", "f16x2"):  # the first operand goes to the upper half
             low, also_undefined = self._get(i.operands[2], source)
             halves = [_to_bf16(y) if target == "bf16x2" else y.astype(np.float16).view(np.uint16) for y in (x, low)]
@@ -477,7 +472,7 @@ class _Launch:
         (a, first), (b, second) = (self._get(x, "b16" if i.type == "bf16" else i.type) for x in i.operands[1:3])
         undefined = _either(first, second)
         if i.type == "bf16":
-            a, b = _from_bf16(np.asarray(a)), _from_bf16(np.asarray(b))
+            a, b = bf16.widened(np.asarray(a)), bf16.widened(np.asarray(b))
         value = _compare(how, a, b)
         if len(i.operands) > 3:
             other, third = self._get(i.operands[3], "pred")
@@ -488,7 +483,7 @@ class _Launch:
     def _compare_halves(self, i: Instruction, lanes: np.ndarray) -> None:
         """Two 16-bit comparisons in one, the lower halves' result first."""
         (a, first), (b, second) = (self._get(x, "u32") for x in i.operands[1:3])
-        decode = _from_bf16 if i.type == "bf16x2" else lambda half: half.view(np.float16)
+        decode = bf16.widened if i.type == "bf16x2" else lambda half: half.view(np.float16)
         for register, shift in zip(i.operands[0].split("|"), (0, 16), strict=True):
             x, y = (decode(np.asarray(z >> np.uint32(shift)).astype(np.uint16)) for z in (a, b))
             self._put(register.strip(), _compare(i.modifiers[0], x, y), _either(first, second), lanes)
@@ -556,7 +551,9 @@ class _Launch:
             raise NotImplementedError(f"PTX instruction {i.text}")
         loads = i.name == "ld"
         place, registers = (i.operands[1], i.operands[0]) if loads else (i.operands[0], i.operands[1])
-        base, sign, offset = re.fullmatch(r"\[\s*([%\w]+)\s*(?:([+-])\s*(-?\w+)\s*)?\]", place).groups()
+        parsed = re.fullmatch(r"\[\s*([%\w]+)\s*(?:([+-])\s*(-?\w+)\s*)?\]", place)
+        assert parsed, f"not an address: {place}"
+        base, sign, offset = parsed.groups()
         if spaces == ["param"]:
             bits = _unsigned(int(i.type[1:]))
             self._put(registers, bits.type(self.parameters[base] % 2 ** int(i.type[1:])), None, lanes)

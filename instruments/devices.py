@@ -1,13 +1,22 @@
-"""What measuring and testing ask of a device, for a GPU and, so that the same code runs without one, for the CPU."""
+"""What measuring and testing ask of a device, for a GPU and, so that the same code runs without one, for the CPU.
+
+Finds time, peak memory, hidden waits for the device and what a number was measured on. On the CPU it cannot find a
+missing synchronisation of streams (there are none), and of waits only those that the operators of torch show; the peak
+of the CPU counts torch's own allocations alone, `resident` all memory of the process.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.metadata
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -15,6 +24,11 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from adakd_kernels import ops
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("torch", "triton", "adakd-kernels", "liger-kernel", "orda-kernel")
 
 
 class _Produced(torch.autograd.Function):
@@ -53,6 +67,9 @@ class Gpu:
     def size(self, real: int, small: int) -> int:
         """The size that a test or a benchmark is about; on the CPU the small one."""
         return real
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
 
     def free_bytes(self) -> int:
         return torch.cuda.mem_get_info()[0]
@@ -122,7 +139,10 @@ class Cpu:
     compiler = "aot_eager"  # traces as inductor does, and needs no C++ compiler
 
     def describe(self) -> dict[str, Any]:
-        return {"machine": f"{platform.machine()} {platform.processor()}".strip(), "threads": torch.get_num_threads()}
+        return {"machine": _processor(), "threads": torch.get_num_threads()}
+
+    def synchronize(self) -> None:
+        """Nothing runs on after a call."""
 
     def size(self, real: int, small: int) -> int:
         return small
@@ -190,7 +210,57 @@ class _NothingWaits(TorchDispatchMode):
 
 
 def device_of(device_type: str) -> Gpu | Cpu:
+    """Of a torch device's type, "cuda" or "cpu"."""
     return Gpu() if device_type == "cuda" else Cpu()
+
+
+def _processor() -> str:
+    """The name that Linux gives the processor, or what Python knows of it."""
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith("model name"):
+            return line.split(": ")[1]
+    return f"{platform.machine()} {platform.processor()}".strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def circumstances(device: Gpu | Cpu) -> dict[str, Any]:
+    """What a number is worth nothing without: machine, versions, commit, and the implementation that was taken."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    backend = ops.backend(device.device)
+    return {
+        **device.describe(),
+        "versions": {"python": sys.version.split()[0], **{package: _version(package) for package in PACKAGES}},
+        "commit": git.stdout.strip() or None,
+        "backend": backend.name,
+        "backend_because": backend.reason,
+    }
+
+
+def copy_speed(device: Gpu | Cpu, size: int = 2**30) -> float:
+    """Bytes a second of a copy of `size` bytes, read and written."""
+    x = torch.zeros(size, dtype=torch.uint8, device=device.device)
+    y = torch.empty_like(x)
+    times = [device.milliseconds(lambda: y.copy_(x)) for _ in range(12)]
+    return 2 * x.numel() / (quantiles(times[2:])["median"] * 1e-3)
+
+
+def resident() -> tuple[int, int]:
+    """Resident bytes of this process: now, and at the peak. Linux only."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    fields = {words[0]: int(words[1]) * 1024 for words in lines if words and words[0] in ("VmRSS:", "VmHWM:")}
+    return fields["VmRSS:"], fields["VmHWM:"]
+
+
+def forget_peak() -> None:
+    """From here on, the peak of `resident` starts anew."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def quantiles(values: list[float]) -> dict[str, float]:

@@ -3,6 +3,10 @@
 `compiling_for(target)` replaces the one step of a launch that needs the GPU: the launcher hands Triton its real
 arguments, Triton specialises and compiles as it would for the launch, and nothing runs. So a test cannot drift from the
 launcher. The arguments are meta tensors: shapes, strides, types and sizes as in training, and no memory.
+
+Finds what the machine code shows: registers, spills, atomics, arithmetic in fp64, the width of accesses, what a round
+of a loop consists of, a kernel compiled twice. It cannot find a wrong result, which is the matter of the interpreter
+and of `ptx_simulator`, or how long anything takes.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,7 +30,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from adakd_kernels.divergences import get_divergence
+from adakd_kernels.divergences import DIVERGENCES, get_divergence
 from adakd_kernels.kernels.token_divergence import token_divergence_bwd, token_divergence_fwd
 from adakd_kernels.kernels.token_stats import token_stats_fwd
 from adakd_kernels.ops.token_divergence import empty_gradient
@@ -37,6 +41,11 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+
+
+# (kernel, divergence). The difficulty is one kernel whatever the divergence; its name here is that of the sum it folds.
+KERNELS = [("stats", "hellinger")]
+KERNELS += [(kernel, div) for kernel in ("forward", "backward", "backward_ce") for div in DIVERGENCES]
 
 
 class _StubDriver:
@@ -59,7 +68,9 @@ class _StubDriver:
 def compiling_for(target: GPUTarget) -> Iterator[list[CompiledKernel]]:
     """Inside, a launch appends its compiled kernel to the list, the same object as before if it needs no compilation.
 
-    Nothing compiled earlier is used, neither from memory nor from the disk.
+    Nothing compiled earlier is used from memory. From the disk, only what this run of the tests compiled: the variable
+    ADAKD_COMPILED_KERNELS names the folder that its processes share. Triton finds a kernel there by its source, target
+    and options.
     """
     stub = _StubDriver(target)
     launched: list[CompiledKernel] = []
@@ -72,7 +83,7 @@ def compiling_for(target: GPUTarget) -> Iterator[list[CompiledKernel]]:
 
     with (
         tempfile.TemporaryDirectory() as cache,
-        mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache),
+        mock.patch.dict(os.environ, TRITON_CACHE_DIR=os.environ.get("ADAKD_COMPILED_KERNELS", cache)),
         mock.patch.object(driver, "_active", stub),
         mock.patch.object(JITFunction, "run", compile_only),
     ):
@@ -165,6 +176,14 @@ def read_code(kernel: CompiledKernel) -> Code:
     return _read_cubin(kernel) if "cubin" in kernel.asm else _read_amdgcn(kernel)
 
 
+def compiled(target: str, kernel: str, divergence: str, student: Tensor, teacher: Tensor) -> Code:
+    """What one launch compiles to."""
+    with compiling_for(TARGETS[target]) as launched:
+        launch(kernel, divergence, student, teacher)
+    (only,) = launched
+    return read_code(only)
+
+
 def _run_tool(path: str, *flags: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -179,10 +198,37 @@ def _number(pattern: str, text: str) -> int:
 
 
 class _Instruction(NamedTuple):
-    guard: str  # @P0, or empty
-    name: str  # LDG
-    modifiers: list[str]  # E, 128
+    name: str  # LDG, buffer_load_dwordx4
     operands: str  # R4, [R2.64]
+    modifiers: Sequence[str] = ()  # E, 128; of NVIDIA only, as the guard
+    guard: str = ""  # @P0
+
+
+def _with_loops(
+    lines: Iterable[tuple[str, _Instruction]], branches: tuple[str, ...], label: str, end: str
+) -> tuple[list[_Instruction], list[range]]:
+    """The instructions in order, and the loops. A loop is what lies between a label and a branch back to it.
+
+    Args:
+        lines: (label, _) or ("", instruction), in the order of the code.
+        branches: how the names of branches start.
+        label: the pattern of a label among the operands of a branch.
+        end: the instruction that ends each program; without it, the text has another form than expected.
+    """
+    code: list[_Instruction] = []
+    labels: dict[str, int] = {}
+    loops: list[range] = []
+    for name, instruction in lines:
+        if name:
+            labels[name] = len(code)
+            continue
+        code.append(instruction)
+        target = re.search(label, instruction.operands)
+        # A branch to itself pads the end of the code.
+        if instruction.name.startswith(branches) and target and labels.get(target[0], len(code) - 1) < len(code) - 1:
+            loops.append(range(labels[target[0]], len(code)))
+    assert any(i.name == end for i in code), "no instruction was recognised in the text of the compiler"
+    return code, loops
 
 
 def _innermost(loops: list[range]) -> list[range]:
@@ -203,22 +249,12 @@ _SASS_PIPES = {
 _SASS_BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
 
 
-def _instructions(sass: str) -> tuple[list[_Instruction], list[range]]:
-    """The instructions in order, and the loops. A loop is what lies between a label and a branch back to it."""
-    code: list[_Instruction] = []
-    labels: dict[str, int] = {}
-    loops: list[range] = []
-    for label, guard, name, modifiers, operands in _SASS_LINE.findall(sass):
-        if label:
-            labels[label] = len(code)
-            continue
-        code.append(_Instruction(guard, name, modifiers.split(".")[1:], operands))
-        target = re.search(r"\.L_x_\d+", operands)
-        # A branch to itself pads the end of the code.
-        if name == "BRA" and target and labels.get(target[0], len(code) - 1) < len(code) - 1:
-            loops.append(range(labels[target[0]], len(code)))
-    assert any(i.name == "EXIT" for i in code), "no instruction was recognised in the output of nvdisasm"
-    return code, loops
+def _sass_code(sass: str) -> tuple[list[_Instruction], list[range]]:
+    lines = (
+        (label, _Instruction(name, operands, modifiers.split(".")[1:], guard))
+        for label, guard, name, modifiers, operands in _SASS_LINE.findall(sass)
+    )
+    return _with_loops(lines, ("BRA",), r"\.L_x_\d+", "EXIT")
 
 
 def _sass_widths(code: list[_Instruction], name: str) -> Counter[int]:
@@ -244,7 +280,7 @@ def _sass_loop(body: list[_Instruction]) -> Loop:
 def _read_cubin(kernel: CompiledKernel) -> Code:
     usage = _run_tool(knobs.nvidia.cuobjdump.path, "-res-usage", cubin=kernel.asm["cubin"])
     # The code section only, and without the analysis of data flow, which takes most of the time.
-    code, loops = _instructions(_run_tool(knobs.nvidia.nvdisasm.path, "-c", "-ndf", cubin=kernel.asm["cubin"]))
+    code, loops = _sass_code(_run_tool(knobs.nvidia.nvdisasm.path, "-c", "-ndf", cubin=kernel.asm["cubin"]))
     bodies = [_sass_loop([code[i] for i in loop]) for loop in _innermost(loops)]
     spills = [any(i in loop for loop in loops) for i, it in enumerate(code) if it.name in ("LDL", "STL")]
     return Code(
@@ -266,17 +302,24 @@ _GCN_BITS = {"ubyte": 8, "sbyte": 8, "byte": 8, "ushort": 16, "sshort": 16, "sho
              "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}  # fmt: skip
 
 
-def _gcn_widths(ops: list[str], what: str) -> Counter[int]:
-    found = (re.match(rf"(?:global|buffer|flat)_{what}_(dword(?:x\d)?|[a-z]+)", op) for op in ops)
+def _gcn_code(assembly: str) -> tuple[list[_Instruction], list[range]]:
+    # Either a label, or an instruction with its operands.
+    found = re.findall(r"^(?:(\.LBB\w+):|\s+([a-z]+_\w+)\b(.*))", assembly, re.MULTILINE)
+    lines = ((label, _Instruction(name, operands)) for label, name, operands in found)
+    return _with_loops(lines, ("s_cbranch", "s_branch"), r"\.LBB\w+", "s_endpgm")
+
+
+def _gcn_widths(code: list[_Instruction], what: str) -> Counter[int]:
+    found = (re.match(rf"(?:global|buffer|flat)_{what}_(dword(?:x\d)?|[a-z]+)", i.name) for i in code)
     return Counter(_GCN_BITS[width[1]] for width in found if width)
 
 
-def _gcn_masked(ops: list[str], operands: list[str]) -> bool:
+def _gcn_masked(body: list[_Instruction]) -> bool:
     """Whether an address is chosen by a mask: what it leaves out gets one beyond the buffer, or no lane to load it."""
     writer: dict[str, str] = {}
     some_lanes = False
-    for op, text in zip(ops, operands, strict=True):
-        registers = [x.strip() for x in text.split(",")]
+    for op, operands, *_ in body:
+        registers = [x.strip() for x in operands.split(",")]
         if "saveexec" in op or registers[0] == "exec":
             some_lanes = "saveexec" in op
         if op.startswith(("buffer_load", "global_load")) and (
@@ -290,7 +333,8 @@ def _gcn_masked(ops: list[str], operands: list[str]) -> bool:
     return False
 
 
-def _gcn_loop(ops: list[str], operands: list[str]) -> Loop:
+def _gcn_loop(body: list[_Instruction]) -> Loop:
+    ops = [i.name for i in body]
     slow = re.compile(r"v_(exp|log|rcp|rsq|sqrt)_")
     mufu = sum(bool(slow.match(op)) for op in ops)
     return Loop(
@@ -298,40 +342,26 @@ def _gcn_loop(ops: list[str], operands: list[str]) -> Loop:
         pipes=Counter(mufu=mufu, other=len(ops) - mufu),
         shuffles=sum(op.startswith(("ds_bpermute", "ds_swizzle")) or op.endswith("_dpp") for op in ops),
         barriers=ops.count("s_barrier"),
-        loads=_gcn_widths(ops, "load"),
-        stores=_gcn_widths(ops, "store"),
-        masked=_gcn_masked(ops, operands),
+        loads=_gcn_widths(body, "load"),
+        stores=_gcn_widths(body, "store"),
+        masked=_gcn_masked(body),
     )
 
 
 def _read_amdgcn(kernel: CompiledKernel) -> Code:
     text = kernel.asm["amdgcn"]
-    ops: list[str] = []
-    arguments: list[str] = []
-    labels: dict[str, int] = {}
-    loops: list[range] = []
-    # Either a label, or an instruction with its operands.
-    for label, op, operands in re.findall(r"^(?:(\.LBB\w+):|\s+([a-z]+_\w+)\b(.*))", text, re.MULTILINE):
-        if label:
-            labels[label] = len(ops)
-            continue
-        ops.append(op)
-        arguments.append(operands)
-        target = re.search(r"\.LBB\w+", operands)
-        if op.startswith(("s_cbranch", "s_branch")) and target and target[0] in labels:
-            loops.append(range(labels[target[0]], len(ops)))
-    assert "s_endpgm" in ops, "no instruction was recognised in the assembly"
-    bodies = [_gcn_loop([ops[i] for i in loop], [arguments[i] for i in loop]) for loop in _innermost(loops)]
-    spills = _number(r"\.vgpr_spill_count:\s+(\d+)", text) + sum(op.startswith("scratch_") for op in ops)
+    code, loops = _gcn_code(text)
+    bodies = [_gcn_loop([code[i] for i in loop]) for loop in _innermost(loops)]
+    spills = _number(r"\.vgpr_spill_count:\s+(\d+)", text) + sum(i.name.startswith("scratch_") for i in code)
     return Code(
         registers=_number(r"\.vgpr_count:\s+(\d+)", text),
         local_bytes=_number(r"\.private_segment_fixed_size:\s+(\d+)", text),
         spills=spills,
         spills_in_loops=spills,  # where they stand is not looked up
-        atomics=sum("_atomic_" in op for op in ops),
-        fp64=sum("_f64" in op for op in ops),
-        loads=_gcn_widths(ops, "load"),
-        stores=_gcn_widths(ops, "store"),
+        atomics=sum("_atomic_" in i.name for i in code),
+        fp64=sum("_f64" in i.name for i in code),
+        loads=_gcn_widths(code, "load"),
+        stores=_gcn_widths(code, "store"),
         loops=[body for body in bodies if body.loads or body.stores],
         warps=kernel.metadata.num_warps,
         shared_bytes=kernel.metadata.shared,

@@ -3,6 +3,9 @@
 As shipped, it truncates fp32 to bf16 where hardware rounds to nearest even, loses fp64 on the way there, computes on
 the raw bits of bf16 operands where a kernel forgot to cast them, and rounds twice in a fused multiply-add. Here the
 cast is exact, arithmetic on bf16 is an error, and a fused multiply-add rounds once.
+
+So the interpreter finds wrong formulas, masks and types. It cannot find what the compiler makes of a kernel (a spill,
+a lost barrier, a race, a narrow access), and exp2 and log2 are numpy's instead of the approximations of a GPU.
 """
 
 from __future__ import annotations
@@ -13,17 +16,12 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
+from . import bf16
+
 _Builder = interpreter.InterpreterBuilder
 _Handle = interpreter.TensorHandle
 _ARITHMETIC = ("create_f", "create_exp", "create_log", "create_sqrt", "create_rsqrt", "create_max", "create_min")
 _CASTS = ("create_fp_ext", "create_fp_trunc", "create_fp_to_fp", "create_fp_to_si", "create_fp_to_ui")
-
-
-def round_to_bf16(x: np.ndarray) -> np.ndarray:
-    """The bits of the bf16 numbers nearest to fp32 numbers, ties to even."""
-    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return np.where(np.isnan(x), np.uint16(0x7FC0), rounded.astype(np.uint16))
 
 
 def install() -> None:
@@ -35,10 +33,10 @@ def install() -> None:
     def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
         source, target = src.dtype.scalar, dst_type.scalar
         if source == tl.bfloat16 and target == tl.float32:
-            return _Handle((src.data.astype(np.uint32) << np.uint32(16)).view(np.float32), target)
+            return _Handle(bf16.widened(src.data), target)
         if source in (tl.float32, tl.float64) and target == tl.bfloat16:
             # Hardware goes from fp64 by way of fp32; the interpreter as shipped makes 0 of most fp64 numbers.
-            return _Handle(round_to_bf16(src.data.astype(np.float32)), target)
+            return _Handle(bf16.rounded(src.data.astype(np.float32), nan=0x7FC0), target)
         return shipped_cast(self, src, dst_type)
 
     def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:

@@ -1,4 +1,8 @@
-"""The bytes that belong to a tensor, by address: what a kernel may touch of it, whatever lies between its rows."""
+"""The bytes that belong to a tensor, by address: what a kernel may touch of it, whatever lies between its rows.
+
+Finds an access beside a row, between two rows, or across the end of one. It cannot find an access to another entry of
+the same tensor; rows of one tensor that lie one right after the other count as one, so for those there is `guarded`.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +53,7 @@ class Rows:
 
 def bytes_at(address: int, size: int) -> np.ndarray:
     """A writable view of memory that the caller knows to be allocated."""
-    return np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8)
+    return np.frombuffer(memoryview((ctypes.c_uint8 * size).from_address(address)), np.uint8)
 
 
 def guarded(tensor: Tensor, rows: int = 2, columns: int = 24) -> Tensor:

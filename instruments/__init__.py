@@ -1,0 +1,1 @@
+"""What tests and benchmarks measure with. It imports neither of them."""

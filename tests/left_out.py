@@ -1,0 +1,157 @@
+"""What `make test` leaves out of each tier and `make test-all` runs: the only place that says so.
+
+A test is left out, or those of its parameters are for which the function beside it holds. The rule: each line of a
+kernel runs in the tier that can see it go wrong, and what is left out runs the same lines at other sizes, in other
+types or for other targets. `make test-faults` shows that the rest finds what the whole found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from adakd_kernels.divergences import DIVERGENCES, Divergence
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+def every() -> bool:
+    """The whole test."""
+    return True
+
+
+# One for each way in which the kernels sum a row: the two folds of their own, both KL divergences at once, two sweeps.
+OF_EACH_CLASS = [DIVERGENCES[name]() for name in ("hellinger", "reverse_kl", "jeffreys", "jensen_shannon")]
+
+
+def of_a_class_seen(divergence: Divergence | str) -> bool:
+    """Whether another divergence stands for the way in which this one sums."""
+    return divergence not in (*OF_EACH_CLASS, *(one.name for one in OF_EACH_CLASS))
+
+
+# The interpreter takes a second for a few rows, whatever their length. fp16 and fp64 differ from bf16 and fp32 in the
+# cast alone.
+IN_THE_INTERPRETER: dict[str, Callable[..., bool]] = {
+    "test_contract.py::test_divergence_and_gradient_are_as_exact_as_eager": lambda divergence, dtype, vocab: (
+        (dtype, vocab) not in ((FP32, 1003), (BF16, 4097)) if of_a_class_seen(divergence)
+        else (dtype in (FP16, FP64) and vocab != 1003) or (dtype == FP32 and vocab == 50257)
+    ),
+    "test_contract.py::test_equal_rows_give_zero_and_a_constant_changes_nothing": of_a_class_seen,
+    "test_contract.py::test_gradcheck": of_a_class_seen,
+    "test_contract.py::test_strided_views": lambda view, inplace: inplace and view != "padded rows",
+    "test_contract.py::test_vocabularies_of_different_length": lambda divergence, student_vocab: (
+        of_a_class_seen(divergence) or student_vocab == 2500
+    ),
+    "test_contract.py::test_minus_infinity_takes_an_entry_out": lambda divergence, vocab: (
+        vocab != 7 and of_a_class_seen(divergence)
+    ),
+    "test_contract.py::test_nan_in_a_valid_row_is_seen": of_a_class_seen,
+    "test_contract.py::test_reruns_agree_bit_for_bit": of_a_class_seen,
+    "test_contract.py::test_divergence_is_not_negative": of_a_class_seen,
+    "test_contract.py::test_an_empty_row_is_an_ignored_token": of_a_class_seen,
+    "test_confident_rows.py::test_gradient_and_value_of_confident_tokens": lambda divergence, dtype: (
+        dtype != FP32 and of_a_class_seen(divergence)
+    ),
+    "test_confident_rows.py::test_confident_tokens_of_a_short_vocabulary": lambda divergence, vocab: (
+        vocab != 37 and of_a_class_seen(divergence)
+    ),
+    "test_extreme_rows.py::test_divergence_and_gradient": lambda divergence, dtype, family: (
+        (dtype, family) != (FP32, "extreme") and of_a_class_seen(divergence)
+    ),
+    "test_extreme_rows.py::test_a_constant_that_rounds_nowhere_changes_nothing": of_a_class_seen,
+    "test_extreme_rows.py::test_a_row_whose_value_is_nan_has_a_gradient_of_nan": of_a_class_seen,
+    "test_ops.py::test_opcheck": lambda dtype: dtype == FP32,
+    "test_losses.py::test_loss_and_gradient_equal_the_reference": of_a_class_seen,
+    "test_losses.py::test_a_loss_of_nan_has_a_gradient_of_nan": of_a_class_seen,
+    "test_linear.py::test_as_exact_as_the_logits_route": lambda dtype, options: (
+        (dtype, bool(options)) not in ((BF16, True), (FP32, False))
+    ),
+    "test_linear.py::test_head_that_is_a_module": lambda hidden_grad: not hidden_grad,
+    "test_bench_gpu.py::test_every_provider_is_gated_and_measured": every,
+}  # fmt: skip
+
+# bf16, the type of training, is compiled for every target; the others for one of each family. For NVIDIA that is
+# sm_100, the first to spill in fp64; the odd vocabulary takes sm_90, for which the resident warps are counted.
+BUT_SM_90 = ("sm_80", "sm_100")
+BUT_SM_100 = ("sm_80", "sm_90")
+COMPILED: dict[str, Callable[..., bool]] = {
+    "test_compile.py::test_kernel_compiles_clean": lambda target, student_dtype, teacher_dtype, divergence: (
+        (target in BUT_SM_100 and (student_dtype, teacher_dtype) != (BF16, BF16))
+        or (student_dtype != teacher_dtype and of_a_class_seen(divergence))
+    ),
+    "test_compile.py::test_odd_vocabulary_compiles_clean": lambda target: target in BUT_SM_90,
+    "test_compile.py::test_other_vocabularies_compile_clean": lambda target: target in BUT_SM_100,
+    "test_compile.py::test_padded_student_compiles_clean": lambda target: target in BUT_SM_100,
+    "test_compile.py::test_every_vocabulary_and_padding_is_read_wide": lambda target: target != "sm_90",
+    "test_compile.py::test_helper_sees_a_spill": lambda target: target in BUT_SM_90,
+    "test_compile.py::test_batch_does_not_recompile": lambda target, divergence: (
+        target == "gfx942" and divergence == "skew_reverse_kl"
+    ),
+    # What a divergence computes is the interpreter's matter; the compiler takes each class another way.
+    "test_ptx.py::test_divergence_and_gradient_are_the_reference": lambda divergence, vocab: (
+        of_a_class_seen(divergence) or (vocab != 8209 and divergence.name != "reverse_kl")
+    ),
+    "test_ptx.py::test_backward_with_cross_entropy_in_place_is_the_reference": lambda divergence, vocab: (
+        of_a_class_seen(divergence) or (vocab != 8209 and divergence.name != "reverse_kl")
+    ),
+    "test_ptx.py::test_each_missing_barrier_is_a_race": lambda divergence: divergence != "reverse_kl",
+}  # fmt: skip
+
+# What reads nothing that the instruction set changes: `make test` runs it with the widest one alone. The rest runs with
+# each, one divergence of a class standing for the others where the rows, not the divergence, are what is tested.
+WITH_ANOTHER_INSTRUCTION_SET: dict[str, Callable[..., bool]] = {
+    "test_contract.py::test_strided_views": every,
+    "test_contract.py::test_offsets_beyond_31_bits": every,
+    "test_contract.py::test_reruns_agree_bit_for_bit": every,
+    "test_contract.py::test_gradcheck": every,
+    "test_contract.py::test_vocabularies_of_different_length": of_a_class_seen,
+    "test_contract.py::test_an_empty_row_is_an_ignored_token": of_a_class_seen,
+    "test_contract.py::test_divergence_and_gradient_are_as_exact_as_eager": lambda divergence, dtype, vocab: (
+        of_a_class_seen(divergence) and (dtype not in (BF16, FP32) or vocab not in (1003, 4097))
+    ),
+    "test_confident_rows.py::test_gradient_and_value_of_confident_tokens": lambda divergence, dtype: (
+        of_a_class_seen(divergence) and dtype != FP32
+    ),
+    "test_confident_rows.py::test_confident_tokens_of_a_long_vocabulary": of_a_class_seen,
+    "test_extreme_rows.py::test_divergence_and_gradient": lambda divergence, dtype: (
+        of_a_class_seen(divergence) and dtype != FP32
+    ),
+    "test_native.py::test_threads_do_not_change_a_bit": every,
+    "test_native.py::test_where_a_row_lies_in_memory_does_not_change_a_bit": of_a_class_seen,
+    "test_native.py::test_memory_beside_logits_and_gradient_is_small": every,
+    "test_native.py::test_the_environment_decides": every,
+    "test_native.py::test_without_a_compiler_the_package_still_builds_and_says_so": every,
+    "test_doctor.py::test_a_gradient_that_is_not_written_does_not_pass": every,
+    "test_doctor.py::test_every_divergence_is_checked": every,
+    "test_doctor.py::test_a_truth_of_zeros_proves_nothing": every,
+    "test_doctor.py::test_a_check_leaves_the_process_as_it_was": every,
+    "test_ops.py::test_opcheck": every,
+    "test_ops.py::test_compile_gives_the_eager_result_without_recompiling": every,
+    "test_ops.py::test_compile_of_a_model_with_inplace_and_the_module": every,
+    "test_losses.py::test_labels_of_every_integer_type": every,
+    "test_losses.py::test_micro_batches_add_up_to_the_batch": every,
+    "test_losses.py::test_shift_takes_labels_aligned_with_the_inputs": every,
+    "test_losses.py::test_module_drives_its_focus_by_the_distillation_loss": every,
+    "test_losses.py::test_module_equals_the_function_and_resumes": every,
+}
+
+WITH_THE_WIDEST_INSTRUCTION_SET: dict[str, Callable[..., bool]] = {
+    # Plain torch, which the fast tier runs.
+    "test_confident_rows.py::test_the_truth_is_the_derivative_of_the_definition": every,
+    "test_confident_rows.py::test_every_divergence_has_a_definition": every,
+    "test_ops.py::test_opcheck": lambda dtype: dtype == FP32,
+    # Each builds a copy of the project; one build is enough to see that a tenth divergence can be added.
+    "test_tenth_divergence.py::test_a_row_that_a_native_kernel_does_not_write_is_seen": every,
+    "test_tenth_divergence.py::test_what_the_native_kernels_lack_does_not_compile": lambda omitted: omitted != "class",
+}
+WITH_ANOTHER_INSTRUCTION_SET = WITH_THE_WIDEST_INSTRUCTION_SET | WITH_ANOTHER_INSTRUCTION_SET
+
+IN_PLAIN_TORCH: dict[str, Callable[..., bool]] = {
+    "test_planted_faults.py::test_what_a_test_sees_is_found_and_the_rest_is_missed": every,
+    "test_ops.py::test_opcheck": lambda dtype: dtype == FP32,
+    "test_tenth_divergence.py::test_the_triton_kernels_do_not_compile_without_a_branch": every,
+    "test_tenth_divergence.py::test_a_place_left_out_is_reported": lambda place: (
+        place not in ("class", "registry", "summand", "C++ list", "closed form")
+    ),
+}
