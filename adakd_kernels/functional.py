@@ -25,6 +25,7 @@ from .checks import (
     check_token_tensor,
 )
 from .divergences import DIVERGENCES, Divergence, get_divergence
+from .reference import Normalizers
 
 __all__ = ["DIFFICULTIES", "AdaKDOutput", "adakd_loss", "token_difficulty", "token_divergence"]
 
@@ -120,7 +121,7 @@ def adakd_loss(
         labels = next_labels(labels, ignore_index)
     labels = labels.reshape(student.shape[:2])
     with torch.no_grad():
-        hard, valid, max_s, sum_s = measure_difficulty(student, teacher, labels != ignore_index, labels, difficulty)
+        hard, valid, normalizers_1 = measure_difficulty(student, teacher, labels != ignore_index, labels, difficulty)
         selected = select_tokens(hard, focus_ratio, valid)
         tau = token_temperature(hard, selected, valid, temperature_scale, base_temperature)
 
@@ -133,8 +134,7 @@ def adakd_loss(
         div,
         labels=labels if with_ce else None,
         ce_mask=valid if with_ce else None,
-        ce_max=max_s if with_ce else None,
-        ce_sum=sum_s if with_ce else None,
+        normalizers_1=normalizers_1 if with_ce else None,
         inplace=inplace,
     )
     token_loss = tau.square() * token_div
@@ -274,20 +274,19 @@ def tensor_on(value: float | Tensor, device: torch.device, dtype: torch.dtype | 
 
 def measure_difficulty(
     student: Tensor, teacher: Tensor, mask: Tensor, labels: Tensor | None, difficulty: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(difficulty, valid, max and sum of the student at temperature 1), each (B, L); an empty row is not valid."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, L) difficulty, (B, L) valid, (4, B, L) normalizers_1; an empty row is not valid."""
     if difficulty in ("hellinger", "cross_entropy"):
-        hard, max_s, sum_s, _, sum_t = ops.token_stats(student, teacher, mask)
+        hard, normalizers_1 = ops.token_stats(student, teacher, mask)
     else:
         ones = torch.ones(mask.shape, dtype=torch.float32, device=mask.device)
         div = DIVERGENCES[difficulty]()
-        hard, _, max_s, sum_s, _, sum_t, *_ = ops.token_divergence(
-            student, teacher, ones, mask, div.name, *div.parameters
-        )
-    valid = mask & (sum_s != 0) & (sum_t != 0)
+        hard, _, normalizers_1, *_ = ops.token_divergence(student, teacher, ones, mask, div.name, *div.parameters)
+    of = Normalizers.of(normalizers_1)
+    valid = mask & (of.sum_s != 0) & (of.sum_t != 0)
     if difficulty == "cross_entropy" and labels is not None:
-        hard = ops.token_cross_entropy(student, teacher, labels, valid, max_s, sum_s)
-    return hard, valid, max_s, sum_s
+        hard = ops.token_cross_entropy(student, teacher, labels, valid, normalizers_1)
+    return hard, valid, normalizers_1
 
 
 def next_labels(labels: Tensor, ignore_index: int) -> Tensor:

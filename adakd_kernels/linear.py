@@ -491,8 +491,7 @@ class _Statistics(NamedTuple):
     labels: Tensor
     difficulty: Tensor
     valid: Tensor
-    max_s: Tensor
-    sum_s: Tensor
+    normalizers_1: Tensor  # (4, n), the others (n,)
     cross_entropy: Tensor
 
 
@@ -507,7 +506,7 @@ class _Selection(NamedTuple):
 
 def _rows(of: Any, part: Tensor | slice) -> Any:
     """A tuple of tensors, of some tokens."""
-    return type(of)(*(None if x is None else x[part] for x in of))
+    return type(of)(*(None if x is None else x[..., part] for x in of))
 
 
 class _Logits:
@@ -550,8 +549,9 @@ class _Logits:
         leaves the gradient in `raw`, if any is asked for."""
         n, device, acc = labels.numel(), labels.device, self.accumulation_dtype
         differentiates = finish is not None and self.differentiates
-        hard, max_s, sum_s, ce = (torch.empty(n, dtype=acc, device=device) for _ in range(4))
-        stats = _Statistics(labels, hard, torch.empty(n, dtype=torch.bool, device=device), max_s, sum_s, ce)
+        hard, ce = (torch.empty(n, dtype=acc, device=device) for _ in range(2))
+        normalizers_1 = torch.empty(4, n, dtype=acc, device=device)
+        stats = _Statistics(labels, hard, torch.empty(n, dtype=torch.bool, device=device), normalizers_1, ce)
         spans = _spans(0, self.kept, self.chunk), _spans(self.kept, n, self.chunk)
         for kept in (True, False):
             for a, b in spans[not kept]:
@@ -590,11 +590,11 @@ class _Logits:
         """The statistics of tokens i to j from their logits."""
         z_s, z_t, labels = z_s.unsqueeze(0), z_t.unsqueeze(0), stats.labels[i:j].unsqueeze(0)
         everywhere = torch.ones_like(labels, dtype=torch.bool)
-        hard, valid, max_s, sum_s = measure_difficulty(z_s, z_t, everywhere, labels, difficulty)
+        hard, valid, normalizers_1 = measure_difficulty(z_s, z_t, everywhere, labels, difficulty)
         if with_ce:
-            stats.cross_entropy[i:j] = ops.token_cross_entropy(z_s, z_t, labels, valid, max_s, sum_s)[0]
+            stats.cross_entropy[i:j] = ops.token_cross_entropy(z_s, z_t, labels, valid, normalizers_1)[0]
         stats.difficulty[i:j], stats.valid[i:j] = hard[0], valid[0]
-        stats.max_s[i:j], stats.sum_s[i:j] = max_s[0], sum_s[0]
+        stats.normalizers_1[:, i:j] = normalizers_1[:, 0]
 
     def _keep_hardest(self, stats: _Statistics, i: int, j: int, raw: Tensor, z_t: Tensor) -> None:
         """Let those of tokens i to j that are among the hardest of tokens 0 to j replace what is not."""
@@ -647,16 +647,16 @@ class _Logits:
         self, stats: _Statistics, selection: _Selection, raw: Tensor, z_s: Tensor, z_t: Tensor, div: Divergence
     ) -> Tensor:
         """D of some tokens, and the gradient of their raw logits over these."""
-        values = [None if x is None else x.unsqueeze(0) for x in (*selection, *stats)]
-        tau, selected, weight, weight_ce, labels, _, _, max_s, sum_s, cross_entropy = values
+        values = [None if x is None else x.unsqueeze(-2) for x in (*selection, *stats)]
+        tau, selected, weight, weight_ce, labels, _, _, normalizers_1, cross_entropy = values
         assert weight is not None and cross_entropy is not None
         z_s, z_t, args = z_s.unsqueeze(0), z_t.unsqueeze(0), (div.name, *div.parameters)
         d, *saved = ops.token_divergence(z_s, z_t, tau, selected, *args)
         if self.differentiates:
-            ce: tuple[Tensor | None, ...] = (None,) * 4
+            ce: tuple[Tensor | None, ...] = (None,) * 3
             if weight_ce is not None:
                 weight, weight_ce = loud_weights(weight, weight_ce, cross_entropy)
-                ce = (labels, weight_ce, max_s, sum_s)
+                ce = (labels, weight_ce, normalizers_1)
             ops.token_divergence_backward_(z_s, z_t, tau, weight, *saved, *ce, *args)
             if self.student.softcap is not None:
                 torch.ops.aten.tanh_backward(z_s[0], raw, grad_input=raw)

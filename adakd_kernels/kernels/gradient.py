@@ -14,6 +14,7 @@ from .rows import (
     edge_start,
     exponent_scale,
     inside,
+    load_normalizers,
     load_tile,
     log2_mass,
     lowest,
@@ -64,9 +65,9 @@ def write_grad(
 def token_divergence_bwd_kernel(
     S, T, Grad,                              # (B, L, Vs), (B, L, Vt) logits; (B, L, Vs) result, may be S
     Tau, Weight, SumG,                       # (B·L,) temperature, upstream gradient of D, Σg, in ACC
-    MaxS, SumS, MaxT, SumT,                  # (B·L,) normalisers at temperature τ
+    NormalizersTau,                          # (4, B·L) normalisers at temperature τ
     Peak, PeakGrad,                          # (B·L,) place of the student's peak or −1, τ·∂D/∂zˢ there
-    Label, CeWeight, CeMax, CeSum,           # (B·L,) label, upstream gradient of the cross-entropy, normaliser at 1
+    Label, CeWeight, Normalizers1,           # (B·L,) label, upstream gradient of the cross-entropy; (4, B·L)
     L, stride_sb, stride_sl, unit_s, stride_tb, stride_tl, unit_t, stride_gb, stride_gl, unit_g,
     V: tl.constexpr, VS: tl.constexpr, SKEWED: tl.constexpr, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr,
     BETA: tl.constexpr, WITH_CE: tl.constexpr, ACC: tl.constexpr,
@@ -90,8 +91,9 @@ def token_divergence_bwd_kernel(
         label = tl.where((label >= 0) & (label < V), label + skew, -1).to(tl.int32)
         ce_weight = tl.load(CeWeight + n)
         # A token that does not count for the cross-entropy has no normaliser: below this one no logit has a mass.
-        ce_max = tl.where(ce_weight != 0.0, tl.load(CeMax + n), -lowest(ACC))
-        ce_c = tl.where(ce_weight != 0.0, tl.log2(tl.load(CeSum + n)), -lowest(ACC))
+        m_1, l_1, _, _ = load_normalizers(Normalizers1, n)
+        ce_max = tl.where(ce_weight != 0.0, m_1, -lowest(ACC))
+        ce_c = tl.where(ce_weight != 0.0, tl.log2(l_1), -lowest(ACC))
     if (weight == 0.0) & (ce_weight == 0.0):
         store_zeros(Grad, skew, VS, SKEWED, LANES, VEC)
         return
@@ -102,10 +104,9 @@ def token_divergence_bwd_kernel(
     peak = tl.where(peak >= 0, peak + skew, -1).to(tl.int32)
     peak_grad = weight * tl.load(PeakGrad + n)
     sum_g = tl.load(SumG + n)
-    m_s = tl.load(MaxS + n)
-    m_t = tl.load(MaxT + n)
-    c_s = tl.log2(tl.load(SumS + n))
-    c_t = tl.log2(tl.load(SumT + n))
+    m_s, l_s, m_t, l_t = load_normalizers(NormalizersTau, n)
+    c_s = tl.log2(l_s)
+    c_t = tl.log2(l_t)
     # Counted from a lane's first entry of a tile, so that those of its entries are constants to compare with.
     peak -= tl.arange(0, LANES) * VEC
     label -= tl.arange(0, LANES) * VEC

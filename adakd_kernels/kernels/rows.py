@@ -192,7 +192,22 @@ def log2_1p(x):
 
 
 @triton.jit
-def store_normalizer(Max, Sum, n, m, l):
-    """Store (maximum, sum) of a row; an empty row is (−inf, 0)."""
-    tl.store(Max + n, tl.where(l == 0.0, -float("inf"), m))
-    tl.store(Sum + n, l)
+def store_normalizers(Normalizers, n, m_s, l_s, m_t, l_t):
+    """Store the four normalisers of token n in a (4, N) bundle; an empty row is (−inf, 0)."""
+    N = tl.num_programs(0)
+    tl.store(Normalizers + n, tl.where(l_s == 0.0, -float("inf"), m_s))
+    tl.store(Normalizers + N + n, l_s)
+    tl.store(Normalizers + 2 * N + n, tl.where(l_t == 0.0, -float("inf"), m_t))
+    tl.store(Normalizers + 3 * N + n, l_t)
+
+
+@triton.jit
+def load_normalizers(Normalizers, n):
+    """(m_s, l_s, m_t, l_t) of token n from a (4, N) bundle, one program a token."""
+    N = tl.num_programs(0)
+    return (
+        tl.load(Normalizers + n),
+        tl.load(Normalizers + N + n),
+        tl.load(Normalizers + 2 * N + n),
+        tl.load(Normalizers + 3 * N + n),
+    )
