@@ -112,7 +112,7 @@ def test_nothing_waits_for_the_device(unpoisoned):
 
 
 class Allocations(TorchDispatchMode):
-    """The largest storage that an operator made, in bytes; views and results in place do not count."""
+    """The largest storage that an operator made, in bytes; views and results in place are left out."""
 
     def __init__(self):
         super().__init__()

@@ -98,7 +98,7 @@ def stats(student, teacher, mask):
 
 
 def forward_and_backward(student, teacher, mask, divergence, with_ce=False, inplace=False):
-    """Divergence and gradient: kernel, eager, exact. The masked tokens have weight 0; one of them counts for CE."""
+    """Divergence and gradient: kernel, eager, exact. The masked tokens have weight 0, but a weight of CE."""
     div = get_divergence(divergence)
     tau, weight = temperatures(*mask.shape), torch.linspace(-1.0, 2.0, mask.numel()).view(mask.shape) * mask
     d, *saved = token_divergence_fwd(student, teacher, tau, mask, div.name, *div.parameters)

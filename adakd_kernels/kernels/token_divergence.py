@@ -1,6 +1,6 @@
 """`token_divergence`: D(p^τ, q^τ) of every token and its gradient in the student's logits (equations (1), (7), (10)).
 
-Forward: reads 2U (two sweeps: 4U) of the rows that count, and 3/LANES of 1U again (two sweeps: 5/LANES) for the sums
+Forward: reads 2U (two sweeps: 4U) of the selected rows, and 3/LANES of 1U again (two sweeps: 5/LANES) for the sums
 beside the student's most likely entry (`peak.py`); writes eight numbers a token. U is one pass over an N x V tensor,
 LANES the threads of a program, 256 where a row is long. The backward is in `gradient.py`.
 """
@@ -18,54 +18,80 @@ from .hellinger import sweep_hellinger
 from .kl import sweep_kl
 from .launch import acc_type, launch_config, on_device, row_strides, skewed, sweeps
 from .peak import store_peak
-from .rows import exponent_rounding, exponent_scale, row_start, store_normalizers
+from .rows import Normalizers, Rows, exponent_rounding, exponent_scale, row_start, store_normalizers
 from .two_sweeps import sweep_normalizers, sweep_terms
+
+
+@triton.jit
+def sweep_rows(
+    rows,
+    Tau,  # pointer to the token's temperature
+    NormalizersTau,  # (4, B·L)
+    n,
+    DIVERGENCE: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
+):
+    """The `TokenResult` of token n; its normalisers are stored."""
+    if DIVERGENCE == "hellinger":
+        normalizers, found = sweep_hellinger(rows, exponent_rounding(tl.load(Tau)))
+        store_normalizers(NormalizersTau, n, normalizers)
+    elif sweeps(DIVERGENCE) == 1:
+        normalizers, found = sweep_kl(rows, exponent_rounding(tl.load(Tau)), DIVERGENCE)
+        store_normalizers(NormalizersTau, n, normalizers)
+    else:
+        normalizers, first = sweep_normalizers(rows)
+        # Stored between the sweeps, so that the second one need not hold all of them.
+        store_normalizers(NormalizersTau, n, normalizers)
+        found = sweep_terms(rows, Tau, normalizers, first, DIVERGENCE, ALPHA, BETA)
+    return found
 
 
 @triton.jit(do_not_specialize=["L", "stride_sb", "stride_sl", "stride_tb", "stride_tl"])
 def token_divergence_fwd_kernel(
-    S, T, Tau, Mask,                         # (B, L, Vs), (B, L, Vt) logits; (B·L,) temperature in ACC, bool
-    D, SumG, NormalizersTau,                 # (B·L,), (B·L,), (4, B·L) results, in ACC
-    Peak, PeakGrad,                          # (B·L,) int64 place of the student's peak, gradient there in ACC
-    L, stride_sb, stride_sl, unit_s, stride_tb, stride_tl, unit_t,
-    V: tl.constexpr, SKEWED: tl.constexpr, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
-    ACC: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
-):  # fmt: skip
+    S,  # (B, L, Vs) logits
+    T,  # (B, L, Vt)
+    Tau,  # (B·L,) temperature, in ACC
+    Mask,  # (B·L,) bool
+    D,  # (B·L,) result, in ACC
+    SumG,  # (B·L,) result Σg, in ACC
+    NormalizersTau,  # (4, B·L) result, in ACC
+    Peak,  # (B·L,) result, int64: place of the student's peak or −1
+    PeakGrad,  # (B·L,) result τ·∂D/∂zˢ there, in ACC
+    L,
+    stride_sb,  # distances of two batches and of two tokens, in units
+    stride_sl,
+    unit_s,  # entries
+    stride_tb,
+    stride_tl,
+    unit_t,
+    V: tl.constexpr,  # entries of the common vocabulary
+    SKEWED: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
+    ACC: tl.constexpr,
+    TILES: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+):
     n = tl.program_id(0)
     if tl.load(Mask + n) == 0:
         tl.store(D + n, 0.0)
         tl.store(SumG + n, 0.0)
-        store_normalizers(NormalizersTau, n, 0.0, 1.0, 0.0, 1.0)
+        store_normalizers(NormalizersTau, n, Normalizers(0.0, 1.0, 0.0, 1.0))
         store_peak(Peak, PeakGrad, n, 0, 0, False, 0.0)
         return
     start_s, skew = row_start(n, L, stride_sb, stride_sl, unit_s, SKEWED)
     start_t, _ = row_start(n, L, stride_tb, stride_tl, unit_t, SKEWED)
-    S += start_s
-    T += start_t
-    ONE_SWEEP: tl.constexpr = sweeps(DIVERGENCE) == 1
-    tau = tl.load(Tau + n)
-    scale = exponent_scale(tau)
-    if DIVERGENCE == "hellinger":
-        m_s, m_t, l_s, l_t, d, sum_g, peak, t_peak, grad = sweep_hellinger(
-            S, T, skew, scale, exponent_rounding(tau), V, SKEWED, TILES, LANES, VEC, ACC
-        )
-    elif ONE_SWEEP:
-        m_s, m_t, l_s, l_t, d, sum_g, peak, t_peak, grad = sweep_kl(
-            S, T, skew, scale, exponent_rounding(tau), V, SKEWED, DIVERGENCE, TILES, LANES, VEC, ACC
-        )
-    else:
-        m_s, m_t, l_s, l_t, tail_s, peak, gap = sweep_normalizers(S, T, skew, scale, V, SKEWED, TILES, LANES, VEC, ACC)
-        # The normalisers are stored between the sweeps, so that the second one need not hold them.
-        store_normalizers(NormalizersTau, n, m_s, l_s, m_t, l_t)
-        d, sum_g, t_peak, grad = sweep_terms(
-            S, T, Tau + n, skew, scale, m_s, m_t, l_s, l_t, tail_s, peak, gap,
-            V, SKEWED, DIVERGENCE, ALPHA, BETA, LANES, VEC, ACC,
-        )  # fmt: skip
-    tl.store(D + n, d)  # 0 for an empty row: none of its entries counts
-    tl.store(SumG + n, sum_g)
-    store_peak(Peak, PeakGrad, n, peak, skew, t_peak != -float("inf"), grad)
-    if ONE_SWEEP:
-        store_normalizers(NormalizersTau, n, m_s, l_s, m_t, l_t)
+    scale = exponent_scale(tl.load(Tau + n))
+    found = sweep_rows(
+        Rows(S + start_s, T + start_t, skew, scale, V, SKEWED, TILES, LANES, VEC),
+        Tau + n, NormalizersTau, n, DIVERGENCE, ALPHA, BETA,
+    )  # fmt: skip
+    tl.store(D + n, found.d)  # 0 for an empty row, which has no finite entry
+    tl.store(SumG + n, found.sum_g)
+    store_peak(Peak, PeakGrad, n, found.peak, skew, found.t_peak != -float("inf"), found.peak_grad)
 
 
 def token_divergence_fwd(

@@ -10,30 +10,43 @@ from torch import Tensor
 
 from .hellinger import sweep_distance
 from .launch import acc_type, launch_config, on_device, row_strides, skewed
-from .rows import exponent_rounding, exponent_scale, row_start, store_normalizers
+from .rows import Normalizers, Rows, exponent_rounding, exponent_scale, row_start, store_normalizers
 
 
 @triton.jit(do_not_specialize=["L", "stride_sb", "stride_sl", "stride_tb", "stride_tl"])
 def token_stats_fwd_kernel(
-    S, T, Mask,                              # (B, L, Vs), (B, L, Vt) logits; (B·L,) bool
-    Difficulty, Normalizers1,                # (B·L,), (4, B·L) results, in ACC
-    L, stride_sb, stride_sl, unit_s, stride_tb, stride_tl, unit_t,
-    V: tl.constexpr, SKEWED: tl.constexpr, ACC: tl.constexpr,
-    TILES: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
-):  # fmt: skip
+    S,  # (B, L, Vs) logits
+    T,  # (B, L, Vt)
+    Mask,  # (B·L,) bool
+    Difficulty,  # (B·L,) result s², in ACC
+    Normalizers1,  # (4, B·L) result, in ACC
+    L,
+    stride_sb,  # distances of two batches and of two tokens, in units
+    stride_sl,
+    unit_s,  # entries
+    stride_tb,
+    stride_tl,
+    unit_t,
+    V: tl.constexpr,  # entries of the common vocabulary
+    SKEWED: tl.constexpr,
+    ACC: tl.constexpr,
+    TILES: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+):
     n = tl.program_id(0)
     if tl.load(Mask + n) == 0:
         tl.store(Difficulty + n, 0.0)
-        store_normalizers(Normalizers1, n, 0.0, 1.0, 0.0, 1.0)
+        store_normalizers(Normalizers1, n, Normalizers(0.0, 1.0, 0.0, 1.0))
         return
     start_s, skew = row_start(n, L, stride_sb, stride_sl, unit_s, SKEWED)
     start_t, _ = row_start(n, L, stride_tb, stride_tl, unit_t, SKEWED)
     tau = tl.full((), 1.0, ACC)
-    m_s, m_t, l_s, l_t, difficulty = sweep_distance(
-        S + start_s, T + start_t, skew, exponent_scale(tau), exponent_rounding(tau), V, SKEWED, TILES, LANES, VEC, ACC
+    normalizers, difficulty = sweep_distance(
+        Rows(S + start_s, T + start_t, skew, exponent_scale(tau), V, SKEWED, TILES, LANES, VEC), exponent_rounding(tau)
     )
     tl.store(Difficulty + n, difficulty)
-    store_normalizers(Normalizers1, n, m_s, l_s, m_t, l_t)
+    store_normalizers(Normalizers1, n, normalizers)
 
 
 def token_stats_fwd(student: Tensor, teacher: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
