@@ -25,6 +25,7 @@ from .checks import (
     check_token_tensor,
 )
 from .divergences import DIVERGENCES, Divergence, get_divergence
+from .reference import Normalizers
 
 __all__ = ["DIFFICULTIES", "AdaKDOutput", "adakd_loss", "token_difficulty", "token_divergence"]
 
@@ -127,9 +128,7 @@ def adakd_loss(
         )
     ce_args: dict[str, Any] = {}
     if ce_weight:
-        ce_args = {
-            "labels": labels, "ce_mask": statistics.valid, "ce_max": statistics.max_s, "ce_sum": statistics.sum_s
-        }  # fmt: skip
+        ce_args = {"labels": labels, "ce_mask": statistics.valid, "normalizers_1": statistics.normalizers_1}
     token_div, token_ce = ops.token_losses(student, teacher, temperature, selected, div, inplace=inplace, **ce_args)
     token_loss = temperature.square() * token_div
     divisors = loss_divisors(statistics.valid, focus_ratio, num_items, token_loss.dtype)
@@ -266,18 +265,17 @@ def tensor_on(value: float | Tensor, device: torch.device, dtype: torch.dtype | 
 
 
 class TokenStatistics(NamedTuple):
-    """What is known of every token from its logits at temperature 1; each (B, L).
+    """What is known of every token from its logits at temperature 1.
 
     Attributes:
-        difficulty: 0 for tokens that are not valid.
-        valid: bool, the tokens in the mask whose rows have a finite entry on both sides.
-        max_s, sum_s: the student's normaliser at temperature 1.
+        difficulty: (B, L), 0 for tokens that are not valid.
+        valid: (B, L) bool, the tokens in the mask whose rows have a finite entry on both sides.
+        normalizers_1: (4, B, L) `Normalizers` at temperature 1.
     """
 
     difficulty: Tensor
     valid: Tensor
-    max_s: Tensor
-    sum_s: Tensor
+    normalizers_1: Tensor
 
 
 def token_statistics(
@@ -285,17 +283,16 @@ def token_statistics(
 ) -> TokenStatistics:
     """The statistics of the tokens in the mask, their difficulty by the `measure`, one of `DIFFICULTIES`."""
     if measure in ("hellinger", "cross_entropy"):
-        difficulty, max_s, sum_s, _, sum_t = ops.token_stats(student, teacher, mask)
+        difficulty, normalizers_1 = ops.token_stats(student, teacher, mask)
     else:
         ones = torch.ones(mask.shape, dtype=torch.float32, device=mask.device)
         div = DIVERGENCES[measure]()
-        difficulty, _, max_s, sum_s, _, sum_t, *_ = ops.token_divergence(
-            student, teacher, ones, mask, div.name, *div.parameters
-        )
-    valid = mask & (sum_s != 0) & (sum_t != 0)  # the sum of a row of nothing but −inf is 0
+        difficulty, _, normalizers_1, *_ = ops.token_divergence(student, teacher, ones, mask, div.name, *div.parameters)
+    of = Normalizers.of(normalizers_1)
+    valid = mask & (of.sum_s != 0) & (of.sum_t != 0)  # the sum of a row of nothing but −inf is 0
     if measure == "cross_entropy" and labels is not None:
-        difficulty = ops.token_cross_entropy(student, teacher, labels, valid, max_s, sum_s)
-    return TokenStatistics(difficulty, valid, max_s, sum_s)
+        difficulty = ops.token_cross_entropy(student, teacher, labels, valid, normalizers_1)
+    return TokenStatistics(difficulty, valid, normalizers_1)
 
 
 def next_labels(labels: Tensor, ignore_index: int) -> Tensor:

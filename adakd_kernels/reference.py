@@ -33,6 +33,43 @@ class Normalizer(NamedTuple):
     sum: Tensor
 
 
+class Normalizers(NamedTuple):
+    """The `Normalizer` of student and teacher. The operators bundle the four in one (4, ...) tensor, in this order."""
+
+    max_s: Tensor
+    sum_s: Tensor
+    max_t: Tensor
+    sum_t: Tensor
+
+    @classmethod
+    def of(cls, bundle: Tensor) -> Normalizers:
+        """The (4, ...) tensor of an operator, taken apart: views of shape (...)."""
+        return cls(*bundle.unbind())
+
+
+class GradientCall(NamedTuple):
+    """The arguments of `adakd::token_divergence_backward` and of its twin in place: what equation (10) needs.
+
+    (B, L) numbers are in the accumulation type or are converted to it. `labels`, `ce_weight` and `normalizers_1` add
+    the gradient of the cross-entropy; all three or none.
+    """
+
+    student: Tensor  # (B, L, Vˢ) logits
+    teacher: Tensor  # (B, L, Vᵗ) logits; the common vocabulary is the first min(Vˢ, Vᵗ) entries
+    temperature: Tensor  # (B, L) τ
+    weight: Tensor  # (B, L) gradient of the loss in D; the rows of weight 0 are not read, and their gradient is 0
+    sum_g: Tensor  # (B, L) Σg
+    normalizers_tau: Tensor  # (4, B, L) `Normalizers` at temperature τ
+    peak: Tensor  # (B, L) int64, the student's most likely entry or −1
+    peak_grad: Tensor  # (B, L) τ·∂D/∂zˢ there
+    labels: Tensor | None  # (B, L)
+    ce_weight: Tensor | None  # (B, L) gradient of the loss in the cross-entropy
+    normalizers_1: Tensor | None  # (4, B, L) `Normalizers` at temperature 1
+    divergence: str  # a name of `DIVERGENCES`
+    alpha: float
+    beta: float
+
+
 def normalizer(logits: Tensor, temperature: Tensor | float = 1.0) -> Normalizer:
     """Row maximum m and Σᵥ exp((zᵥ − m)/τ); the maximum is a constant for autograd."""
     z_max = logits.detach().amax(-1)
@@ -124,14 +161,14 @@ GRADIENTS: dict[str, Summand] = {
 _G_WITHOUT_Q = ("reverse_kl", "jeffreys", "skew_reverse_kl")
 
 
-def _counted(log_p: Tensor, log_q: Tensor) -> Tensor:
+def _finite(log_p: Tensor, log_q: Tensor) -> Tensor:
     """The finite entries: −inf on neither side. NaN is one of them, so that it reaches the result."""
     return (log_p != -math.inf) & (log_q != -math.inf)
 
 
 def _entries(summand: Summand, log_p: Tensor, log_q: Tensor, div: Divergence) -> Tensor:
     """The summand at the finite entries, 0 elsewhere."""
-    out = ~_counted(log_p, log_q)
+    out = ~_finite(log_p, log_q)
     log_p, log_q = log_p.masked_fill(out, 0.0), log_q.masked_fill(out, 0.0)
     return summand(log_p.exp(), log_q.exp(), log_p, log_q, *div.parameters).masked_fill(out, 0.0)
 
@@ -140,7 +177,7 @@ def _total(log_p: Tensor, log_q: Tensor, div: Divergence) -> Tensor:
     """D of every row; 0 where a row is empty."""
     total = _entries(SUMMANDS[div.name], log_p, log_q, div).sum(-1)
     if div.name == "hellinger":  # 1 − Σ√(pq): an entry that is left out adds half of its mass
-        total = total + 0.5 * (log_p.exp() + log_q.exp()).masked_fill(_counted(log_p, log_q), 0.0).sum(-1)
+        total = total + 0.5 * (log_p.exp() + log_q.exp()).masked_fill(_finite(log_p, log_q), 0.0).sum(-1)
     return total.masked_fill((log_q == -math.inf).all(-1) | (log_p == -math.inf).all(-1), 0.0)
 
 
@@ -159,18 +196,18 @@ def _gradient(log_p: Tensor, log_q: Tensor, div: Divergence) -> _Gradient:
     At a peak of mass near 1, g and q·Σ g cancel. q·Σ (g + c·q) over the other entries does not, and so keeps its
     relative accuracy (docs/maths.md, section 4). Where the teacher has −inf at the peak, `peak` is −1.
     """
-    counted = _counted(log_p, log_q)
+    finite = _finite(log_p, log_q)
     g, q = _entries(GRADIENTS[div.name], log_p, log_q, div), log_q.exp()
     top = log_q.argmax(-1, keepdim=True)
-    peak_counts = counted.gather(-1, top)
-    c = torch.where(peak_counts, -g.gather(-1, top) / q.gather(-1, top), 0.0)
+    peak_finite = finite.gather(-1, top)
+    c = torch.where(peak_finite, -g.gather(-1, top) / q.gather(-1, top), 0.0)
     # 0·c instead of 0, so that a NaN reaches the result.
-    others = (g + c * q).masked_fill(~counted, 0.0).scatter(-1, top, 0.0 * c)
-    left_out = q.masked_fill(counted, 0.0).sum(-1, keepdim=True)
+    others = (g + c * q).masked_fill(~finite, 0.0).scatter(-1, top, 0.0 * c)
+    left_out = q.masked_fill(finite, 0.0).sum(-1, keepdim=True)
     total = others.sum(-1, keepdim=True) + (c - float(div.name in _G_WITHOUT_Q)) * left_out
-    entries = (others - q * total).masked_fill(~counted, 0.0)
-    peak = top.where(peak_counts, -1)
-    peak_grad = entries.gather(-1, top).where(peak_counts, 0.0)
+    entries = (others - q * total).masked_fill(~finite, 0.0)
+    peak = top.where(peak_finite, -1)
+    peak_grad = entries.gather(-1, top).where(peak_finite, 0.0)
     return _Gradient(entries, *(x.squeeze(-1) for x in (total - c, peak, peak_grad)))
 
 
@@ -200,8 +237,7 @@ class TokenSums(NamedTuple):
 
     d: Tensor
     sum_g: Tensor
-    of_student: Normalizer
-    of_teacher: Normalizer
+    normalizers: Normalizers
     peak: Tensor
     peak_grad: Tensor
 
@@ -214,7 +250,7 @@ def token_sums(
     div = get_divergence(divergence)
     (log_q, of_student), (log_p, of_teacher) = _log_softmax(z_s, tau), _log_softmax(z_t, tau)
     _, sum_g, peak, peak_grad = _gradient(log_p, log_q, div)
-    return TokenSums(_total(log_p, log_q, div), sum_g, of_student, of_teacher, peak, peak_grad)
+    return TokenSums(_total(log_p, log_q, div), sum_g, Normalizers(*of_student, *of_teacher), peak, peak_grad)
 
 
 def token_divergence_grad(
@@ -286,14 +322,14 @@ def adakd_loss(
     if not valid.any():
         return z_s[valid].sum()  # a sum over nothing: 0 with gradient 0, even if a logit is −inf
     z_s, z_t, labels = z_s[valid], z_t[valid], labels[valid]
-    hard = difficulty(z_s.detach(), z_t, labels, measure)
-    k = max(1, math.floor(focus_ratio * len(hard)))  # (3)
-    chosen = hard.sort(descending=True, stable=True).indices[:k]
-    s2 = hard[chosen]
+    of_token = difficulty(z_s.detach(), z_t, labels, measure)
+    k = max(1, math.floor(focus_ratio * len(of_token)))  # (3)
+    selected = of_token.sort(descending=True, stable=True).indices[:k]
+    s2 = of_token[selected]
     m2 = s2.sort().values[(k - 1) // 2]  # (4)
     relative = torch.where(s2 + m2 > 0, (s2 - m2) / (s2 + m2), 0.0)  # (5)
     tau = base_temperature * torch.exp(-temperature_scale * relative)  # (6)
-    loss = (tau**2 * token_divergence(z_s[chosen], z_t[chosen], tau, divergence)).sum() / k  # (7)
+    loss = (tau**2 * token_divergence(z_s[selected], z_t[selected], tau, divergence)).sum() / k  # (7)
     if ce_weight:
         loss = (1 - ce_weight) * loss + ce_weight * cross_entropy(z_s, z_t, labels).mean()
     return loss

@@ -122,7 +122,7 @@ def profile(student: Tensor, teacher: Tensor, divergence: str) -> dict[str, floa
     tau, weight, div = torch.ones(s.shape[:2]), half.float(), get_divergence(divergence)
     args = (div.name, *div.parameters)
     _, *saved = ops.token_divergence(s, t, tau, half, *args)
-    backward = (t, tau, weight, *saved, None, None, None, None, *args)
+    backward = (t, tau, weight, *saved, None, None, None, *args)
     calls = {
         "token_stats": lambda _: ops.token_stats(s, t, every),
         "token_divergence": lambda _: ops.token_divergence(s, t, tau, half, *args),

@@ -34,6 +34,7 @@ from adakd_kernels.divergences import DIVERGENCES, get_divergence
 from adakd_kernels.kernels.token_divergence import token_divergence_bwd, token_divergence_fwd
 from adakd_kernels.kernels.token_stats import token_stats_fwd
 from adakd_kernels.ops.token_divergence import empty_gradient
+from adakd_kernels.reference import GradientCall
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -114,11 +115,13 @@ def launch(kernel: str, divergence: str, student: Tensor, teacher: Tensor, inpla
         out = student if inplace else empty_gradient(student)
         labels = torch.zeros(tokens, dtype=torch.int64, device=student.device)
         with_ce = kernel == "backward_ce"
-        of_ce = number if with_ce else None
-        token_divergence_bwd(
-            student, teacher, out, number, number, number, number, number, number, number, labels, number,
-            labels if with_ce else None, of_ce, of_ce, of_ce, divergence, alpha, beta,
+        normalizers = torch.ones(4, *tokens, dtype=acc, device=student.device)
+        call = GradientCall(
+            student, teacher, number, number, number, normalizers, labels, number,
+            labels if with_ce else None, number if with_ce else None, normalizers if with_ce else None,
+            divergence, alpha, beta,
         )  # fmt: skip
+        token_divergence_bwd(call, out)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -22,7 +23,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Eight = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Two = std::tuple<Tensor, Tensor>;
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 const adakd::Kernels& kernels() {
@@ -57,7 +58,20 @@ Tensor numbers(const Tensor& x, ScalarType type) {
   const Tensor converted = x.scalar_type() == type ? x : torch::stable::to(x, type);
   return torch::stable::contiguous(converted);
 }
+std::optional<Tensor> numbers(const std::optional<Tensor>& x, ScalarType type) {
+  return x.has_value() ? std::optional<Tensor>(numbers(*x, type)) : std::nullopt;
+}
 const void* data_of(const std::optional<Tensor>& x) { return x.has_value() ? x->data_ptr() : nullptr; }
+
+// A (4, B, L) bundle holds max_s, sum_s, max_t and sum_t one after the other, `numbers` of it contiguously.
+Tensor new_bundle(const Tensor& student, const Tensor& mask, ScalarType type) {
+  return torch::stable::new_empty(student, {4, mask.size(0), mask.size(1)}, type);
+}
+adakd::Normalizers normalizers_of(const Tensor& bundle) {
+  char* const first = static_cast<char*>(bundle.data_ptr());
+  const int64_t bytes = bundle.numel() / 4 * bundle.element_size();
+  return {first, first + bytes, first + 2 * bytes, first + 3 * bytes};
+}
 
 adakd::Divergence divergence_of(const std::string& wanted) {
 #define ADAKD_IF_WANTED(Class, name) \
@@ -69,8 +83,8 @@ adakd::Divergence divergence_of(const std::string& wanted) {
                            "missing in python_bindings/core/divergences.h");
 }
 
-// Runs a kernel for every token. Threads take the next token as they finish one: tokens that do not count take no time,
-// and where they lie is up to the data.
+// Runs a kernel for every token. Threads take the next token as they finish one: tokens that are not selected take no
+// time, and where they lie is up to the data.
 template <class Call> void for_each_token(void (*kernel)(const Call&, int64_t), const Call& call, int64_t tokens) {
   constexpr int64_t kEntriesWorthAThread = 1 << 15;
   const int64_t useful = 1 + tokens * call.rows.vocab / kEntriesWorthAThread;
@@ -87,39 +101,37 @@ template <class Call> void for_each_token(void (*kernel)(const Call&, int64_t), 
   }
 }
 
-Five token_stats(const Tensor& student, const Tensor& teacher, const Tensor& mask) {
+Two token_stats(const Tensor& student, const Tensor& teacher, const Tensor& mask) {
   const ScalarType type = accumulation_type(student, teacher);
-  const auto fresh = [&] { return torch::stable::new_empty(student, mask.sizes(), type); };
-  Tensor hellinger = fresh(), max_s = fresh(), sum_s = fresh(), max_t = fresh(), sum_t = fresh();
-  const Tensor counts = torch::stable::contiguous(mask);
-  const adakd::StatsCall call{rows_of(student, teacher),
-                              static_cast<const bool*>(counts.data_ptr()),
-                              hellinger.data_ptr(),
-                              {max_s.data_ptr(), sum_s.data_ptr(), max_t.data_ptr(), sum_t.data_ptr()}};
+  Tensor difficulty = torch::stable::new_empty(student, mask.sizes(), type);
+  Tensor normalizers_1 = new_bundle(student, mask, type);
+  const Tensor valid = torch::stable::contiguous(mask);
+  const adakd::StatsCall call{rows_of(student, teacher), static_cast<const bool*>(valid.data_ptr()),
+                              difficulty.data_ptr(), normalizers_of(normalizers_1)};
   for_each_token(kernels().token_stats, call, mask.numel());
-  return {hellinger, max_s, sum_s, max_t, sum_t};
+  return {difficulty, normalizers_1};
 }
 
-Eight token_divergence(const Tensor& student, const Tensor& teacher, const Tensor& temperature, const Tensor& mask,
-                       const std::string& divergence, double alpha, double beta) {
+Five token_divergence(const Tensor& student, const Tensor& teacher, const Tensor& temperature, const Tensor& mask,
+                      const std::string& divergence, double alpha, double beta) {
   const ScalarType type = accumulation_type(student, teacher);
   const auto fresh = [&] { return torch::stable::new_empty(student, mask.sizes(), type); };
-  Tensor d = fresh(), sum_g = fresh(), max_s = fresh(), sum_s = fresh(), max_t = fresh(), sum_t = fresh();
+  Tensor d = fresh(), sum_g = fresh(), normalizers_tau = new_bundle(student, mask, type);
   Tensor peak = torch::stable::new_empty(student, mask.sizes(), ScalarType::Long), peak_grad = fresh();
-  const Tensor tau = numbers(temperature, type), counts = torch::stable::contiguous(mask);
+  const Tensor tau = numbers(temperature, type), selected = torch::stable::contiguous(mask);
   const adakd::DivergenceCall call{rows_of(student, teacher),
                                    divergence_of(divergence),
                                    alpha,
                                    beta,
                                    tau.data_ptr(),
-                                   static_cast<const bool*>(counts.data_ptr()),
+                                   static_cast<const bool*>(selected.data_ptr()),
                                    d.data_ptr(),
                                    sum_g.data_ptr(),
                                    static_cast<int64_t*>(peak.data_ptr()),
                                    peak_grad.data_ptr(),
-                                   {max_s.data_ptr(), sum_s.data_ptr(), max_t.data_ptr(), sum_t.data_ptr()}};
+                                   normalizers_of(normalizers_tau)};
   for_each_token(kernels().token_divergence, call, mask.numel());
-  return {d, sum_g, max_s, sum_s, max_t, sum_t, peak, peak_grad};
+  return {d, sum_g, normalizers_tau, peak, peak_grad};
 }
 
 // Asks for large pages under memory that is about to be written for the first time: clearing it page by page as it is
@@ -137,22 +149,24 @@ void touch_in_large_pages(const Tensor& x) {
 #endif
 }
 
-void write_gradient(const Tensor& out, const Tensor& student, const Tensor& teacher, const Tensor& temperature,
-                    const Tensor& weight, const Tensor& sum_g, const Tensor& max_s, const Tensor& sum_s,
-                    const Tensor& max_t, const Tensor& sum_t, const Tensor& peak, const Tensor& peak_grad,
-                    const std::optional<Tensor>& labels, const std::optional<Tensor>& ce_weight,
-                    const std::optional<Tensor>& ce_max, const std::optional<Tensor>& ce_sum,
-                    const std::string& divergence, double alpha, double beta) {
+// `adakd::token_divergence_backward`, which returns the gradient, and its twin in place: the arguments are those of
+// `GradientCall` in adakd_kernels/reference.py.
+template <bool kInPlace>
+std::conditional_t<kInPlace, void, Tensor> token_divergence_backward(
+    Tensor student, const Tensor& teacher, const Tensor& temperature, const Tensor& weight, const Tensor& sum_g,
+    const Tensor& normalizers_tau, const Tensor& peak, const Tensor& peak_grad, const std::optional<Tensor>& labels,
+    const std::optional<Tensor>& ce_weight, const std::optional<Tensor>& normalizers_1, const std::string& divergence,
+    double alpha, double beta) {
+  Tensor out = kInPlace ? student : torch::stable::new_empty(student, student.sizes());
+  if constexpr (!kInPlace) touch_in_large_pages(out);
   const ScalarType type = accumulation_type(student, teacher);
-  const auto optional_numbers = [type](const std::optional<Tensor>& x) {
-    return x.has_value() ? std::optional<Tensor>(numbers(*x, type)) : std::nullopt;
-  };
+  // The converted tensors live until the last token is done: the call holds pointers only.
   const Tensor tau = numbers(temperature, type), w = numbers(weight, type), g = numbers(sum_g, type);
-  const Tensor m_s = numbers(max_s, type), l_s = numbers(sum_s, type);
-  const Tensor m_t = numbers(max_t, type), l_t = numbers(sum_t, type);
+  const Tensor of_tau = numbers(normalizers_tau, type);
   const Tensor top = numbers(peak, ScalarType::Long), top_grad = numbers(peak_grad, type);
-  const auto ce_w = optional_numbers(ce_weight), ce_m = optional_numbers(ce_max), ce_l = optional_numbers(ce_sum);
-  const auto ids = labels.has_value() ? std::optional<Tensor>(numbers(*labels, ScalarType::Long)) : std::nullopt;
+  const auto ids = numbers(labels, ScalarType::Long), ce_w = numbers(ce_weight, type);
+  const auto of_1 = numbers(normalizers_1, type);
+  const adakd::Normalizers ce = of_1.has_value() ? normalizers_of(*of_1) : adakd::Normalizers{};
   const adakd::GradientCall call{rows_of(student, teacher),
                                  divergence_of(divergence),
                                  alpha,
@@ -162,38 +176,15 @@ void write_gradient(const Tensor& out, const Tensor& student, const Tensor& teac
                                  tau.data_ptr(),
                                  w.data_ptr(),
                                  g.data_ptr(),
-                                 {m_s.data_ptr(), l_s.data_ptr(), m_t.data_ptr(), l_t.data_ptr()},
+                                 normalizers_of(of_tau),
                                  static_cast<const int64_t*>(top.data_ptr()),
                                  top_grad.data_ptr(),
                                  static_cast<const int64_t*>(data_of(ids)),
                                  data_of(ce_w),
-                                 data_of(ce_m),
-                                 data_of(ce_l)};
+                                 ce.max_s,
+                                 ce.sum_s};
   for_each_token(kernels().token_divergence_backward, call, weight.numel());
-}
-
-Tensor token_divergence_backward(const Tensor& student, const Tensor& teacher, const Tensor& temperature,
-                                 const Tensor& weight, const Tensor& sum_g, const Tensor& max_s, const Tensor& sum_s,
-                                 const Tensor& max_t, const Tensor& sum_t, const Tensor& peak,
-                                 const Tensor& peak_grad, const std::optional<Tensor>& labels,
-                                 const std::optional<Tensor>& ce_weight, const std::optional<Tensor>& ce_max,
-                                 const std::optional<Tensor>& ce_sum, const std::string& divergence, double alpha,
-                                 double beta) {
-  Tensor out = torch::stable::new_empty(student, student.sizes());
-  touch_in_large_pages(out);
-  write_gradient(out, student, teacher, temperature, weight, sum_g, max_s, sum_s, max_t, sum_t, peak, peak_grad,
-                 labels, ce_weight, ce_max, ce_sum, divergence, alpha, beta);
-  return out;
-}
-
-void token_divergence_backward_(Tensor student, const Tensor& teacher, const Tensor& temperature, const Tensor& weight,
-                                const Tensor& sum_g, const Tensor& max_s, const Tensor& sum_s, const Tensor& max_t,
-                                const Tensor& sum_t, const Tensor& peak, const Tensor& peak_grad,
-                                const std::optional<Tensor>& labels, const std::optional<Tensor>& ce_weight,
-                                const std::optional<Tensor>& ce_max, const std::optional<Tensor>& ce_sum,
-                                const std::string& divergence, double alpha, double beta) {
-  write_gradient(student, student, teacher, temperature, weight, sum_g, max_s, sum_s, max_t, sum_t, peak, peak_grad,
-                 labels, ce_weight, ce_max, ce_sum, divergence, alpha, beta);
+  if constexpr (!kInPlace) return out;
 }
 
 }  // namespace
@@ -201,8 +192,8 @@ void token_divergence_backward_(Tensor student, const Tensor& teacher, const Ten
 STABLE_TORCH_LIBRARY_IMPL(adakd, CPU, library) {
   library.impl("token_stats", TORCH_BOX(&token_stats));
   library.impl("token_divergence", TORCH_BOX(&token_divergence));
-  library.impl("token_divergence_backward", TORCH_BOX(&token_divergence_backward));
-  library.impl("token_divergence_backward_", TORCH_BOX(&token_divergence_backward_));
+  library.impl("token_divergence_backward", TORCH_BOX(&token_divergence_backward<false>));
+  library.impl("token_divergence_backward_", TORCH_BOX(&token_divergence_backward<true>));
 }
 
 // For adakd_kernels/ops/native.py and the tests, through ctypes.

@@ -61,8 +61,9 @@ def test_rows_of_every_skew_between_rows_of_nan(vocab, inplace, divergence):
     value.sum().backward()
     assert_close_as_eager(leaf.grad[mask], gradient(eager, plain[0]), gradient(exact, plain[0].double()))
     written = ops.token_divergence_backward(
-        leaf.detach()[None], teacher[None], tau[None].float(), mask[None].float(), *(torch.ones(1, 9),) * 5,
-        torch.zeros(1, 9, dtype=torch.int64), torch.ones(1, 9), None, None, None, None, divergence, 0.1, 0.0,
+        leaf.detach()[None], teacher[None], tau[None].float(), mask[None].float(), torch.ones(1, 9),
+        torch.ones(4, 1, 9), torch.zeros(1, 9, dtype=torch.int64), torch.ones(1, 9), None, None, None,
+        divergence, 0.1, 0.0,
     )[0]  # fmt: skip
     assert torch.equal(written[~mask], torch.zeros(3, vocab, dtype=torch.bfloat16))
 

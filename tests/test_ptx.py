@@ -28,6 +28,7 @@ from adakd_kernels import reference
 from adakd_kernels.divergences import get_divergence
 from adakd_kernels.kernels.token_divergence import token_divergence_bwd, token_divergence_fwd
 from adakd_kernels.kernels.token_stats import token_stats_fwd
+from adakd_kernels.reference import GradientCall, Normalizers
 from instruments import ptx_simulator
 from instruments.compiled import TARGETS, compiling_for
 from instruments.memory import guarded
@@ -79,34 +80,39 @@ def pair(vocab, dtype, teacher_dtype=None, teacher_vocab=None, batch=1, length=3
 
 def stats(student, teacher, mask):
     """Difficulty and the logarithms of both normalisers of the valid tokens: kernel, eager, exact."""
-    h, max_s, sum_s, max_t, sum_t = token_stats_fwd(student, teacher, mask)
-    assert torch.equal(h[~mask], torch.zeros_like(h[~mask]))
-    s, t = student.to(h.dtype), teacher.to(h.dtype)
+    difficulty, normalizers_1 = token_stats_fwd(student, teacher, mask)
+    of = Normalizers.of(normalizers_1)
+    assert torch.equal(difficulty[~mask], torch.zeros_like(difficulty[~mask]))
+    s, t = student.to(difficulty.dtype), teacher.to(difficulty.dtype)
     vocab = min(s.shape[-1], t.shape[-1])
     s, t = s[..., :vocab], t[..., :vocab]
     return [
-        (h[mask], reference.squared_hellinger(s, t)[mask], reference.squared_hellinger(s.double(), t.double())[mask]),
-        ((max_s + sum_s.log())[mask], s.logsumexp(-1)[mask], s.double().logsumexp(-1)[mask]),
-        ((max_t + sum_t.log())[mask], t.logsumexp(-1)[mask], t.double().logsumexp(-1)[mask]),
+        (
+            difficulty[mask],
+            reference.squared_hellinger(s, t)[mask],
+            reference.squared_hellinger(s.double(), t.double())[mask],
+        ),
+        ((of.max_s + of.sum_s.log())[mask], s.logsumexp(-1)[mask], s.double().logsumexp(-1)[mask]),
+        ((of.max_t + of.sum_t.log())[mask], t.logsumexp(-1)[mask], t.double().logsumexp(-1)[mask]),
     ]
 
 
 def forward_and_backward(student, teacher, mask, divergence, with_ce=False, inplace=False):
-    """Divergence and gradient: kernel, eager, exact. The masked tokens have weight 0; one of them counts for CE."""
+    """Divergence and gradient: kernel, eager, exact. The masked tokens have weight 0, but a weight of CE."""
     div = get_divergence(divergence)
     tau, weight = temperatures(*mask.shape), torch.linspace(-1.0, 2.0, mask.numel()).view(mask.shape) * mask
     d, *saved = token_divergence_fwd(student, teacher, tau, mask, div.name, *div.parameters)
     s, t = student.clone(), teacher.clone()
     labels = tokens(min(s.shape[-1], t.shape[-1]), *mask.shape)
     ce_weight = torch.linspace(0.5, 1.5, mask.numel()).view(mask.shape)
-    cross_entropy = (None,) * 4
+    cross_entropy = (None,) * 3
     if with_ce:
-        vocab = min(s.shape[-1], t.shape[-1])
-        ce_max = s[..., :vocab].amax(-1).to(d.dtype)
-        ce_sum = (s[..., :vocab].to(d.dtype) - ce_max.unsqueeze(-1)).exp().sum(-1)
-        cross_entropy = (labels, ce_weight, ce_max, ce_sum)
+        both = reference.common_vocabulary(s, t)
+        normalizers_1 = torch.stack([x for z in both for x in reference.normalizer(z)])
+        cross_entropy = (labels, ce_weight, normalizers_1)
     out = student if inplace else torch.full_like(student, torch.nan)
-    token_divergence_bwd(student, teacher, out, tau, weight, *saved, *cross_entropy, div.name, *div.parameters)
+    args = (tau, weight, *saved, *cross_entropy, div.name, *div.parameters)
+    token_divergence_bwd(GradientCall(student, teacher, *args), out)
 
     def gradient(z_s, z_t):
         grad = torch.zeros_like(z_s, dtype=torch.promote_types(z_s.dtype, torch.float32))

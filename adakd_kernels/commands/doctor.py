@@ -113,13 +113,12 @@ def _inputs(device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor, Tens
 
 def _check_token_stats(device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     (s, t, *_), (s64, t64, *_) = _inputs(device)
-    difficulty, max_s, sum_s, max_t, sum_t = ops.token_stats(
-        s, t, torch.ones(s.shape[:2], dtype=torch.bool, device=device)
-    )
+    difficulty, normalizers_1 = ops.token_stats(s, t, torch.ones(s.shape[:2], dtype=torch.bool, device=device))
+    of = reference.Normalizers.of(normalizers_1)
     s, s64 = s[..., :1000], s64[..., :1000]
     yield difficulty, reference.squared_hellinger(s, t), reference.squared_hellinger(s64, t64)
-    yield max_s + sum_s.log(), s.logsumexp(-1), s64.logsumexp(-1)
-    yield max_t + sum_t.log(), t.logsumexp(-1), t64.logsumexp(-1)
+    yield of.max_s + of.sum_s.log(), s.logsumexp(-1), s64.logsumexp(-1)
+    yield of.max_t + of.sum_t.log(), t.logsumexp(-1), t64.logsumexp(-1)
 
 
 def _check_token_divergence(device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -144,7 +143,7 @@ def _gradients(device: torch.device, inplace: bool) -> Iterator[tuple[Tensor, Te
     for name, cls in DIVERGENCES.items():
         args = (name, *cls().parameters)
         saved = ops.token_divergence(s, t, tau, mask, *args)[1:]
-        inputs = (t, tau, weight, *saved, None, None, None, None, *args)
+        inputs = (t, tau, weight, *saved, None, None, None, *args)
         if inplace:
             computed = s.clone()
             ops.token_divergence_backward_(computed, *inputs)

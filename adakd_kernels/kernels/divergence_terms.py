@@ -84,6 +84,7 @@ def divergence_terms(log_q, log_p, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr
         return 0.0, -0.5 * root_q * tl.exp2(0.5 * log_p), root_q * root_q
     elif DIVERGENCE == "alpha_beta":
         q_above = gap > 0.0
+        # The larger of p and q to the power α + β is taken out; p_ab, q_ab and mixed are the powers relative to it.
         scale = tl.exp2((ALPHA + BETA) * tl.where(q_above, log_q, log_p))
         low = tl.exp2(-(ALPHA + BETA) * tl.abs(gap))
         mixed = tl.exp2(tl.where(q_above, -ALPHA * gap, BETA * gap))
@@ -93,6 +94,7 @@ def divergence_terms(log_q, log_p, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr
         return f, scale * (q_ab - mixed) * (1.0 / ALPHA), tl.exp2(log_q)
     else:
         q_above = gap > 0.0
+        # p = top·r_p and q = top·r_q; one of r_p and r_q is exactly 1.
         top = tl.exp2(tl.where(q_above, log_q, log_p))
         low = tl.exp2(-tl.abs(gap))
         r_p = tl.where(q_above, low, 1.0)
@@ -139,6 +141,7 @@ def peak_terms(log_l, gap, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr, BETA: 
     """
     q = tl.exp2(-log_l)
     q_above = gap > 0.0
+    # `top` is the larger of p and q, and `away` is 1 − (the smaller)/(the larger).
     log_top = -log_l - tl.where(q_above, 0.0, gap)
     away = one_minus_exp2(tl.abs(gap))
     top = tl.where(q_above, q, q * tl.exp2(-gap))
@@ -153,15 +156,15 @@ def peak_terms(log_l, gap, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr, BETA: 
         g = scale * tl.where(q_above, one, one - all_)
         return f * (1.0 / (ALPHA * BETA * (ALPHA + BETA))), g * (-1.0 / ALPHA) / q, q
     elif DIVERGENCE == "jensen_shannon" or DIVERGENCE == "skew_forward_kl" or DIVERGENCE == "skew_reverse_kl":
-        # The share of p in the mixture.
+        # The weight of p in the mixture.
         WEIGHT: tl.constexpr = BETA if DIVERGENCE == "jensen_shannon" else (
             ALPHA if DIVERGENCE == "skew_forward_kl" else 1.0 - ALPHA
         )  # fmt: skip
-        # m over the larger of p and q is 1 less a share; where little is left, from its parts.
-        share = tl.where(q_above, WEIGHT * away, (1.0 - WEIGHT) * away)
+        # m over the larger of p and q is 1 − lost; where that cancels, its logarithm is taken from its parts.
+        lost = tl.where(q_above, WEIGHT * away, (1.0 - WEIGHT) * away)
         low = tl.exp2(-tl.abs(gap))
         parts = tl.where(q_above, WEIGHT * low + (1.0 - WEIGHT), (1.0 - WEIGHT) * low + WEIGHT)
-        log_mix = tl.where(share < 0.5, log2_1p(-share), tl.log2(parts))
+        log_mix = tl.where(lost < 0.5, log2_1p(-lost), tl.log2(parts))
         p_term = LN2 * (tl.minimum(-gap, 0.0, propagate_nan=tl.PropagateNan.ALL) - log_mix)
         q_term = LN2 * (tl.minimum(gap, 0.0, propagate_nan=tl.PropagateNan.ALL) - log_mix)
         p = tl.where(q_above, q * tl.exp2(-gap), top)

@@ -1,8 +1,10 @@
 """The gradient of `token_divergence` in the student's logits: equation (10).
 
-Rebuilds p and q from the two normalisers; reads 2U of the rows that count, writes 1U, in place if asked. U is one pass
+Rebuilds p and q from the normalisers; reads 2U of the rows with a weight, writes 1U, in place if asked. U is one pass
 over an N x V tensor.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -10,10 +12,12 @@ import triton.language as tl
 from .divergence_terms import divergence_terms
 from .rows import (
     LOG2E,
+    Rows,
     edge_entries,
     edge_start,
     exponent_scale,
     inside,
+    load_normalizers,
     load_tile,
     log2_mass,
     lowest,
@@ -24,74 +28,140 @@ from .rows import (
 )
 
 
+class Token(NamedTuple):
+    """The numbers of one token that its gradient needs."""
+
+    weight: tl.tensor  # gradient of the loss in D, over τ
+    sum_g: tl.tensor  # Σg
+    m_s: tl.tensor  # maxima and c = log2 l at temperature τ
+    c_s: tl.tensor
+    m_t: tl.tensor
+    c_t: tl.tensor
+    peak: tl.tensor  # (LANES,) offset of the student's peak, less that of a lane's first entry in the first tile
+    peak_grad: tl.tensor  # gradient there
+    label: tl.tensor  # (LANES,) as the peak
+    ce_weight: tl.tensor  # gradient of the loss in the cross-entropy
+    m_1: tl.tensor  # the student's maximum and c at temperature 1
+    c_1: tl.tensor
+
+
 @triton.jit
 def write_grad(
-    S, T, Grad, start, skew, scale, weight, sum_g, m_s, c_s, m_t, c_t, peak, peak_grad, label, ce_weight, ce_max, ce_c,
-    V: tl.constexpr, VS: tl.constexpr, SKEWED: tl.constexpr, EDGE: tl.constexpr, DIVERGENCE: tl.constexpr,
-    ALPHA: tl.constexpr, BETA: tl.constexpr, WITH_CE: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
+    Grad,  # pointer to the gradient's aligned entry at or before the row's first
+    rows,
+    start,
+    token,
+    VS: tl.constexpr,  # entries of the student's vocabulary
+    EDGE: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
+    WITH_CE: tl.constexpr,
+):
     """(10) for a tile: weight/τ·(g − q Σg), 0 where either side is −inf; plus the gradient of the cross-entropy.
 
     At the student's peak the difference may cancel, so that there the forward's own result takes its place.
     """
-    offs_v = tile_offsets(start, LANES, VEC)
-    s = load_tile(S, start, skew, V, SKEWED, EDGE, LANES, VEC, ACC)
-    t = load_tile(T, start, skew, V, SKEWED, EDGE, LANES, VEC, ACC)
-    log_q = log2_mass(s, m_s, c_s, scale)
-    log_p = log2_mass(t, m_t, c_t, scale)
+    offs_v = tile_offsets(start, rows.LANES, rows.VEC)
+    s = load_tile(rows.S, start, rows, EDGE)
+    t = load_tile(rows.T, start, rows, EDGE)
+    log_q = log2_mass(s, token.m_s, token.c_s, rows.scale)
+    log_p = log2_mass(t, token.m_t, token.c_t, rows.scale)
     _, g, q = divergence_terms(log_q, log_p, DIVERGENCE, ALPHA, BETA)
-    kept = (s != -float("inf")) & (t != -float("inf"))
-    grad = tl.where(kept, weight * (g - q * sum_g), 0.0)
-    entry = tl.arange(0, VEC)[None, :]
-    at_peak = (peak - start)[:, None] == entry
-    grad = tl.where(at_peak, peak_grad, grad)
+    finite = (s != -float("inf")) & (t != -float("inf"))
+    grad = tl.where(finite, token.weight * (g - q * token.sum_g), 0.0)
+    entry = tl.arange(0, rows.VEC)[None, :]
+    at_peak = (token.peak - start)[:, None] == entry
+    grad = tl.where(at_peak, token.peak_grad, grad)
     if WITH_CE:
-        grad = tl.where(weight != 0.0, grad, 0.0)  # the token may count for the cross-entropy alone
-        q_1 = tl.exp2((s - ce_max) * LOG2E - ce_c)
-        grad_ce = ce_weight * (q_1 - tl.where((label - start)[:, None] == entry, 1.0, 0.0))
+        # A token without a weight of D has no normalisers at τ either, and what stands in their place may give NaN.
+        grad = tl.where(token.weight != 0.0, grad, 0.0)
+        q_1 = tl.exp2((s - token.m_1) * LOG2E - token.c_1)
+        grad_ce = token.ce_weight * (q_1 - tl.where((token.label - start)[:, None] == entry, 1.0, 0.0))
         if EDGE:  # a weight that is NaN is seen in the common vocabulary, and nowhere else
-            grad_ce = tl.where(inside(offs_v, skew, V, SKEWED), grad_ce, 0.0)
+            grad_ce = tl.where(inside(offs_v, rows.skew, rows.V, rows.SKEWED), grad_ce, 0.0)
         grad += grad_ce
     grad = grad.to(Grad.dtype.element_ty)
     if EDGE:
-        tl.store(Grad + offs_v, grad, mask=inside(offs_v, skew, VS, SKEWED))
+        tl.store(Grad + offs_v, grad, mask=inside(offs_v, rows.skew, VS, rows.SKEWED))
     else:
         tl.store(Grad + offs_v, grad)
 
 
+@triton.jit
+def write_row(
+    Grad,  # as in `write_grad`
+    rows,
+    token,
+    VS: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
+    WITH_CE: tl.constexpr,
+):
+    """`write_grad` for every tile of a row of VS entries."""
+    STEP: tl.constexpr = rows.LANES * rows.VEC
+    for i in range(0, edge_entries(rows.V, VS, STEP, rows.SKEWED), STEP):
+        start = edge_start(i, rows.V, STEP, rows.SKEWED)
+        write_grad(Grad, rows, start, token, VS, True, DIVERGENCE, ALPHA, BETA, WITH_CE)
+    for start in range(whole_steps(rows.V, STEP, rows.SKEWED)[0], whole_steps(rows.V, STEP, rows.SKEWED)[1], STEP):
+        write_grad(Grad, rows, start, token, VS, False, DIVERGENCE, ALPHA, BETA, WITH_CE)
+
+
 @triton.jit(do_not_specialize=["L", "stride_sb", "stride_sl", "stride_tb", "stride_tl", "stride_gb", "stride_gl"])
 def token_divergence_bwd_kernel(
-    S, T, Grad,                              # (B, L, Vs), (B, L, Vt) logits; (B, L, Vs) result, may be S
-    Tau, Weight, SumG,                       # (B·L,) temperature, upstream gradient of D, Σg, in ACC
-    MaxS, SumS, MaxT, SumT,                  # (B·L,) normalisers at temperature τ
-    Peak, PeakGrad,                          # (B·L,) place of the student's peak or −1, τ·∂D/∂zˢ there
-    Label, CeWeight, CeMax, CeSum,           # (B·L,) label, upstream gradient of the cross-entropy, normaliser at 1
-    L, stride_sb, stride_sl, unit_s, stride_tb, stride_tl, unit_t, stride_gb, stride_gl, unit_g,
-    V: tl.constexpr, VS: tl.constexpr, SKEWED: tl.constexpr, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr,
-    BETA: tl.constexpr, WITH_CE: tl.constexpr, ACC: tl.constexpr,
-    LANES: tl.constexpr, VEC: tl.constexpr,
-):  # fmt: skip
+    S,  # (B, L, Vs) logits
+    T,  # (B, L, Vt)
+    Grad,  # (B, L, Vs) result, may be S
+    Tau,  # (B·L,) temperature, in ACC
+    Weight,  # (B·L,) gradient of the loss in D, in ACC
+    SumG,  # (B·L,) Σg, in ACC
+    NormalizersTau,  # (4, B·L) at temperature τ, in ACC
+    Peak,  # (B·L,) int64, place of the student's peak or −1
+    PeakGrad,  # (B·L,) τ·∂D/∂zˢ there, in ACC
+    Label,  # (B·L,), or None as the next two
+    CeWeight,  # (B·L,) gradient of the loss in the cross-entropy, in ACC
+    Normalizers1,  # (4, B·L) at temperature 1, in ACC
+    L,
+    stride_sb,  # distances of two batches and of two tokens, in units
+    stride_sl,
+    unit_s,  # entries
+    stride_tb,
+    stride_tl,
+    unit_t,
+    stride_gb,
+    stride_gl,
+    unit_g,
+    V: tl.constexpr,  # entries of the common vocabulary
+    VS: tl.constexpr,  # entries of the student's
+    SKEWED: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
+    WITH_CE: tl.constexpr,
+    ACC: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+):
     n = tl.program_id(0)
     start_s, skew = row_start(n, L, stride_sb, stride_sl, unit_s, SKEWED)
     start_t, _ = row_start(n, L, stride_tb, stride_tl, unit_t, SKEWED)
     start_g, _ = row_start(n, L, stride_gb, stride_gl, unit_g, SKEWED)
-    S += start_s
-    T += start_t
     Grad += start_g
-    STEP: tl.constexpr = LANES * VEC
     weight = tl.load(Weight + n)
     label = -1
     ce_weight = tl.full((), 0.0, ACC)
-    ce_max = ce_weight
-    ce_c = ce_weight
+    m_1 = ce_weight
+    c_1 = ce_weight
     if WITH_CE:
         label = tl.load(Label + n)
         label = tl.where((label >= 0) & (label < V), label + skew, -1).to(tl.int32)
         ce_weight = tl.load(CeWeight + n)
-        # A token that does not count for the cross-entropy has no normaliser: below this one no logit has a mass.
-        ce_max = tl.where(ce_weight != 0.0, tl.load(CeMax + n), -lowest(ACC))
-        ce_c = tl.where(ce_weight != 0.0, tl.log2(tl.load(CeSum + n)), -lowest(ACC))
+        of_1 = load_normalizers(Normalizers1, n)
+        # A token without a weight of the cross-entropy may have no normaliser: relative to the largest number in its
+        # place, no logit has a mass.
+        m_1 = tl.where(ce_weight != 0.0, of_1.m_s, -lowest(ACC))
+        c_1 = tl.where(ce_weight != 0.0, tl.log2(of_1.l_s), -lowest(ACC))
     if (weight == 0.0) & (ce_weight == 0.0):
         store_zeros(Grad, skew, VS, SKEWED, LANES, VEC)
         return
@@ -100,23 +170,14 @@ def token_divergence_bwd_kernel(
     weight = weight / tau
     peak = tl.load(Peak + n)
     peak = tl.where(peak >= 0, peak + skew, -1).to(tl.int32)
-    peak_grad = weight * tl.load(PeakGrad + n)
-    sum_g = tl.load(SumG + n)
-    m_s = tl.load(MaxS + n)
-    m_t = tl.load(MaxT + n)
-    c_s = tl.log2(tl.load(SumS + n))
-    c_t = tl.log2(tl.load(SumT + n))
-    # Counted from a lane's first entry of a tile, so that those of its entries are constants to compare with.
-    peak -= tl.arange(0, LANES) * VEC
-    label -= tl.arange(0, LANES) * VEC
-    for i in range(0, edge_entries(V, VS, STEP, SKEWED), STEP):
-        start = edge_start(i, V, STEP, SKEWED)
-        write_grad(
-            S, T, Grad, start, skew, scale, weight, sum_g, m_s, c_s, m_t, c_t, peak, peak_grad,
-            label, ce_weight, ce_max, ce_c, V, VS, SKEWED, True, DIVERGENCE, ALPHA, BETA, WITH_CE, LANES, VEC, ACC,
-        )  # fmt: skip
-    for start in range(whole_steps(V, STEP, SKEWED)[0], whole_steps(V, STEP, SKEWED)[1], STEP):
-        write_grad(
-            S, T, Grad, start, skew, scale, weight, sum_g, m_s, c_s, m_t, c_t, peak, peak_grad,
-            label, ce_weight, ce_max, ce_c, V, VS, SKEWED, False, DIVERGENCE, ALPHA, BETA, WITH_CE, LANES, VEC, ACC,
-        )  # fmt: skip
+    of_tau = load_normalizers(NormalizersTau, n)
+    # Relative to a lane's first entry of a tile, so that a lane compares places with the constants 0 to VEC − 1.
+    first = tl.arange(0, LANES) * VEC
+    token = Token(
+        weight, tl.load(SumG + n), of_tau.m_s, tl.log2(of_tau.l_s), of_tau.m_t, tl.log2(of_tau.l_t),
+        peak - first, weight * tl.load(PeakGrad + n), label - first, ce_weight, m_1, c_1,
+    )  # fmt: skip
+    write_row(
+        Grad, Rows(S + start_s, T + start_t, skew, scale, V, SKEWED, 1, LANES, VEC), token,
+        VS, DIVERGENCE, ALPHA, BETA, WITH_CE,
+    )  # fmt: skip

@@ -3,38 +3,55 @@
 Logarithms are to base 2 until the results are returned.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from .peak import find_peak, lane_with_peak, load_rest_of_lane
+from .peak import TokenResult, find_peak, lane_with_peak, load_rest_of_lane
 from .rows import (
     LN2,
     UNIT,
+    Normalizers,
     below,
     edge_entries,
     edge_start,
-    finite,
     load_tile,
     log2_1p,
     log2_mass,
     lowest,
+    saturated,
     shrink,
     whole_steps,
 )
 
 
+class KlSums(NamedTuple):
+    """The running sums of every lane for both KL divergences, (LANES,) each, unnormalised.
+
+    x and y are the differences of a logit to its row's maximum, by `below`.
+    """
+
+    l_s: tl.tensor  # Σ 2^(x·scale)
+    l_t: tl.tensor  # Σ 2^(y·scale)
+    keep_s: tl.tensor  # Σ q over the finite entries
+    keep_t: tl.tensor  # Σ p over them
+    gap_s: tl.tensor  # Σ q·(x − y)
+    gap_t: tl.tensor  # Σ p·(y − x)
+
+
 @triton.jit
-def move_maxima(f_s, f_t, m_s, m_t, new_s, new_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t):
-    """The sums of `fold_kl` below new maxima, where masses shrink by f: a gap moves by its mass times that of x − y."""
+def move_maxima(f_s, f_t, m_s, m_t, new_s, new_t, sums):
+    """`KlSums` below new maxima, where masses shrink by f: a gap moves by its mass times the change of x − y."""
     moved = below(m_s, new_s) - below(m_t, new_t)
-    gap_s = (gap_s + keep_s * moved) * f_s
-    gap_t = (gap_t - keep_t * moved) * f_t
-    return l_s * f_s, l_t * f_t, keep_s * f_s, keep_t * f_t, gap_s, gap_t
+    gap_s = (sums.gap_s + sums.keep_s * moved) * f_s
+    gap_t = (sums.gap_t - sums.keep_t * moved) * f_t
+    return KlSums(sums.l_s * f_s, sums.l_t * f_t, sums.keep_s * f_s, sums.keep_t * f_t, gap_s, gap_t)
 
 
 @triton.jit
-def add_kl(s, t, scale, m_s, m_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t):
-    """The sums of `fold_kl` with those of a tile, below maxima that broadcast with it."""
+def add_kl(s, t, scale, m_s, m_t, sums):
+    """`KlSums` with those of a tile, below maxima that broadcast with it."""
     x = below(s, m_s)
     y = below(t, m_t)
     a = tl.exp2(x * scale)
@@ -43,128 +60,108 @@ def add_kl(s, t, scale, m_s, m_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t):
     FLOOR: tl.constexpr = 2.0 * UNIT * lowest(s.dtype)
     x = tl.maximum(x, FLOOR, propagate_nan=tl.PropagateNan.ALL)
     y = tl.maximum(y, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    # (LANES, VEC) masses of the finite entries: a is 0 where s is −inf already.
     a_kept = tl.where(t != -float("inf"), a, 0.0)
     b_kept = tl.where(s != -float("inf"), b, 0.0)
-    gap_s += tl.sum(a_kept * (x - y), 1)
-    gap_t += tl.sum(b_kept * (y - x), 1)
-    keep_s += tl.sum(a_kept, 1)
-    keep_t += tl.sum(b_kept, 1)
-    return l_s + tl.sum(a, 1), l_t + tl.sum(b, 1), keep_s, keep_t, gap_s, gap_t
+    return KlSums(
+        sums.l_s + tl.sum(a, 1),
+        sums.l_t + tl.sum(b, 1),
+        sums.keep_s + tl.sum(a_kept, 1),
+        sums.keep_t + tl.sum(b_kept, 1),
+        sums.gap_s + tl.sum(a_kept * (x - y), 1),
+        sums.gap_t + tl.sum(b_kept * (y - x), 1),
+    )
 
 
 @triton.jit
-def fold_kl(
-    S, T, start, skew, scale, m_s, m_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t, V: tl.constexpr, SKEWED: tl.constexpr,
-    EDGE: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """A step of every lane's normalisers and, for both KL divergences, mass and summed log-ratio of what counts.
-
-    keep_s = Σ q and keep_t = Σ p over the entries that are −inf on no side, gap_s = Σ q·(x − y) and gap_t = Σ p·(y −
-    x), all unnormalised, x and y the logits' differences to their maxima by `below`. The compiler removes the sums that
-    DIVERGENCE does not use.
-    """
-    s = load_tile(S, start, skew, V, SKEWED, EDGE, LANES, VEC, ACC)
-    t = load_tile(T, start, skew, V, SKEWED, EDGE, LANES, VEC, ACC)
+def fold_kl(rows, start, m_s, m_t, sums, EDGE: tl.constexpr):
+    """(m_s, m_t, `KlSums`) after one more step. The compiler removes sums that DIVERGENCE does not use."""
+    s = load_tile(rows.S, start, rows, EDGE)
+    t = load_tile(rows.T, start, rows, EDGE)
     new_s = tl.maximum(m_s, tl.max(s, 1))
     new_t = tl.maximum(m_t, tl.max(t, 1))
-    if TILES == 2:
-        s_2 = load_tile(S, start + LANES * VEC, skew, V, SKEWED, EDGE, LANES, VEC, ACC)
-        t_2 = load_tile(T, start + LANES * VEC, skew, V, SKEWED, EDGE, LANES, VEC, ACC)
+    if rows.TILES == 2:
+        s_2 = load_tile(rows.S, start + rows.LANES * rows.VEC, rows, EDGE)
+        t_2 = load_tile(rows.T, start + rows.LANES * rows.VEC, rows, EDGE)
         new_s = tl.maximum(new_s, tl.max(s_2, 1))
         new_t = tl.maximum(new_t, tl.max(t_2, 1))
-    f_s = tl.exp2(below(m_s, new_s) * scale)
-    f_t = tl.exp2(below(m_t, new_t) * scale)
-    l_s, l_t, keep_s, keep_t, gap_s, gap_t = move_maxima(
-        f_s, f_t, m_s, m_t, new_s, new_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t
-    )
-    l_s, l_t, keep_s, keep_t, gap_s, gap_t = add_kl(
-        s, t, scale, new_s[:, None], new_t[:, None], l_s, l_t, keep_s, keep_t, gap_s, gap_t
-    )
-    if TILES == 2:
-        l_s, l_t, keep_s, keep_t, gap_s, gap_t = add_kl(
-            s_2, t_2, scale, new_s[:, None], new_t[:, None], l_s, l_t, keep_s, keep_t, gap_s, gap_t
-        )
-    return new_s, new_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t
+    f_s = tl.exp2(below(m_s, new_s) * rows.scale)
+    f_t = tl.exp2(below(m_t, new_t) * rows.scale)
+    sums = move_maxima(f_s, f_t, m_s, m_t, new_s, new_t, sums)
+    sums = add_kl(s, t, rows.scale, new_s[:, None], new_t[:, None], sums)
+    if rows.TILES == 2:
+        sums = add_kl(s_2, t_2, rows.scale, new_s[:, None], new_t[:, None], sums)
+    return new_s, new_t, sums
 
 
 @triton.jit
-def sweep_kl(
-    S, T, skew, scale, share, V: tl.constexpr, SKEWED: tl.constexpr, DIVERGENCE: tl.constexpr,
-    TILES: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """(m_s, m_t, l_s, l_t, D, Σg, peak, its logit in t, gradient there): forward KL, reverse KL or their sum."""
-    STEP: tl.constexpr = TILES * LANES * VEC
-    zero = tl.zeros((LANES,), ACC)
-    m_s = tl.full((LANES,), lowest(ACC), ACC)
-    m_t = m_s
-    l_s = zero
-    l_t = zero
-    keep_s = zero
-    keep_t = zero
-    gap_s = zero
-    gap_t = zero
-    for i in range(0, edge_entries(V, V, STEP, SKEWED), STEP):
-        m_s, m_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t = fold_kl(
-            S, T, edge_start(i, V, STEP, SKEWED), skew, scale, m_s, m_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t,
-            V, SKEWED, True, TILES, LANES, VEC, ACC,
-        )  # fmt: skip
-    for start in range(whole_steps(V, STEP, SKEWED)[0], whole_steps(V, STEP, SKEWED)[1], STEP):
-        m_s, m_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t = fold_kl(
-            S, T, start, skew, scale, m_s, m_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t,
-            V, SKEWED, False, TILES, LANES, VEC, ACC,
-        )  # fmt: skip
-    new_s, lane = lane_with_peak(m_s, l_s)
-    new_t = tl.max(m_t, 0)
-    f_s = shrink(m_s, new_s, scale, share)
-    f_t = shrink(m_t, new_t, scale, share)
-    l_s, l_t, keep_s, keep_t, gap_s, gap_t = move_maxima(
-        f_s, f_t, m_s, m_t, new_s, new_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t
+def only(chosen, sums):
+    """`KlSums` of the chosen lanes, 0 in the others."""
+    return KlSums(
+        tl.where(chosen, sums.l_s, 0.0),
+        tl.where(chosen, sums.l_t, 0.0),
+        tl.where(chosen, sums.keep_s, 0.0),
+        tl.where(chosen, sums.keep_t, 0.0),
+        tl.where(chosen, sums.gap_s, 0.0),
+        tl.where(chosen, sums.gap_t, 0.0),
     )
-    # From here on the sums are over the entries beside the peak: those of its lane are taken anew.
-    peak, t_peak = find_peak(S, T, new_s, lane, skew, V, SKEWED, LANES, VEC, ACC)
-    other = tl.arange(0, LANES) != lane
-    l_s = tl.where(other, l_s, 0.0)
-    l_t = tl.where(other, l_t, 0.0)
-    keep_s = tl.where(other, keep_s, 0.0)
-    keep_t = tl.where(other, keep_t, 0.0)
-    gap_s = tl.where(other, gap_s, 0.0)
-    gap_t = tl.where(other, gap_t, 0.0)
-    start = lane * VEC
-    while start < V + skew:
-        s, t = load_rest_of_lane(S, T, start, peak, skew, V, SKEWED, LANES, VEC, ACC)
-        l_s, l_t, keep_s, keep_t, gap_s, gap_t = add_kl(
-            s, t, scale, new_s, new_t, l_s, l_t, keep_s, keep_t, gap_s, gap_t
-        )
-        start += LANES * LANES * VEC
+
+
+@triton.jit
+def sweep_kl(rows, rounding, DIVERGENCE: tl.constexpr):
+    """(`Normalizers`, `TokenResult`) of a row: forward KL, reverse KL or their sum; `rounding` is that of its scale."""
+    STEP: tl.constexpr = rows.TILES * rows.LANES * rows.VEC
+    zero = tl.zeros((rows.LANES,), rows.scale.dtype)
+    lane_m_s = tl.full((rows.LANES,), lowest(rows.scale.dtype), rows.scale.dtype)
+    lane_m_t = lane_m_s
+    sums = KlSums(zero, zero, zero, zero, zero, zero)
+    for i in range(0, edge_entries(rows.V, rows.V, STEP, rows.SKEWED), STEP):
+        start = edge_start(i, rows.V, STEP, rows.SKEWED)
+        lane_m_s, lane_m_t, sums = fold_kl(rows, start, lane_m_s, lane_m_t, sums, True)
+    for start in range(whole_steps(rows.V, STEP, rows.SKEWED)[0], whole_steps(rows.V, STEP, rows.SKEWED)[1], STEP):
+        lane_m_s, lane_m_t, sums = fold_kl(rows, start, lane_m_s, lane_m_t, sums, False)
+    m_s, lane = lane_with_peak(lane_m_s, sums.l_s)
+    m_t = tl.max(lane_m_t, 0)
+    f_s = shrink(lane_m_s, m_s, rows.scale, rounding)
+    f_t = shrink(lane_m_t, m_t, rows.scale, rounding)
+    sums = move_maxima(f_s, f_t, lane_m_s, lane_m_t, m_s, m_t, sums)
+    peak, t_peak = find_peak(rows, m_s, lane)
+    # From here on the sums are over the entries beside the peak: those of its lane are computed anew.
+    sums = only(tl.arange(0, rows.LANES) != lane, sums)
+    start = lane * rows.VEC
+    while start < rows.V + rows.skew:
+        s, t = load_rest_of_lane(rows, start, peak)
+        sums = add_kl(s, t, rows.scale, m_s, m_t, sums)
+        start += rows.LANES * rows.LANES * rows.VEC
+    finite = t_peak != -float("inf")
+    y = tl.maximum(below(t_peak, m_t), 2.0 * UNIT * lowest(rows.scale.dtype), propagate_nan=tl.PropagateNan.ALL)
+    b = shrink(t_peak, m_t, rows.scale, rounding)
+    y = tl.where(finite, y, 0.0)
     # With c = −g/q of the peak, g + c·q is 0 there, and the gradient is −q·S, S = Σ (g + c·q) over the others. What
     # cancels in S does so in every lane, before the lanes' sums are rounded.
-    counts = t_peak != -float("inf")
-    y = tl.maximum(below(t_peak, new_t), 2.0 * UNIT * lowest(ACC), propagate_nan=tl.PropagateNan.ALL)
-    b = shrink(t_peak, new_t, scale, share)
-    y = tl.where(counts, y, 0.0)
-    gap_s = tl.sum(gap_s + keep_s * y, 0)
-    gap_t = tl.sum(gap_t, 0)
-    forward_rest = tl.sum(b * l_s - keep_t, 0)
-    tail_s = tl.sum(l_s, 0)
-    tail_t = tl.sum(l_t, 0)
-    keep_s = tl.sum(keep_s, 0)
-    keep_t = tl.sum(keep_t, 0)
+    gap_s = tl.sum(sums.gap_s + sums.keep_s * y, 0)
+    gap_t = tl.sum(sums.gap_t, 0)
+    forward_rest = tl.sum(b * sums.l_s - sums.keep_t, 0)
+    tail_s = tl.sum(sums.l_s, 0)
+    tail_t = tl.sum(sums.l_t, 0)
+    keep_s = tl.sum(sums.keep_s, 0)
+    keep_t = tl.sum(sums.keep_t, 0)
     # A student without finite entries has no mass; the peak of any other one has unnormalised mass 1.
-    found = peak < V + skew
+    found = peak < rows.V + rows.skew
     l_s = tail_s + tl.where(found, 1.0, 0.0)
     l_t = tail_t + b
     some_s = tl.where(l_s == 0.0, 1.0, l_s)
     some_t = tl.where(l_t == 0.0, 1.0, l_t)
-    q = tl.where(counts, 1.0 / some_s, 0.0)
+    q = tl.where(finite, 1.0 / some_s, 0.0)
     log_ratio = tl.where(b == 1.0, log2_1p(tail_t), tl.log2(some_t)) - log2_1p(tail_s)
-    gap = log_ratio - log2_mass(t_peak, new_t, 0.0, scale)  # log2(q/p) of the peak
-    gap = tl.where(counts, gap, log_ratio)
+    gap = log_ratio - log2_mass(t_peak, m_t, 0.0, rows.scale)  # log2(q/p) of the peak
+    gap = tl.where(finite, gap, log_ratio)
     # Multiplied by the scale last: a difference times a small mass may be in the type's range where it alone is not.
     q_kept = keep_s / some_s + q
-    reverse = LN2 * ((gap_s / some_s - y * q_kept) * scale + log_ratio * q_kept)
-    reverse_rest = LN2 * (gap_s / some_s * q * scale)
-    forward = LN2 * (gap_t / some_t * scale - keep_t / some_t * log_ratio - b / some_t * gap)
-    # Where the peak does not count, it is the only entry of l_s beside tail_s.
+    reverse = LN2 * ((gap_s / some_s - y * q_kept) * rows.scale + log_ratio * q_kept)
+    reverse_rest = LN2 * (gap_s / some_s * q * rows.scale)
+    forward = LN2 * (gap_t / some_t * rows.scale - keep_t / some_t * log_ratio - b / some_t * gap)
+    # Where the teacher has −inf at the peak, the peak is the only entry of l_s beside tail_s.
     q_lost = (tail_s - keep_s) / some_s + tl.where(found & (t_peak == -float("inf")), 1.0 / some_s, 0.0)
     p_kept = (keep_t + b) / some_t
     reverse_rest -= (LN2 * gap + 1.0) * (q_lost * q)
@@ -183,5 +180,5 @@ def sweep_kl(
         sum_g = reverse - q_lost - p_kept
         rest_g = reverse_rest + forward_rest
     # Where D leaves the type's range, Σg stops where the backward's log-ratios do, so that the two cancel there too.
-    sum_g = tl.minimum(finite(sum_g), -LN2 * lowest(ACC), propagate_nan=tl.PropagateNan.ALL)
-    return new_s, new_t, l_s, l_t, finite(d), sum_g, peak, t_peak, finite(-rest_g)
+    sum_g = tl.minimum(saturated(sum_g), -LN2 * lowest(rows.scale.dtype), propagate_nan=tl.PropagateNan.ALL)
+    return Normalizers(m_s, l_s, m_t, l_t), TokenResult(saturated(d), sum_g, peak, t_peak, saturated(-rest_g))

@@ -6,43 +6,51 @@ it. After the loop that lane's entries, 1/LANES of the row, are read again: once
 without it.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from .rows import ALIGNED, inside, lowest
 
 
+class TokenResult(NamedTuple):
+    """What a forward finds of a token beside its normalisers."""
+
+    d: tl.tensor  # D
+    sum_g: tl.tensor  # Σg
+    peak: tl.tensor  # offset of the student's peak from the row's aligned start
+    t_peak: tl.tensor  # the teacher's logit there
+    peak_grad: tl.tensor  # τ·∂D/∂zˢ there
+
+
 @triton.jit
-def load_lane(
-    Row, start, skew, V: tl.constexpr, SKEWED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr
-):
+def load_lane(Row, start, rows):
     """(first offset, logits) of what one lane met in LANES tiles, from offset `start` on: (LANES,), (LANES, VEC).
 
     −inf outside the row. The next ones start LANES²·VEC later. The shape is that of a tile, so that sums of a lane's
     entries add to those of the lanes as they lie. That the number of such rounds depends on the lane keeps them a loop:
     unrolled, they would take the registers of the sweeps.
     """
-    first = start + tl.arange(0, LANES) * (LANES * VEC)
-    offs_v = first[:, None] + tl.arange(0, VEC)[None, :]
-    return first, tl.load(Row + offs_v, mask=inside(offs_v, skew, V, SKEWED), other=-float("inf")).to(ACC)
+    first = start + tl.arange(0, rows.LANES) * (rows.LANES * rows.VEC)
+    offs_v = first[:, None] + tl.arange(0, rows.VEC)[None, :]
+    z = tl.load(Row + offs_v, mask=inside(offs_v, rows.skew, rows.V, rows.SKEWED), other=-float("inf"))
+    return first, z.to(rows.scale.dtype)
 
 
 @triton.jit
-def load_rest_of_lane(
-    S, T, start, peak, skew, V: tl.constexpr, SKEWED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
+def load_rest_of_lane(rows, start, peak):
     """Both rows' logits by `load_lane`, −inf at the peak."""
-    first, s = load_lane(S, start, skew, V, SKEWED, LANES, VEC, ACC)
-    _, t = load_lane(T, start, skew, V, SKEWED, LANES, VEC, ACC)
-    at_peak = (peak - first)[:, None] == tl.arange(0, VEC)[None, :]
+    first, s = load_lane(rows.S, start, rows)
+    _, t = load_lane(rows.T, start, rows)
+    at_peak = (peak - first)[:, None] == tl.arange(0, rows.VEC)[None, :]
     return tl.where(at_peak, -float("inf"), s), tl.where(at_peak, -float("inf"), t)
 
 
 @triton.jit
-def lane_of_peak(peak, LANES: tl.constexpr, VEC: tl.constexpr):
+def lane_of_peak(peak, rows):
     """The lane that meets an offset."""
-    return (peak // VEC) % LANES
+    return (peak // rows.VEC) % rows.LANES
 
 
 @triton.jit
@@ -53,28 +61,27 @@ def lane_with_peak(m_s, l_s):
 
 
 @triton.jit
-def find_peak(
-    S, T, m_s, lane, skew, V: tl.constexpr, SKEWED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
+def find_peak(rows, m_s, lane):
     """(offset from the row's aligned start, teacher's logit there) of the row's maximum, the first in its lane.
 
     Where the row has no finite entry, the offset is one that no entry has and the logit −inf.
     """
-    NOWHERE: tl.constexpr = V + ALIGNED
-    place = tl.full((LANES,), NOWHERE, tl.int32)
-    start = lane * VEC
-    while start < V + skew:
-        first, s = load_lane(S, start, skew, V, SKEWED, LANES, VEC, ACC)
-        in_tile = tl.min(tl.where(s == m_s, tl.arange(0, VEC)[None, :], VEC), 1)
-        place = tl.minimum(place, tl.where(in_tile < VEC, first + in_tile, NOWHERE))
-        start += LANES * LANES * VEC
+    NOWHERE: tl.constexpr = rows.V + ALIGNED
+    place = tl.full((rows.LANES,), NOWHERE, tl.int32)
+    start = lane * rows.VEC
+    while start < rows.V + rows.skew:
+        first, s = load_lane(rows.S, start, rows)
+        # (LANES,) the first of the VEC entries that is the maximum, VEC where none is.
+        in_tile = tl.min(tl.where(s == m_s, tl.arange(0, rows.VEC)[None, :], rows.VEC), 1)
+        place = tl.minimum(place, tl.where(in_tile < rows.VEC, first + in_tile, NOWHERE))
+        start += rows.LANES * rows.LANES * rows.VEC
     peak = tl.min(place, 0)
-    return peak, tl.load(T + peak, mask=peak < NOWHERE, other=-float("inf")).to(ACC)
+    t_peak = tl.load(rows.T + peak, mask=peak < NOWHERE, other=-float("inf"))
+    return peak, t_peak.to(rows.scale.dtype)
 
 
 @triton.jit
-def store_peak(Peak, PeakGrad, n, peak, skew, counts, grad):
-    """Store the peak's place in the row and τ·∂D/∂zˢ there; (−1, 0) where it does not count."""
-    tl.store(Peak + n, tl.where(counts, peak - skew, -1).to(tl.int64))
-    tl.store(PeakGrad + n, tl.where(counts, grad, 0.0))
+def store_peak(Peak, PeakGrad, n, peak, skew, finite, grad):
+    """Store the peak's place in the row and τ·∂D/∂zˢ there; (−1, 0) where the peak is no finite entry."""
+    tl.store(Peak + n, tl.where(finite, peak - skew, -1).to(tl.int64))
+    tl.store(PeakGrad + n, tl.where(finite, grad, 0.0))

@@ -1,4 +1,4 @@
-"""What the kernels share: addressing a row, loading a tile of it, and the form of its normaliser.
+"""What all kernels use: addressing a row, loading a tile of it, and the form of its normaliser.
 
 A tile is (LANES, VEC) entries, consecutive in memory: VEC are one load of 16 bytes, LANES the threads of a program. A
 step of a sweep takes one tile or two (TILES), so that what a lane pays for a step is shared by more entries. Every lane
@@ -6,11 +6,14 @@ folds its own entries, and the lanes meet once, after the row: no loop has a red
 
 Logits are in the accumulation type. Differences of two are taken in a unit of 2²⁴, in which none leaves the type's
 range and neither does a sum of them over a row; `scale` turns one into a power of two (2²⁴·log2(e)/τ). Maxima start at
-the lowest finite number, so that every finite logit counts, at whatever level, and a tile of nothing but −inf folds to
-zero sums.
+the lowest finite number, so that every finite logit is above or at them, and a tile of nothing but −inf folds to zero
+sums.
+
+What belongs together travels as a named tuple, of tensors and of constants: Triton takes tuples apart when it compiles.
 """
 
 import sys
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -24,6 +27,32 @@ LN2 = tl.constexpr(0.6931471805599453)
 ALIGNED = tl.constexpr(ALIGNED_ENTRIES)
 
 
+class Rows(NamedTuple):
+    """The two rows of a token, and how a program walks over them.
+
+    Made where it is passed to a function: an assignment would make Triton take its constants for tensors.
+    """
+
+    S: tl.tensor  # pointer to the student's aligned entry at or before its first
+    T: tl.tensor  # the same of the teacher
+    skew: tl.tensor  # entries from there to the first, in both rows
+    scale: tl.tensor  # `exponent_scale` of the token's temperature; its type is the accumulation type
+    V: tl.constexpr  # entries of the common vocabulary
+    SKEWED: tl.constexpr  # whether the skew may differ from 0
+    TILES: tl.constexpr  # tiles a step
+    LANES: tl.constexpr  # of a tile
+    VEC: tl.constexpr  # entries of a lane in a tile
+
+
+class Normalizers(NamedTuple):
+    """The normalisers of a token: maximum m and sum l of 2^((z − m)·scale), of student and teacher."""
+
+    m_s: tl.tensor
+    l_s: tl.tensor
+    m_t: tl.tensor
+    l_t: tl.tensor
+
+
 @triton.constexpr_function
 def lowest(dtype):
     """The lowest finite number of an accumulation type."""
@@ -31,7 +60,7 @@ def lowest(dtype):
 
 
 @triton.jit
-def finite(x):
+def saturated(x):
     """x cut off at the type's range; NaN stays."""
     LOWEST: tl.constexpr = lowest(x.dtype)
     x = tl.maximum(x, LOWEST, propagate_nan=tl.PropagateNan.ALL)
@@ -48,24 +77,25 @@ def halves(x):
 @triton.jit
 def exponent_scale(tau):
     """2²⁴·log2(e)/τ: what turns a difference of logits, in its unit, into a power of two."""
-    return finite(tl.full((), LOG2E / UNIT, tau.dtype) / tau)
+    return saturated(tl.full((), LOG2E / UNIT, tau.dtype) / tau)
 
 
 @triton.jit
 def exponent_rounding(tau):
-    """What the rounding of `exponent_scale` leaves of it, as a share: up to 6e-8 in fp32, and 0 where it is cut off.
+    """The relative rounding error of `exponent_scale`: up to 6e-8 in fp32, and 0 where the scale is cut off.
 
     A tail of 1e-9 of the mass lies 30 powers of e below the peak, and there it is moved by 2e-6.
     """
     if tau.dtype == tl.float32:
         s_1, s_2 = halves(exponent_scale(tau))
         t_1, t_2 = halves(tau)
+        # log2(e)·2²⁴ − scale·τ, where every product of two halves is exact, and so is each difference.
         left = (((tl.full((), LOG2E / UNIT, tl.float32) - s_1 * t_1) - s_1 * t_2) - s_2 * t_1) - s_2 * t_2
-        share = left * (UNIT / LOG2E) + LOG2E_REST / LOG2E
-        share = tl.where(tl.abs(share) < 1e-6, share, 0.0)
+        rounding = left * (UNIT / LOG2E) + LOG2E_REST / LOG2E
+        rounding = tl.where(tl.abs(rounding) < 1e-6, rounding, 0.0)
     else:
-        share = 0.0 * tau
-    return share
+        rounding = 0.0 * tau
+    return rounding
 
 
 @triton.jit
@@ -91,7 +121,7 @@ def row_start(n, L, stride_b, stride_l, unit, SKEWED: tl.constexpr):
 
 @triton.constexpr_function
 def whole_steps(V, STEP, SKEWED):
-    """(first, end) of the steps that lie inside the row whatever its skew, counted from its aligned start."""
+    """(first, end) of the steps that lie inside the row whatever its skew, relative to its aligned start."""
     first = STEP if SKEWED else 0
     return first, max(first, V // STEP * STEP)
 
@@ -128,25 +158,22 @@ def inside(offs_v, skew, V: tl.constexpr, SKEWED: tl.constexpr):
 
 
 @triton.jit
-def load_tile(
-    Row, start, skew, V: tl.constexpr, SKEWED: tl.constexpr, EDGE: tl.constexpr, LANES: tl.constexpr,
-    VEC: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """A tile of a row; −inf outside the row. Whole steps carry no mask, so an odd V does not narrow their loads.
+def load_tile(Row, start, rows, EDGE: tl.constexpr):
+    """(LANES, VEC) logits of a row, −inf outside it. Whole steps carry no mask: it would narrow the loads of an odd V.
 
     The edges come first in every sweep: what only they need is then not held through the loop of the others.
     """
-    offs_v = tile_offsets(start, LANES, VEC)
+    offs_v = tile_offsets(start, rows.LANES, rows.VEC)
     if EDGE:
-        z = tl.load(Row + offs_v, mask=inside(offs_v, skew, V, SKEWED), other=-float("inf"))
+        z = tl.load(Row + offs_v, mask=inside(offs_v, rows.skew, rows.V, rows.SKEWED), other=-float("inf"))
     else:
         z = tl.load(Row + offs_v)
-    return z.to(ACC)
+    return z.to(rows.scale.dtype)
 
 
 @triton.jit
 def store_zeros(Row, skew, V: tl.constexpr, SKEWED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
-    """A row of zeros."""
+    """Make a row of V entries one of zeros."""
     STEP: tl.constexpr = LANES * VEC
     zeros = tl.zeros((LANES, VEC), Row.dtype.element_ty)
     for i in range(0, edge_entries(V, V, STEP, SKEWED), STEP):
@@ -164,22 +191,24 @@ def log2_mass(z, m, c, scale):
 
 
 @triton.jit
-def shrink(m, new_m, scale, share):
+def shrink(m, new_m, scale, rounding):
     """2^((m − new_m)/τ·log2(e)): what the masses below one maximum shrink by below another.
 
     In fp32 the difference, its product with the scale and the scale bring errors of 1e-6 each where it is large, so
-    that here, once a row, what their roundings leave comes back (of the scale's it is `share`, `exponent_rounding`),
-    and the whole power of two is split off.
+    that here, once a row, the three rounding errors are added (the scale's is `rounding`, see `exponent_rounding`), and
+    the whole power of two is split off.
     """
     x = below(m, new_m)
     factor = tl.exp2(x * scale)
     if factor.dtype == tl.float32:
+        # What the difference lost: Knuth's exact sum of m and −new_m, whose rounded value is x.
         moved = x - m * UNIT
         left = (m * UNIT - (x - moved)) - (new_m * UNIT + moved)
         x_1, x_2 = halves(x)
         s_1, s_2 = halves(scale)
+        # The product of the high halves is exact, so that its whole part can be taken away without an error.
         whole = tl.floor(x_1 * s_1)
-        part = (x_1 * s_1 - whole) + ((x_1 * s_2 + x_2 * s_1) + (x_2 * s_2 + x * scale * share + left * scale))
+        part = (x_1 * s_1 - whole) + ((x_1 * s_2 + x_2 * s_1) + (x_2 * s_2 + x * scale * rounding + left * scale))
         factor = tl.where(x * scale < -200.0, 0.0, tl.exp2(whole) * tl.exp2(part))
     return factor
 
@@ -192,7 +221,19 @@ def log2_1p(x):
 
 
 @triton.jit
-def store_normalizer(Max, Sum, n, m, l):
-    """Store (maximum, sum) of a row; an empty row is (−inf, 0)."""
-    tl.store(Max + n, tl.where(l == 0.0, -float("inf"), m))
-    tl.store(Sum + n, l)
+def store_normalizers(Bundle, n, of):
+    """Store the `Normalizers` of token n in a (4, N) bundle; an empty row is (−inf, 0)."""
+    N = tl.num_programs(0)
+    tl.store(Bundle + n, tl.where(of.l_s == 0.0, -float("inf"), of.m_s))
+    tl.store(Bundle + N + n, of.l_s)
+    tl.store(Bundle + 2 * N + n, tl.where(of.l_t == 0.0, -float("inf"), of.m_t))
+    tl.store(Bundle + 3 * N + n, of.l_t)
+
+
+@triton.jit
+def load_normalizers(Bundle, n):
+    """The `Normalizers` of token n from a (4, N) bundle."""
+    N = tl.num_programs(0)
+    return Normalizers(
+        tl.load(Bundle + n), tl.load(Bundle + N + n), tl.load(Bundle + 2 * N + n), tl.load(Bundle + 3 * N + n)
+    )

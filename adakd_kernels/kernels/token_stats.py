@@ -1,6 +1,6 @@
 """`token_stats`: squared Hellinger distance and log-normalisers of every token at temperature 1 (equations (1), (2)).
 
-Reads 2U (U: one pass over an N x V tensor), writes five numbers a token. A masked token costs its five numbers only.
+Reads 2U (U: one pass over an N x V tensor), writes five numbers a token. A masked token costs these writes only.
 """
 
 import torch
@@ -10,45 +10,57 @@ from torch import Tensor
 
 from .hellinger import sweep_distance
 from .launch import acc_type, launch_config, on_device, row_strides, skewed
-from .rows import exponent_rounding, exponent_scale, row_start, store_normalizer
+from .rows import Normalizers, Rows, exponent_rounding, exponent_scale, row_start, store_normalizers
 
 
 @triton.jit(do_not_specialize=["L", "stride_sb", "stride_sl", "stride_tb", "stride_tl"])
 def token_stats_fwd_kernel(
-    S, T, Mask,                              # (B, L, Vs), (B, L, Vt) logits; (B·L,) bool
-    H, MaxS, SumS, MaxT, SumT,               # (B·L,) results, in ACC
-    L, stride_sb, stride_sl, unit_s, stride_tb, stride_tl, unit_t,
-    V: tl.constexpr, SKEWED: tl.constexpr, ACC: tl.constexpr,
-    TILES: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
-):  # fmt: skip
+    S,  # (B, L, Vs) logits
+    T,  # (B, L, Vt)
+    Mask,  # (B·L,) bool
+    Difficulty,  # (B·L,) result s², in ACC
+    Normalizers1,  # (4, B·L) result, in ACC
+    L,
+    stride_sb,  # distances of two batches and of two tokens, in units
+    stride_sl,
+    unit_s,  # entries
+    stride_tb,
+    stride_tl,
+    unit_t,
+    V: tl.constexpr,  # entries of the common vocabulary
+    SKEWED: tl.constexpr,
+    ACC: tl.constexpr,
+    TILES: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+):
     n = tl.program_id(0)
     if tl.load(Mask + n) == 0:
-        tl.store(H + n, 0.0)
-        store_normalizer(MaxS, SumS, n, 0.0, 1.0)
-        store_normalizer(MaxT, SumT, n, 0.0, 1.0)
+        tl.store(Difficulty + n, 0.0)
+        store_normalizers(Normalizers1, n, Normalizers(0.0, 1.0, 0.0, 1.0))
         return
     start_s, skew = row_start(n, L, stride_sb, stride_sl, unit_s, SKEWED)
     start_t, _ = row_start(n, L, stride_tb, stride_tl, unit_t, SKEWED)
     tau = tl.full((), 1.0, ACC)
-    m_s, m_t, l_s, l_t, h = sweep_distance(
-        S + start_s, T + start_t, skew, exponent_scale(tau), exponent_rounding(tau), V, SKEWED, TILES, LANES, VEC, ACC
+    normalizers, difficulty = sweep_distance(
+        Rows(S + start_s, T + start_t, skew, exponent_scale(tau), V, SKEWED, TILES, LANES, VEC), exponent_rounding(tau)
     )
-    tl.store(H + n, h)
-    store_normalizer(MaxS, SumS, n, m_s, l_s)
-    store_normalizer(MaxT, SumT, n, m_t, l_t)
+    tl.store(Difficulty + n, difficulty)
+    store_normalizers(Normalizers1, n, normalizers)
 
 
-def token_stats_fwd(student: Tensor, teacher: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(B, L, Vs), (B, L, Vt), (B, L) bool -> s², and max and sum of student and teacher, each (B, L)."""
+def token_stats_fwd(student: Tensor, teacher: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, L, Vs), (B, L, Vt), (B, L) bool -> (B, L) difficulty s², (4, B, L) normalisers."""
     dtype, acc = acc_type(student, teacher)
-    h, max_s, sum_s, max_t, sum_t = (torch.empty(mask.shape, dtype=dtype, device=mask.device) for _ in range(5))
+    difficulty = torch.empty(mask.shape, dtype=dtype, device=mask.device)
+    normalizers_1 = torch.empty(4, mask.numel(), dtype=dtype, device=mask.device)
     vocab = min(student.shape[-1], teacher.shape[-1])
     if mask.numel():
         with on_device(student):
             token_stats_fwd_kernel[(mask.numel(),)](
-                student, teacher, mask.contiguous(), h, max_s, sum_s, max_t, sum_t,
+                student, teacher, mask.contiguous(), difficulty, normalizers_1,
                 mask.shape[1], *row_strides(student), *row_strides(teacher),
                 V=vocab, SKEWED=skewed(vocab, student, teacher), ACC=acc,
                 **launch_config("stats", "hellinger", vocab, student, teacher),
             )  # fmt: skip
-    return h, max_s, sum_s, max_t, sum_t
+    return difficulty, normalizers_1.view(4, *mask.shape)

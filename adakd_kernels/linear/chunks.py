@@ -62,8 +62,7 @@ class Statistics(NamedTuple):
 
     difficulty: Tensor
     valid: Tensor
-    max_s: Tensor
-    sum_s: Tensor
+    normalizers_1: Tensor  # (4, 1, n), the others (1, n)
     cross_entropy: Tensor | None
 
 
@@ -150,8 +149,8 @@ class Chunks:
     def empty_statistics(self) -> Statistics:
         """Memory for the statistics of all labelled tokens."""
         ce = self.empty_values(self.dtype) if self.objective.ce_weight else None
-        difficulty, max_s, sum_s = (self.empty_values(self.dtype) for _ in range(3))
-        return Statistics(difficulty, self.empty_values(torch.bool), max_s, sum_s, ce)
+        normalizers_1 = torch.empty(4, 1, self.n, dtype=self.dtype, device=self.tokens.positions.device)
+        return Statistics(self.empty_values(self.dtype), self.empty_values(torch.bool), normalizers_1, ce)
 
     def empty_values(self, dtype: torch.dtype) -> Tensor:
         """Memory for a value of every labelled token."""
@@ -173,9 +172,7 @@ class Chunks:
         measured = token_statistics(pair.student, pair.teacher, labelled, labels, self.objective.difficulty)
         ce = None
         if self.objective.ce_weight:
-            ce = ops.token_cross_entropy(
-                pair.student, pair.teacher, labels, measured.valid, measured.max_s, measured.sum_s
-            )
+            ce = ops.token_cross_entropy(pair.student, pair.teacher, labels, measured.valid, measured.normalizers_1)
         of_part = Statistics(*measured, ce)
         for whole, values in zip(statistics, of_part, strict=True):
             if whole is not None and values is not None:
@@ -190,10 +187,10 @@ class Chunks:
         d, *saved = ops.token_divergence(student, teacher, temperature, selection.selected, name, *parameters)
         if not self.differentiates:
             return d
-        ce_args: tuple[Tensor | None, ...] = (None, None, None, None)
+        ce_args: tuple[Tensor | None, ...] = (None, None, None)
         if selection.ce_weight is not None and statistics.cross_entropy is not None:
             weight, ce_weight = loud_weights(weight, selection.ce_weight, statistics.cross_entropy)
-            ce_args = (labels, ce_weight, statistics.max_s, statistics.sum_s)
+            ce_args = (labels, ce_weight, statistics.normalizers_1)
         ops.token_divergence_backward_(student, teacher, temperature, weight, *saved, *ce_args, name, *parameters)
         if self.student.softcap is not None:
             # `student` holds dL/dz now, `raw` tanh(x/cap): dL/dx = dL/dz·(1 − tanh²).

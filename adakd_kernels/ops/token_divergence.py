@@ -1,20 +1,22 @@
 """`adakd::token_divergence`, its backward (out of place and in place), and the autograd function over them.
 
-Between forward and backward only per-token numbers live, next to the logits themselves: temperature, Σg, the two
+Between forward and backward only per-token numbers live, next to the logits themselves: temperature, Σg, the
 normalisers, and the gradient of the student's most likely entry. Probabilities are rebuilt.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..divergences import DIVERGENCES, Divergence
+from ..reference import GradientCall, Normalizers
 from .backends import register_triton
+from .token_stats import masked_normalizers
 
 
 def _divergence(name: str, alpha: float, beta: float) -> Divergence:
@@ -24,57 +26,51 @@ def _divergence(name: str, alpha: float, beta: float) -> Divergence:
     return cls(**{field.name: given[field.name] for field in dataclasses.fields(cls)})
 
 
-Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("adakd::token_divergence", mutates_args=())
 def token_divergence(
     student: Tensor, teacher: Tensor, temperature: Tensor, mask: Tensor, divergence: str, alpha: float, beta: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """D(p^τ, q^τ) of every token, and what its gradient needs.
 
     Args:
         student: (B, L, Vˢ) logits.
-        teacher: (B, L, Vᵗ) logits; the first min(Vˢ, Vᵗ) entries of both count.
+        teacher: (B, L, Vᵗ) logits; the common vocabulary is the first min(Vˢ, Vᵗ) entries.
         temperature: (B, L) τ > 0, a constant for the gradient.
-        mask: (B, L) bool; other tokens give (0, 0, 0, 1, 0, 1, −1, 0) and their rows are not read.
+        mask: (B, L) bool; other tokens give (0, 0, (0, 1, 0, 1), −1, 0) and their rows are not read.
         divergence: a name of `DIVERGENCES`; alpha and beta are its parameters.
 
     Returns:
-        (D, Σg, max_s, sum_s, max_t, sum_t, peak, peak_grad), each (B, L) in the accumulation type: equations (1), (7)
-        and (10). `peak` is int64, the student's most likely entry or −1, and `peak_grad` is τ·∂D/∂zˢ at it, which the
-        backward takes instead of (10): where the token is confident, (10) cancels there (docs/maths.md, section 4).
+        (D, Σg, normalizers_tau, peak, peak_grad): equations (1), (7) and (10). All are (B, L) but the `Normalizers` at
+        temperature τ, which are (4, B, L), and in the accumulation type but `peak`, which is int64: the student's most
+        likely entry or −1. `peak_grad` is τ·∂D/∂zˢ at it, which the backward takes instead of (10): where the token is
+        confident, (10) cancels there (docs/maths.md, section 4).
     """
     dtype = reference.accumulation_dtype(student, teacher)
-    fills = (0.0, 0.0, 0.0, 1.0, 0.0, 1.0, -1, 0.0)
-    dtypes = [dtype] * 6 + [torch.int64, dtype]
-    out = [torch.full(mask.shape, x, dtype=kind, device=mask.device) for x, kind in zip(fills, dtypes, strict=True)]
     sums = reference.token_sums(student[mask], teacher[mask], temperature[mask], _divergence(divergence, alpha, beta))
-    values = (sums.d, sums.sum_g, *sums.of_student, *sums.of_teacher, sums.peak, sums.peak_grad)
-    for result, value in zip(out, values, strict=True):
-        result[mask] = value
-    return out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7]
+    d, sum_g, peak_grad = (torch.zeros(mask.shape, dtype=dtype, device=mask.device) for _ in range(3))
+    peak = torch.full(mask.shape, -1, device=mask.device)
+    normalizers_tau = masked_normalizers(mask, dtype)
+    d[mask], sum_g[mask], peak[mask], peak_grad[mask] = sums.d, sums.sum_g, sums.peak, sums.peak_grad
+    normalizers_tau[:, mask] = torch.stack(sums.normalizers)
+    return d, sum_g, normalizers_tau, peak, peak_grad
 
 
 @token_divergence.register_fake
-def _(
-    student: Tensor, teacher: Tensor, temperature: Tensor, mask: Tensor, divergence: str, alpha: float, beta: float
-) -> Sums:
+def _(student: Tensor, teacher: Tensor, temperature: Tensor, mask: Tensor, *args: Any) -> Sums:
     dtype = reference.accumulation_dtype(student, teacher)
-    d, sum_g, max_s, sum_s, max_t, sum_t, peak_grad = (
-        torch.empty(mask.shape, dtype=dtype, device=mask.device) for _ in range(7)
-    )
-    peak = torch.empty(mask.shape, dtype=torch.int64, device=mask.device)
-    return d, sum_g, max_s, sum_s, max_t, sum_t, peak, peak_grad
+    d, sum_g, peak_grad = (torch.empty(mask.shape, dtype=dtype, device=mask.device) for _ in range(3))
+    normalizers_tau = torch.empty(4, *mask.shape, dtype=dtype, device=mask.device)
+    return d, sum_g, normalizers_tau, torch.empty(mask.shape, dtype=torch.int64, device=mask.device), peak_grad
 
 
 @register_triton(token_divergence)
-def _(
-    student: Tensor, teacher: Tensor, temperature: Tensor, mask: Tensor, divergence: str, alpha: float, beta: float
-) -> Sums:
+def _(*args: Any) -> Sums:
     from ..kernels.token_divergence import token_divergence_fwd
 
-    return token_divergence_fwd(student, teacher, temperature, mask, divergence, alpha, beta)
+    return token_divergence_fwd(*args)
 
 
 def empty_gradient(student: Tensor) -> Tensor:
@@ -87,69 +83,44 @@ def empty_gradient(student: Tensor) -> Tensor:
     return torch.empty(shape, dtype=student.dtype, device=student.device)[..., : student.shape[-1]]
 
 
-@torch.library.custom_op("adakd::token_divergence_backward", mutates_args=())
-def token_divergence_backward(
-    student: Tensor,
-    teacher: Tensor,
-    temperature: Tensor,
-    weight: Tensor,
-    sum_g: Tensor,
-    max_s: Tensor,
-    sum_s: Tensor,
-    max_t: Tensor,
-    sum_t: Tensor,
-    peak: Tensor,
-    peak_grad: Tensor,
-    labels: Tensor | None,
-    ce_weight: Tensor | None,
-    ce_max: Tensor | None,
-    ce_sum: Tensor | None,
-    divergence: str,
-    alpha: float,
-    beta: float,
-) -> Tensor:
+# The schema of both backwards: the fields of `GradientCall` in their order.
+_SCHEMA_TYPES: dict[Any, str] = {Tensor: "Tensor", Tensor | None: "Tensor?", str: "str", float: "float"}
+_FIELDS = get_type_hints(GradientCall).items()
+_GRADIENT_ARGUMENTS = ", ".join(f"{_SCHEMA_TYPES[type_]} {name}" for name, type_ in _FIELDS)
+_OVER_STUDENT = _GRADIENT_ARGUMENTS.replace("Tensor student", "Tensor(student!) student")
+
+
+@torch.library.custom_op(
+    "adakd::token_divergence_backward", mutates_args=(), schema=f"({_GRADIENT_ARGUMENTS}) -> Tensor"
+)
+def token_divergence_backward(*args: Any) -> Tensor:
     """Equation (10): weight·∂D/∂zˢ, plus ce_weight·∂CE/∂zˢ where labels are given.
 
     Args:
-        student, teacher, temperature, divergence, alpha, beta: as in `token_divergence`.
-        weight: (B, L) gradient of the loss in D; a token of weight 0 is not read, its gradient is 0.
-        sum_g, max_s, sum_s, max_t, sum_t, peak, peak_grad: (B, L) results of `token_divergence`.
-        labels, ce_weight, ce_max, ce_sum: (B, L) label, gradient of the loss in the cross-entropy, and the student's
-            normaliser at temperature 1; all or none.
+        args: the fields of `GradientCall`; Σg, normalizers_tau and peak are results of `token_divergence`,
+            normalizers_1 one of `token_stats`.
 
     Returns:
         Gradient in the student's shape and type; 0 beyond the common vocabulary.
     """
-    grad = empty_gradient(student).zero_()
-    _reference_backward(
-        grad, student, teacher, temperature, weight, labels, ce_weight, ce_max, ce_sum, divergence, alpha, beta
+    call = GradientCall(*args)
+    acc = reference.accumulation_dtype(call.student, call.teacher)
+    weight = call.weight.to(acc)
+    of_divergence = weight != 0
+    grad = torch.zeros(call.student.shape, dtype=acc, device=call.student.device)
+    grad[of_divergence] = reference.token_divergence_grad(
+        call.student[of_divergence].to(acc),
+        call.teacher[of_divergence],
+        call.temperature[of_divergence].to(acc),
+        _divergence(call.divergence, call.alpha, call.beta),
+        weight[of_divergence],
     )
-    return grad
-
-
-def _reference_backward(
-    out: Tensor, student: Tensor, teacher: Tensor, temperature: Tensor, weight: Tensor, labels: Tensor | None,
-    ce_weight: Tensor | None, ce_max: Tensor | None, ce_sum: Tensor | None, divergence: str, alpha: float, beta: float,
-) -> None:  # fmt: skip
-    """The gradient into `out`, rows of weight 0 untouched."""
-    rows = weight != 0
-    if labels is not None and ce_weight is not None and ce_max is not None and ce_sum is not None:
-        rows = rows | (ce_weight != 0)
-    acc = reference.accumulation_dtype(student, teacher)
-    z_s, z_t = student[rows], teacher[rows]
-    weight = weight[rows].to(acc)
-    counted = weight != 0
-    grad = torch.zeros(z_s.shape, dtype=acc, device=z_s.device)
-    grad[counted] = reference.token_divergence_grad(
-        z_s[counted].to(acc),
-        z_t[counted],
-        temperature[rows][counted].to(acc),
-        _divergence(divergence, alpha, beta),
-        weight[counted],
-    )
-    if labels is not None and ce_weight is not None and ce_max is not None and ce_sum is not None:
-        grad += ce_weight[rows].to(acc).unsqueeze(-1) * reference.cross_entropy_grad(z_s, z_t, labels[rows])
-    out[rows] = grad.to(out.dtype)
+    if call.labels is not None and call.ce_weight is not None:
+        of_ce = call.ce_weight != 0
+        grad[of_ce] += call.ce_weight[of_ce].to(acc).unsqueeze(-1) * reference.cross_entropy_grad(
+            call.student[of_ce], call.teacher[of_ce], call.labels[of_ce]
+        )
+    return empty_gradient(call.student).copy_(grad)
 
 
 @token_divergence_backward.register_fake
@@ -158,69 +129,50 @@ def _(student: Tensor, *args: Any) -> Tensor:
 
 
 @register_triton(token_divergence_backward)
-def _(student: Tensor, teacher: Tensor, *args: Any) -> Tensor:
+def _(*args: Any) -> Tensor:
     from ..kernels.token_divergence import token_divergence_bwd
 
-    grad = empty_gradient(student)
-    token_divergence_bwd(student, teacher, grad, *args)
+    call = GradientCall(*args)
+    grad = empty_gradient(call.student)
+    token_divergence_bwd(call, grad)
     return grad
 
 
-@torch.library.custom_op("adakd::token_divergence_backward_", mutates_args={"student"})
-def token_divergence_backward_(
-    student: Tensor,
-    teacher: Tensor,
-    temperature: Tensor,
-    weight: Tensor,
-    sum_g: Tensor,
-    max_s: Tensor,
-    sum_s: Tensor,
-    max_t: Tensor,
-    sum_t: Tensor,
-    peak: Tensor,
-    peak_grad: Tensor,
-    labels: Tensor | None,
-    ce_weight: Tensor | None,
-    ce_max: Tensor | None,
-    ce_sum: Tensor | None,
-    divergence: str,
-    alpha: float,
-    beta: float,
-) -> None:
+@torch.library.custom_op(
+    "adakd::token_divergence_backward_", mutates_args={"student"}, schema=f"({_OVER_STUDENT}) -> ()"
+)
+def token_divergence_backward_(student: Tensor, *args: Any) -> None:
     """`token_divergence_backward` with the gradient written over the student's logits."""
-    grad = token_divergence_backward(
-        student, teacher, temperature, weight, sum_g, max_s, sum_s, max_t, sum_t, peak, peak_grad, labels, ce_weight,
-        ce_max, ce_sum, divergence, alpha, beta,
-    )  # fmt: skip
-    student.copy_(grad)
+    student.copy_(token_divergence_backward(student, *args))
 
 
 @token_divergence_backward_.register_fake
-def _(student: Tensor, *args: Any) -> None:
+def _(*args: Any) -> None:
     return None
 
 
 @register_triton(token_divergence_backward_)
-def _(student: Tensor, teacher: Tensor, *args: Any) -> None:
+def _(student: Tensor, *args: Any) -> None:
     from ..kernels.token_divergence import token_divergence_bwd
 
-    token_divergence_bwd(student, teacher, student, *args)
+    token_divergence_bwd(GradientCall(student, *args), student)
 
 
 def token_cross_entropy(
-    student: Tensor, teacher: Tensor, labels: Tensor, mask: Tensor, max_s: Tensor, sum_s: Tensor
+    student: Tensor, teacher: Tensor, labels: Tensor, mask: Tensor, normalizers_1: Tensor
 ) -> Tensor:
-    """(B, L) −log q at the label from the normaliser at temperature 1; 0 outside the mask, NaN for a label beyond V."""
+    """(B, L) −log q at the label; 0 outside the mask, NaN for a label beyond V. `normalizers_1` is (4, B, L)."""
+    of = Normalizers.of(normalizers_1)
     inside = (labels >= 0) & (labels < min(student.shape[-1], teacher.shape[-1]))
-    logit = student.gather(-1, labels.where(inside, 0).unsqueeze(-1)).squeeze(-1).to(max_s.dtype)
-    return (max_s - logit + sum_s.log()).where(inside, torch.nan).where(mask, 0.0)
+    logit = student.gather(-1, labels.where(inside, 0).unsqueeze(-1)).squeeze(-1).to(of.max_s.dtype)
+    return (of.max_s - logit + of.sum_s.log()).where(inside, torch.nan).where(mask, 0.0)
 
 
 def loud_weights(weight: Tensor, ce_weight: Tensor, cross_entropy: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights of D and of the cross-entropy for the backward, NaN for a token whose cross-entropy is NaN and counts.
+    """Weights of D and of the cross-entropy for the backward: NaN where the cross-entropy is NaN and has a weight.
 
-    Where the label is outside the vocabulary, nothing else would make its gradient NaN. The weight of D carries it: it
-    reaches the entries of the common vocabulary and no other.
+    Where the label is outside the vocabulary, nothing else would make its gradient NaN. The weight of D carries the
+    NaN, because it reaches the entries of the common vocabulary and no other.
     """
     lost = cross_entropy.isnan() & (ce_weight != 0)
     return weight.masked_fill(lost, torch.nan), ce_weight.masked_fill(lost, 0.0)
@@ -235,8 +187,7 @@ def token_losses(
     *,
     labels: Tensor | None = None,
     ce_mask: Tensor | None = None,
-    ce_max: Tensor | None = None,
-    ce_sum: Tensor | None = None,
+    normalizers_1: Tensor | None = None,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Divergence and, where labels are given, cross-entropy of every token, differentiable in the student's logits.
@@ -244,15 +195,15 @@ def token_losses(
     Args:
         student, teacher, temperature, mask: as in `token_divergence`.
         divergence: which, with its parameters.
-        labels, ce_mask, ce_max, ce_sum: (B, L) label, tokens of the cross-entropy, the student's normaliser at
-            temperature 1 (`token_stats`); all or none.
+        labels, ce_mask, normalizers_1: (B, L) label, (B, L) tokens of the cross-entropy, (4, B, L) result of
+            `token_stats`; all or none.
         inplace: the backward writes the gradient over the student's logits.
 
     Returns:
         (B, L) divergence, 0 where `mask` is false, and (B, L) cross-entropy, 0 where `ce_mask` is false, or None.
     """
     result: tuple[Tensor, Tensor | None] = TokenLosses.apply(  # type: ignore[no-untyped-call]
-        student, teacher, temperature, mask, labels, ce_mask, ce_max, ce_sum, divergence, inplace
+        student, teacher, temperature, mask, labels, ce_mask, normalizers_1, divergence, inplace
     )
     return result
 
@@ -269,16 +220,15 @@ class TokenLosses(torch.autograd.Function):
         mask: Tensor,
         labels: Tensor | None,
         ce_mask: Tensor | None,
-        ce_max: Tensor | None,
-        ce_sum: Tensor | None,
+        normalizers_1: Tensor | None,
         divergence: Divergence,
         inplace: bool,
     ) -> tuple[Tensor, Tensor | None]:
         name, (alpha, beta) = divergence.name, divergence.parameters
         d, *saved = token_divergence(student, teacher, temperature, mask, name, alpha, beta)
         cross_entropy = None
-        if labels is not None and ce_mask is not None and ce_max is not None and ce_sum is not None:
-            cross_entropy = token_cross_entropy(student, teacher, labels, ce_mask, ce_max, ce_sum)
+        if labels is not None and ce_mask is not None and normalizers_1 is not None:
+            cross_entropy = token_cross_entropy(student, teacher, labels, ce_mask, normalizers_1)
         # What inference mode made cannot be saved, and has no version that would tell of a change: it is kept as it is.
         kept = {}
         if not torch.compiler.is_compiling():
@@ -292,7 +242,7 @@ class TokenLosses(torch.autograd.Function):
             None if "mask" in kept else mask,
             *saved,
             None if "labels" in kept else labels,
-            *(ce_mask, ce_max, ce_sum, cross_entropy),
+            *(ce_mask, normalizers_1, cross_entropy),
         )
         ctx.op_args = (name, alpha, beta)
         ctx.inplace = inplace
@@ -302,20 +252,20 @@ class TokenLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_d: Tensor, grad_ce: Tensor | None) -> tuple[Tensor | None, ...]:
         if not ctx.needs_input_grad[0]:
-            return (None,) * 10
+            return (None,) * 9
         if ctx.overwritten:
             raise RuntimeError(
                 "the first backward wrote the gradient over the student's logits (inplace=True), so there is no second "
                 "one; call the loss with inplace=False to use retain_graph=True"
             )
-        student, teacher, temperature, mask, *sums, labels, ce_mask, ce_max, ce_sum, cross_entropy = ctx.saved_tensors
+        student, teacher, temperature, mask, *saved, labels, ce_mask, normalizers_1, cross_entropy = ctx.saved_tensors
         teacher, temperature = ctx.kept.get("teacher", teacher), ctx.kept.get("temperature", temperature)
         mask, labels = ctx.kept.get("mask", mask), ctx.kept.get("labels", labels)
         weight = grad_d.where(mask, 0.0)
         ce_weight = None
         if labels is not None and ce_mask is not None and grad_ce is not None:
             weight, ce_weight = loud_weights(weight, grad_ce.where(ce_mask, 0.0), cross_entropy)
-        args = (teacher, temperature, weight, *sums, labels, ce_weight, ce_max, ce_sum, *ctx.op_args)
+        args = (teacher, temperature, weight, *saved, labels, ce_weight, normalizers_1, *ctx.op_args)
         with torch.no_grad():
             if ctx.inplace:
                 token_divergence_backward_(student, *args)
@@ -325,7 +275,7 @@ class TokenLosses(torch.autograd.Function):
                 grad = token_divergence_backward(student, *args)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             grad = OnceDifferentiable.apply(grad, student, grad_d)  # type: ignore[no-untyped-call]
-        return (grad,) + (None,) * 9
+        return (grad,) + (None,) * 8
 
 
 class OnceDifferentiable(torch.autograd.Function):
