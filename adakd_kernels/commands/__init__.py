@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["CommandError"]
+import argparse
+from typing import NoReturn
+
+__all__ = ["CommandError", "CommandParser"]
 
 
 class CommandError(Exception):
@@ -10,3 +13,10 @@ class CommandError(Exception):
 
     def __str__(self) -> str:
         return " ".join(super().__str__().split())
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Raises a `CommandError` for options that it does not understand, instead of printing its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(message)

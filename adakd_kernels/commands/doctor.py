@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import platform
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from torch import Tensor
 from .. import ops, reference
 from ..divergences import DIVERGENCES
 from ..functional import adakd_loss
-from . import CommandError
+from . import CommandParser
 
 PACKAGES = ("adakd-kernels", "torch", "triton", "transformers", "accelerate")
 
@@ -23,14 +22,9 @@ Check = Callable[[torch.device], Iterator[tuple[Tensor, Tensor, Tensor]]]
 """Yields (computed, plain torch in fp32, truth in fp64)."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise CommandError(message)
-
-
 def run(argv: list[str]) -> int:
     """Print the report; 1 if an operator fails its check, else 0."""
-    parser = _Parser(
+    parser = CommandParser(
         prog="adakd doctor", description="Which implementation each operator takes here, and if it is right."
     )
     parser.parse_args(argv)

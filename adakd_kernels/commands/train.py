@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from . import CommandError
+from . import CommandError, CommandParser
 
 try:
     from ..integrations.transformers import (
@@ -64,9 +64,8 @@ class RunOptions:
             raise ValueError(f"max_length must be 2 or more, got {self.max_length}")
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise CommandError(message)
+class _Parser(CommandParser, HfArgumentParser):
+    """Options from the fields of dataclasses."""
 
 
 class _Started(TrainerCallback):

@@ -7,9 +7,9 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from ..commands import CommandError
+from ..commands import CommandError, CommandParser
 
 if TYPE_CHECKING:
     from .config import DemoConfig
@@ -17,11 +17,6 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 NEEDED = ("transformers", "accelerate", "tqdm", "matplotlib", "rouge_score")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise CommandError(message)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -53,7 +48,7 @@ def parse(argv: Sequence[str]) -> DemoConfig:
     """
     from .config import DemoConfig
 
-    parser = _Parser(
+    parser = CommandParser(
         prog="adakd demo",
         description="Distil a small language model on this machine, with and without AdaKD, and report what it learnt.",
         argument_default=argparse.SUPPRESS,
