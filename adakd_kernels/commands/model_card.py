@@ -43,10 +43,8 @@ def write_model_card(
         records: number of records that were trained on.
     """
     path = Path(str(config.output_dir)) / "README.md"
-    # peft writes a card with its adapters, and its name belongs into the new one too.
-    library = ModelCard.load(path).data.get("library_name") if path.is_file() else None
     data = ModelCardData(
-        library_name=library or "transformers",
+        library_name="peft" if (path.parent / "adapter_config.json").is_file() else "transformers",
         pipeline_tag="text-generation",
         # The hub accepts names of its own only.
         base_model=None if Path(str(options.student)).is_dir() else options.student,
@@ -59,7 +57,12 @@ def write_model_card(
                      "world_size", "seed")
     }  # fmt: skip
     train = [log for log in logs if "loss" in log and "focus_ratio" in log]
-    evaluated = next((log for log in reversed(logs) if "eval_loss" in log), {})
+    last = next((log for log in reversed(logs) if "eval_loss" in log), {})
+    evaluated = {
+        name: value
+        for name, value in last.items()
+        if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second"))
+    }
     sections = [
         f"# {path.parent.resolve().name}",
         f"`{options.student}`, distilled from `{options.teacher}` with token-adaptive knowledge distillation (AdaKD, "
@@ -70,14 +73,14 @@ def write_model_card(
         "## Loss\n\n" + _list(method),
         f"## Training\n\n{_list({'steps': logs[-1]['step'] if logs else 0, **training})}",
         "## Share of the tokens that are selected\n\n" + _table(train),
-        "## Evaluation\n\n" + (_list(evaluated, "eval_") if evaluated else "None: no eval_file was given."),
+        "## Evaluation\n\n" + (_list(evaluated) if evaluated else "None: no eval_file was given."),
         "## Citation\n\n" + CITATION,
     ]
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections)).save(path)
 
 
-def _list(values: dict[str, Any], prefix: str = "") -> str:
-    return "\n".join(f"- {name}: {_shown(value)}" for name, value in values.items() if name.startswith(prefix))
+def _list(values: dict[str, Any]) -> str:
+    return "\n".join(f"- {name}: {_shown(value)}" for name, value in values.items())
 
 
 def _table(logs: Sequence[dict[str, float]]) -> str:

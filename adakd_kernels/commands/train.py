@@ -209,9 +209,11 @@ def _finished(checkpoint: str | None, config: AdaKDConfig) -> TrainerState | Non
 
 
 def _steps_saved(config: AdaKDConfig) -> int:
-    """Steps of the model in `output_dir` itself, 0 if there is none."""
-    path = Path(str(config.output_dir)) / STATE
-    return TrainerState.load_from_json(str(path)).global_step if path.is_file() else 0
+    """Steps of the model in `output_dir` itself, 0 if there is none that was saved to its end."""
+    try:
+        return int(TrainerState.load_from_json(str(Path(str(config.output_dir)) / STATE)).global_step)
+    except (OSError, ValueError, TypeError):
+        return 0
 
 
 def _check_output_dir(config: AdaKDConfig) -> None:
