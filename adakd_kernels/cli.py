@@ -1,6 +1,7 @@
 """The command line: `adakd train`, `adakd demo`, `adakd doctor`.
 
-Exit code 0 if all went well, 1 if a check failed, 2 with one line on stderr for what the user can put right.
+Exit code 0 if all went well; 1 if a check failed or a loss was not finite; 2 for what the user can put right, a full
+disk and a network that does not answer; 130 after Ctrl-C. Each but 0 comes with one line on stderr.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
-from .commands import CommandError
+from .commands import CommandError, is_disk_full
 
 __all__ = ["main"]
 
@@ -66,13 +67,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise CommandError(f"unknown command {name!r}; expected one of {', '.join(COMMANDS)}")
-        return COMMANDS[name](args[1:])
+        return _run(COMMANDS[name], args[1:])
     except CommandError as error:
         print(f"adakd{f' {name}' if name in COMMANDS else ''}: error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print(f"adakd {name}: interrupted", file=sys.stderr)
         return 130
+
+
+def _run(command: Callable[[list[str]], int], argv: list[str]) -> int:
+    try:
+        return command(argv)
+    except Exception as error:
+        if isinstance(error, CommandError) or not is_disk_full(error):
+            raise
+        raise CommandError(f"no space left on the disk: {error}") from error
 
 
 if __name__ == "__main__":

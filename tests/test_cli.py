@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -14,16 +22,21 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adakd_kernels import ops
 from adakd_kernels.cli import main
 from adakd_kernels.commands import doctor
-from adakd_kernels.commands.train import parse
+from adakd_kernels.commands.options import parse
+from adakd_kernels.integrations.transformers import AdaKDConfig, AdaKDTrainer
 
-from .tiny_models import save_pair, tiny_tokenizer, write_jsonl
+from .tiny_models import CHAT_TEMPLATE, save_pair, tiny_tokenizer, write_jsonl
 
 pytestmark = pytest.mark.fast
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +55,31 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def error_line(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+@pytest.fixture
+def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong is found before a model is loaded."""
+
+    def loaded(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+
+
+def error_line(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 2) -> str:
     """Run the command line, and return its one line of error."""
-    assert main(argv) == 2
+    assert main(argv) == code
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if line.startswith("adakd")]
     assert len(lines) == 1 and captured.err.rstrip().endswith(lines[0]) and "Traceback" not in captured.err
     return lines[0]
 
 
+def run_flags(workspace: Path, tmp_path: Path) -> list[str]:
+    return ["train", "--config", str(workspace / "run.yaml"), "--output_dir", str(tmp_path / "out")]
+
+
 def train(workspace: Path, tmp_path: Path, *flags: str) -> int:
-    return main(["train", "--config", str(workspace / "run.yaml"), "--output_dir", str(tmp_path / "out"), *flags])
+    return main([*run_flags(workspace, tmp_path), *flags])
 
 
 def test_train_and_resume(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,6 +89,8 @@ def test_train_and_resume(workspace: Path, tmp_path: Path, capsys: pytest.Captur
     assert metrics["steps"] == 3 and metrics["focus_ratio"] == 1.0  # a warm-up of 5 %, then a change below epsilon
     assert metrics["output_dir"] == str(tmp_path / "out")
     assert f"{workspace / 'train.jsonl'}: 8 records\n" in captured.err
+    check_lines_to_try(captured.err, tmp_path / "out", capsys)
+    check_model_card(workspace, tmp_path / "out")
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     losses = [log["loss"] for log in state["log_history"] if "loss" in log]
     assert metrics["train_loss"] == pytest.approx(sum(losses) / 3)
@@ -85,6 +114,273 @@ def test_train_and_resume(workspace: Path, tmp_path: Path, capsys: pytest.Captur
     assert resumed["steps"] == 3 and resumed["eval_loss"] == metrics["eval_loss"]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def check_lines_to_try(printed: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The two lines that a run prints at its end do what they say."""
+    said, _, lines = printed.partition(f"adakd train: the model is in {out}. To try it:\n\n")
+    assert said and len(lines.splitlines()) == 2
+    exec(lines, {})
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    question = [{"role": "user", "content": "Name a word that rhymes with cat."}]
+    ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**ids, max_new_tokens=60, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert capsys.readouterr().out == tokenizer.decode(answer, skip_special_tokens=True) + "\n"
+
+
+def check_model_card(workspace: Path, out: Path) -> None:
+    card = ModelCard.load(out / "README.md")
+    assert card.data.library_name == "transformers" and "adakd" in card.data.tags
+    assert card.data.base_model is None  # a folder, which means nothing on the hub
+    state = json.loads((out / "trainer_state.json").read_text())
+    for log in [log for log in state["log_history"] if "loss" in log]:
+        assert f"| {log['step']} | {log['focus_ratio']:.3f} | {log['loss']:.4g} |" in card.text
+    assert f"- eval_loss: {state['log_history'][-1]['eval_loss']:.6g}" in card.text
+    for part in (
+        f"`{workspace / 'student'}`, distilled from `{workspace / 'teacher'}`",
+        f"`{workspace / 'train.jsonl'}`: 8 records of at most 1024 tokens",
+        "- divergence: `jensen_shannon`\n- divergence_kwargs: `{'beta': 0.3}`\n- temperature_scale: 0.5",
+        "- steps: 3\n- learning_rate: 0.01",
+        "arXiv:2510.11615",
+    ):
+        assert part in card.text
+
+
+def test_a_finished_run_has_nothing_to_do(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert train(workspace, tmp_path, "--max_steps", "2") == 0
+    weights = (out / "model.safetensors").read_bytes()
+    metrics = json.loads(capsys.readouterr().out.splitlines()[-1])
+    flags = ["--max_steps", "2", "--resume_from_checkpoint", "last"]
+    assert train(workspace, tmp_path, *flags) == 0
+    captured = capsys.readouterr()
+    assert captured.err.endswith(f"adakd train: nothing to do: the run in {out} has all its 2 steps\n")
+    assert captured.out == "" and not (out / "checkpoint-3").exists()
+    (out / "model.safetensors").unlink()  # as if it had been killed while it wrote these
+    (out / "trainer_state.json").write_text('{"global_st')
+    assert train(workspace, tmp_path, *flags) == 0
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert again["steps"] == 2 and again["eval_loss"] == metrics["eval_loss"]
+    assert (out / "model.safetensors").read_bytes() == weights and not (out / "checkpoint-3").exists()
+    # Whole epochs: two of four steps of two records.
+    epochs = ["--max_steps", "-1", "--num_train_epochs", "0.5", "--resume_from_checkpoint", "last"]
+    assert train(workspace, tmp_path, *epochs) == 0
+    assert "nothing to do" in capsys.readouterr().err
+    assert train(workspace, tmp_path, "--max_steps", "3", "--resume_from_checkpoint", "last") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 3
+
+
+def test_ctrl_c_saves_what_can_be_resumed(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    command = [
+        sys.executable, "-m", "adakd_kernels.cli", "train", "--config", str(workspace / "run.yaml"),
+        "--output_dir", str(out), "--max_steps", "1000000", "--save_steps", "1000000", "--dataloader_num_workers", "1",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    assert any("'loss'" in line for line in process.stdout)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers of the data loader too
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    (checkpoint,) = out.glob("checkpoint-*")
+    assert err.endswith(f"adakd train: interrupted; '--resume_from_checkpoint last' goes on from {checkpoint}\n")
+    assert "Traceback" not in err and not (out / "model.safetensors").exists()
+    steps = int(checkpoint.name.removeprefix("checkpoint-"))
+    assert train(workspace, tmp_path, "--max_steps", str(steps + 1), "--resume_from_checkpoint", "last") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == steps + 1
+
+
+def test_ctrl_c_before_a_checkpoint_promises_nothing(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(AdaKDTrainer, "training_step", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    assert train(workspace, tmp_path) == 130
+    assert capsys.readouterr().err.endswith("adakd train: interrupted; there is no checkpoint to resume from\n")
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def fails_at_step(monkeypatch: pytest.MonkeyPatch, step: int, error: Exception) -> None:
+    training_step = AdaKDTrainer.training_step
+
+    def failing(trainer: AdaKDTrainer, *args: Any) -> Any:
+        if trainer.state.global_step == step:
+            raise error
+        return training_step(trainer, *args)
+
+    monkeypatch.setattr(AdaKDTrainer, "training_step", failing)
+
+
+def test_nan_ends_with_one_line(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails_at_step(monkeypatch, 1, FloatingPointError("step 1, record 'x':\nthe loss is nan"))
+    line = error_line(capsys, *run_flags(workspace, tmp_path), code=1)
+    assert line == (
+        "adakd train: error: step 1, record 'x': the loss is nan; "
+        f"the last checkpoint is {tmp_path / 'out' / 'checkpoint-1'}"
+    )
+
+
+def test_memory_that_is_not_there_is_one_line(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails_at_step(monkeypatch, 0, torch.OutOfMemoryError("CUDA out of memory"))
+    line = error_line(capsys, *run_flags(workspace, tmp_path))
+    assert "the device has no memory left: lower per_device_train_batch_size" in line
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a file on a full disk")
+def test_a_full_disk_keeps_the_former_checkpoint(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    (out / "checkpoint-2").mkdir(parents=True)
+    (out / "checkpoint-2" / "optimizer.pt").symlink_to("/dev/full")
+    line = error_line(capsys, *run_flags(workspace, tmp_path))
+    assert line.startswith(f"adakd train: error: no space left on the disk of {out}: ")
+    assert line.endswith(f"; '--resume_from_checkpoint last' goes on from {out / 'checkpoint-1'}")
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert train(workspace, tmp_path, "--resume_from_checkpoint", "last") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 3
+
+
+def test_a_full_disk_at_the_end(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    save = AdaKDTrainer.save_model
+    monkeypatch.setattr(AdaKDTrainer, "save_model", lambda *args, **kwargs: save(*args, **kwargs) if kwargs else full())
+    line = error_line(capsys, *run_flags(workspace, tmp_path))
+    assert line.endswith(f"goes on from {tmp_path / 'out' / 'checkpoint-3'}") and ": no space left on" in line
+
+
+def test_help_begins_with_the_method(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = {}
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as exit_:
+            main(["train", flag])
+        assert exit_.value.code == 0
+        texts[flag] = capsys.readouterr().out
+    for text in texts.values():
+        places = [text.index(f"\n  --{name}") for name in ("divergence ", "focus_min_ratio", "student ", "max_steps")]
+        assert places == sorted(places)
+    assert texts["--help"].splitlines()[5].startswith("the method") and len(texts["--help"].splitlines()) < 150
+    # Every option of the trainer is in one of the two.
+    for option in fields(AdaKDConfig):
+        assert f"--{option.name} " in texts["--help-all"]
+    assert "--adam_beta1" in texts["--help-all"] and "--adam_beta1" not in texts["--help"]
+
+
+@contextmanager
+def hub(status: int, headers: dict[str, str]) -> Iterator[str]:
+    """A hub that answers every request alike; its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (404, "RepoNotFound", "no such folder, and no such model on the hub"),
+        (403, "GatedRepo", "the hub gives it to those who accepted its terms"),
+        (503, "", "no such folder, not in the hub's cache on this machine, and the hub answers 503"),
+    ],
+)
+def test_what_the_hub_refuses(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    no_models: None, status: int, code: str, message: str,
+) -> None:  # fmt: skip
+    with hub(status, {"X-Error-Code": code}) as address:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        line = error_line(capsys, *run_flags(workspace, tmp_path), "--student", "models/student")
+    assert line.startswith(f"adakd train: error: student models/student: {message}")
+
+
+def test_no_hub_is_known_at_once(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    no_models: None,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    start = time.monotonic()
+    line = error_line(capsys, *run_flags(workspace, tmp_path), "--teacher", "models/teacher")
+    assert time.monotonic() - start < 10
+    assert "teacher models/teacher: no such folder, not in the hub's cache on this machine, and the hub cannot" in line
+
+
+def test_without_a_hub_its_cache_is_taken_at_once(workspace: Path, tmp_path: Path) -> None:
+    repo = tmp_path / "home" / "hub" / "models--someone--tiny"
+    shutil.copytree(workspace / "student", repo / "snapshots" / "0123")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0123")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    command = [sys.executable, "-m", "adakd_kernels.cli", *run_flags(workspace, tmp_path)]
+    process = subprocess.run(
+        [*command, "--student", "someone/tiny", "--max_steps", "1"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert "Retrying" not in process.stderr
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == "someone/tiny"
+
+
+def test_a_logger_that_is_not_installed(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    no_models: None,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    line = error_line(capsys, *run_flags(workspace, tmp_path), "--report_to", "wandb")
+    assert line.startswith("adakd train: error: report_to: WandbCallback requires wandb to be installed.")
+    assert "report_to: abacus is not supported, only azure_ml" in error_line(
+        capsys, *run_flags(workspace, tmp_path), "--report_to", "abacus"
+    )
+
+
+def test_an_output_folder_that_cannot_be_made(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_models: None
+) -> None:
+    (tmp_path / "out").write_text("a file")
+    for folder, reason in ((tmp_path / "out", "File exists"), (tmp_path / "out" / "a", "Not a directory")):
+        line = error_line(capsys, *run_flags(workspace, tmp_path), "--output_dir", str(folder))
+        assert line == f"adakd train: error: output_dir {folder}: cannot be written to: {reason}"
+
+
+def test_a_template_that_refuses_a_system_prompt(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_models: None
+) -> None:
+    student = shutil.copytree(workspace / "student", tmp_path / "student")
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    (student / "chat_template.jinja").write_text(template + CHAT_TEMPLATE)
+    messages = [{"role": role, "content": "a"} for role in ("system", "user", "assistant")]
+    data = write_jsonl(tmp_path / "data.jsonl", [{"messages": messages[1:]}, {"messages": messages}])
+    flags = ["--student", str(student), "--train_file", str(data)]
+    line = error_line(capsys, *run_flags(workspace, tmp_path), *flags)
+    assert line == (
+        f"adakd train: error: {data}:2: the tokenizer's chat template refuses the messages: System role not supported"
+    )
 
 
 def test_flags_override_the_file(workspace: Path) -> None:
@@ -114,8 +410,11 @@ def test_flags_override_the_file(workspace: Path) -> None:
         ),
         (["--max_length", "1"], "max_length must be 2 or more, got 1"),
         (["--teacher_dtype", "int8"], "teacher_dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
-        (["--divergense", "kl"], "unknown option '--divergense'; see adakd train --help"),
-        (["--diverg", "hellinger"], "unknown option '--diverg'; see adakd train --help"),
+        (["--divergense", "kl"], "unknown option '--divergense'; did you mean --divergence?"),
+        (["--diverg", "hellinger"], "unknown option '--diverg'; did you mean --divergence?"),
+        (["--max-step=3"], "unknown option '--max-step=3'; did you mean --max_steps?"),
+        (["--zzzzzz"], "unknown option '--zzzzzz'; see adakd train --help"),
+        (["--divergence_kwargs", "[" * 100_000], "the JSON of an option is nested too deeply"),
         (["--student", "/no/such/folder"], "student /no/such/folder: no such folder"),
         (["--teacher", "./none"], "teacher ./none: no such folder"),
         (["--train_file", "none.jsonl"], "none.jsonl: cannot be read: No such file or directory"),
@@ -140,7 +439,7 @@ def test_wrong_flags(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("studend: a\n", "unknown option 'studend'; see adakd train --help"),
+        ("studend: a\n", "unknown option 'studend'; did you mean student?"),
         ("max_steps: many\n", "argument --max_steps/--max-steps: invalid int value: 'many'"),
         ("- a\n", "expected options as 'name: value', got list"),
         ("a: [1\n", "not YAML: "),
@@ -163,6 +462,11 @@ def test_missing_options(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ('{"instruction": "a", "output": "b"}\n{"instruction": "a"}\n', ":2: field 'output' is missing"),
         ("\n", ": nothing to train on: it has no records"),
+        (
+            '{"instruction": "a", "output": "b\\ud83d"}\n',
+            ":1: field 'output' has half of a surrogate pair, '\\ud83d', as",
+        ),
+        ('{"messages": ' + "[" * 100_000, ":1: not JSON: "),
     ],
 )
 def test_wrong_data(
@@ -172,6 +476,12 @@ def test_wrong_data(
     flags = ["--config", str(workspace / "run.yaml"), "--output_dir", str(tmp_path), "--train_file"]
     line = error_line(capsys, "train", *flags, str(tmp_path / "bad.jsonl"))
     assert line.startswith(f"adakd train: error: {tmp_path / 'bad.jsonl'}{message}")
+
+
+def test_a_student_that_is_its_teacher(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = f"{workspace / 'student'}/../student"
+    line = error_line(capsys, *run_flags(workspace, tmp_path), "--teacher", teacher)
+    assert f"student and teacher are the same model, {workspace / 'student'}: " in line
 
 
 def test_mismatched_tokenizers(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,6 +533,7 @@ def test_unreadable_checkpoint(
 def test_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert error_line(capsys, "trian") == "adakd: error: unknown command 'trian'; expected one of train, demo, doctor"
     assert error_line(capsys, "doctor", "--fast") == "adakd doctor: error: unrecognized arguments: --fast"
+    assert error_line(capsys, "doctor", "--hepl").endswith("unrecognized arguments: --hepl; did you mean --help?")
     assert main([]) == 2 and capsys.readouterr().err.startswith("usage: adakd COMMAND")
     assert main(["--help"]) == 0 and capsys.readouterr().out.startswith("usage: adakd COMMAND")
     assert main(["--version"]) == 0 and capsys.readouterr().out == f"adakd-kernels {version('adakd-kernels')}\n"
@@ -284,3 +595,17 @@ print(adakd_kernels.cli.main(["train", "--student", "a"]))
     message, code = process.stdout.splitlines()
     assert message.startswith("AdaKDTrainer needs transformers and accelerate: pip install 'adakd-kernels[train]'")
     assert code == "2" and process.stderr == f"adakd train: error: {message}\n"
+
+
+def test_a_missing_pyyaml_is_one_line() -> None:
+    script = """
+import sys
+sys.modules["yaml"] = sys.modules["transformers"] = None  # as after `pip install .`
+import adakd_kernels.cli
+sys.exit(adakd_kernels.cli.main(["train", "--student", "a"]))
+"""
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert process.returncode == 2 and process.stdout == "" and len(process.stderr.splitlines()) == 1
+    assert process.stderr.startswith(
+        "adakd train: error: a training run needs pyyaml: pip install 'adakd-kernels[train]'"
+    )

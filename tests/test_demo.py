@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
@@ -60,6 +61,26 @@ def test_it_reports_what_it_measured(workplace):
         assert len(re.findall(rf"^{said}", report, flags=re.MULTILINE)) == 3
 
 
+def test_both_students_can_be_talked_to(workplace, monkeypatch, capsys):
+    """The saved students are those that were measured, and the two lines that the demo prints make one answer."""
+    config = tiny_config(workplace)
+    cpu = {"dtype": torch.float32, "device": torch.device("cpu")}
+    teacher, tokenizer = models.load_model(Path(config.teacher), **cpu)
+    asked = {"max_new_tokens": 8, "repetition_penalty": config.repetition_penalty, "batch_size": 4}
+    references = answering.answer_records(teacher, tokenizer, load_instructions(config)[1], **asked)
+    for name in ("plain", "AdaKD"):
+        student, _ = models.load_model(workplace / "output" / name.lower(), **cpu)
+        found = distance(student, teacher, references, batch_size=config.batch_size)
+        measured = numbers(workplace)["scores"][name]["distance"]
+        assert found.reverse_kl == pytest.approx(measured["reverse_kl"], rel=1e-6)
+    report = (workplace / "output" / "report.md").read_text()
+    (lines,) = re.findall(r"```python\n(.*?)```", report, flags=re.DOTALL)
+    assert len(lines.splitlines()) == 2 and str(workplace / "output" / "adakd") in lines
+    capsys.readouterr()
+    exec(lines, {})
+    assert capsys.readouterr().out.strip()
+
+
 def test_a_second_start_reads_the_answers_and_gives_the_same_numbers(workplace, monkeypatch, capsys):
     first, asked = numbers(workplace), []
     generate = answering.generate_greedy
@@ -70,7 +91,10 @@ def test_a_second_start_reads_the_answers_and_gives_the_same_numbers(workplace, 
     layers = Counter(model.config.num_hidden_layers for model in asked)
     assert layers == {2: 3}  # the student before, plain and AdaKD, a batch each; nothing of the teacher with 4 layers
     assert numbers(workplace)["scores"] == first["scores"]
-    assert "[5/5 AdaKD on reverse KL, 4 steps of 2 records]" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "[5/5 AdaKD on reverse KL, 4 steps of 2 records]" in out
+    folders = [workplace / "output" / name for name in ("plain", "adakd")]
+    assert f"The students are in {folders[0]} and {folders[1]}. To try the second:\n\nfrom transformers import" in out
 
 
 def test_answers_go_on_where_a_killed_run_stopped(tmp_path, monkeypatch):
@@ -157,6 +181,7 @@ def test_shipped_instructions():
         (["--layers-cut", "4"], "cannot cut 4 layers at 1 out of a model with 4.*set first_cut and layers_cut"),
         (["--dtype", "int8"], "dtype is 'int8'; use auto, bfloat16 or float32"),
         (["--device", "abacus"], "device is 'abacus', which torch"),
+        (["--stesp", "3"], r"unrecognized arguments: --stesp 3; did you mean --steps\?"),
         (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
     ],
 )
@@ -164,6 +189,16 @@ def test_errors_are_one_line(workplace, flags, message, capsys):
     assert main(["demo", "--tiny", str(workplace), *flags]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("adakd demo: error: ") and re.search(message, line)
+
+
+def test_a_full_disk_is_one_line(workplace, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("adakd_kernels.demo.pipeline.save_model", full)
+    assert main(["demo", "--tiny", str(workplace)]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line == "adakd demo: error: no space left on the disk: [Errno 28] No space left on device"
 
 
 def test_a_missing_teacher_package_names_the_cure(monkeypatch):

@@ -1,19 +1,23 @@
-"""`adakd train`: options from a YAML file and flags, records and models from disk, then `AdaKDTrainer`."""
+"""`adakd train`: options from a YAML file and flags, records and models from disk or the hub, then `AdaKDTrainer`."""
 
 from __future__ import annotations
 
 import gc
 import json
+import os
+import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+from . import CommandError, is_disk_full
 
-from . import CommandError, CommandParser
-
+try:
+    import yaml  # noqa: F401
+except ImportError as error:
+    raise CommandError(f"a training run needs pyyaml: pip install 'adakd-kernels[train]' ({error})") from error
 try:
     from ..integrations.transformers import (
         AdaKDConfig,
@@ -26,62 +30,29 @@ try:
 except ImportError as error:
     raise CommandError(str(error)) from error
 
+import torch
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+    get_reporting_integration_callbacks,
+)
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+from .interruption import Interruption
+from .model_card import write_model_card
+from .models import lines_to_try, load, locate
+from .options import RunOptions, parse
 
-
-@dataclass
-class RunOptions:
-    """Models and data of a run."""
-
-    student: str | None = field(default=None, metadata={"help": "Folder or hub name of the model to train. Required."})
-    teacher: str | None = field(default=None, metadata={"help": "Folder or hub name of the teacher. Required."})
-    train_file: str | None = field(
-        default=None, metadata={"help": "JSONL with instruction, input, output, or with messages. Required."}
-    )
-    eval_file: str | None = field(default=None, metadata={"help": "JSONL of the same kind to evaluate on."})
-    max_length: int = field(default=1024, metadata={"help": "Tokens of a record; a longer answer loses its end."})
-    student_dtype: str = field(
-        default="float32",
-        metadata={"help": f"Type of the student's weights: {', '.join(DTYPES)}; auto: as saved."},
-    )
-    teacher_dtype: str = field(default="auto", metadata={"help": "Type of the teacher's weights, likewise."})
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention of both models, such as sdpa or flash_attention_2."}
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that comes with a model."})
-
-    def __post_init__(self) -> None:
-        for name in ("student", "teacher", "train_file"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is missing: give --{name}, or {name} in the --config file")
-        for name in ("student_dtype", "teacher_dtype"):
-            if getattr(self, name) not in DTYPES:
-                raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {getattr(self, name)!r}")
-        if self.max_length < 2:
-            raise ValueError(f"max_length must be 2 or more, got {self.max_length}")
-
-
-class _Parser(CommandParser, HfArgumentParser):
-    """Options from the fields of dataclasses."""
-
-
-class _Started(TrainerCallback):
-    """Whether a step has begun: an error before the first one comes from the checkpoint, a later one from training."""
-
-    started = False
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.started = True
+STATE = "trainer_state.json"
+"""What `Trainer` writes last into a checkpoint, and this command last into `output_dir`."""
 
 
 def run(argv: list[str]) -> int:
-    """Train, save the model and its tokenizer in `output_dir`, and print a line of metrics.
+    """Train, save the model, its tokenizer and a model card in `output_dir`, and print a line of metrics.
 
     Raises:
-        CommandError: options, data, models or a checkpoint that cannot be used.
+        CommandError: options, data, models or a checkpoint that cannot be used, or what the machine refuses.
     """
     options, config = parse(argv)
     code = _train(options, config)
@@ -94,89 +65,110 @@ def run(argv: list[str]) -> int:
 
 def _train(options: RunOptions, config: AdaKDConfig) -> int:
     """The run itself; the exit code."""
+    _check_loggers(config)
     resume = _checkpoint(config)
-    trainer, started = _trainer(options, config), _Started()
-    trainer.add_callback(started)
+    _check_output_dir(config)
+    finished = _finished(resume, config)
+    if finished is not None and _steps_saved(config) >= finished.global_step:
+        _say(config, f"nothing to do: the run in {config.output_dir} has all its {finished.global_step} steps")
+        return 0
+    # A run that was stopped between its last checkpoint and its end has its model there.
+    trainer = _trainer(options if finished is None else replace(options, student=resume), config)
+    interruption = Interruption(config.world_size)
     try:
-        result = trainer.train(resume_from_checkpoint=resume)
+        if finished is None:
+            metrics = _fit(trainer, interruption, resume)
+            if interruption.requested:
+                return _interrupted(config)
+        else:
+            finished.is_world_process_zero = trainer.is_world_process_zero()
+            trainer.state, metrics = finished, {}
+        _finish(trainer, options, config, metrics)
     except KeyboardInterrupt:
-        print(
-            "adakd train: interrupted; '--resume_from_checkpoint last' goes on from the last checkpoint",
-            file=sys.stderr,
-        )
-        return 130
+        return _interrupted(config)
     except Exception as error:
-        if resume is None or started.started:
+        if interruption.requested and not is_disk_full(error):
+            return _interrupted(config)  # such as a worker of the data loader that Ctrl-C has ended
+        explained = _explained(error, trainer, config)
+        if explained is None:
             raise
-        raise CommandError(f"checkpoint {resume}: cannot be resumed from: {_reason(error)}") from error
-    metrics = dict(result.metrics)
-    if options.eval_file:
-        metrics.update(trainer.evaluate())
-    trainer.save_model()
-    trainer.save_state()
-    trainer.save_metrics("all", metrics, combined=False)
-    if trainer.is_world_process_zero():
-        steps, focus_ratio = result.global_step, float(trainer.loss_fn.focus_ratio)
-        print(json.dumps({"output_dir": config.output_dir, "steps": steps, "focus_ratio": focus_ratio, **metrics}))
+        raise explained from error
     return 0
 
 
-def parse(argv: list[str]) -> tuple[RunOptions, AdaKDConfig]:
-    """Options from `--config FILE` and flags; a flag overrides the file.
+def _fit(trainer: AdaKDTrainer, interruption: Interruption, resume: str | None) -> dict[str, Any]:
+    """Train; the metrics of it.
 
     Raises:
-        CommandError: an unknown option or a value that does not fit.
+        CommandError: a checkpoint that cannot be resumed from.
     """
-    groups: Any = (RunOptions, AdaKDConfig)
-    parser = _Parser(
-        groups,
-        prog="adakd train",
-        allow_abbrev=False,
-        usage="adakd train [--config run.yaml] [--OPTION VALUE ...]",
-        description="Distil a teacher into a student. Options may stand in the YAML file; flags override it.",
+    trainer.add_callback(interruption)
+    try:
+        with interruption:
+            result = trainer.train(resume_from_checkpoint=resume)
+    except Exception as error:
+        if resume is None or interruption.started or is_disk_full(error):
+            raise
+        raise CommandError(f"checkpoint {resume}: cannot be resumed from: {type(error).__name__}: {error}") from error
+    return {"focus_ratio": float(trainer.loss_fn.focus_ratio), **result.metrics}
+
+
+def _finish(trainer: AdaKDTrainer, options: RunOptions, config: AdaKDConfig, metrics: dict[str, Any]) -> None:
+    """Save the model first, then evaluate, and say what there is and how to use it."""
+    trainer.save_model()
+    if options.eval_file:
+        metrics = {**metrics, **trainer.evaluate()}
+    trainer.save_metrics("all", metrics, combined=False)
+    if trainer.is_world_process_zero():
+        data: Any = trainer.train_dataset
+        write_model_card(options, config, trainer.processing_class, trainer.state.log_history, len(data))
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        print(json.dumps({"output_dir": config.output_dir, "steps": trainer.state.global_step, **metrics}))
+    _say(
+        config,
+        f"the model is in {config.output_dir}. To try it:\n\n"
+        + lines_to_try(str(config.output_dir), trainer.processing_class),
     )
-    parser.add_argument("--config", help="YAML file of options, named as the flags are, without the dashes.")
-    given, _ = parser.parse_known_args(argv)
-    from_file: list[str] = []
-    if given.config is not None:
-        from_file = _config_flags(Path(given.config))
-        try:
-            parser.parse_known_args(from_file)
-        except CommandError as error:
-            raise CommandError(f"{given.config}: {error}") from None
-    try:
-        options, config, _, unknown = parser.parse_args_into_dataclasses(
-            from_file + argv, return_remaining_strings=True, look_for_args_file=False
+
+
+def _say(config: AdaKDConfig, text: str) -> None:
+    """Print on stderr what is no error; stdout is for numbers. In one process only."""
+    if config.should_log:
+        print(f"adakd train: {text.rstrip()}", file=sys.stderr)
+
+
+def _interrupted(config: AdaKDConfig) -> int:
+    _say(config, f"interrupted; {_resumable(config)}")
+    return 130
+
+
+def _resumable(config: AdaKDConfig) -> str:
+    """What can be resumed, for the end of a message."""
+    last = last_checkpoint(str(config.output_dir))
+    if last is None:
+        return "there is no checkpoint to resume from"
+    if config.save_only_model:
+        return f"{last} holds the model alone (save_only_model), which a new run can take as its student"
+    return f"'--resume_from_checkpoint last' goes on from {last}"
+
+
+def _explained(error: Exception, trainer: AdaKDTrainer, config: AdaKDConfig) -> CommandError | None:
+    """An error of a running trainer as one line, if it is one that the user can do something about."""
+    if isinstance(error, FloatingPointError):
+        return CommandError(f"{error}; the last checkpoint is {last_checkpoint(str(config.output_dir))}", exit_code=1)
+    if isinstance(error, torch.OutOfMemoryError):
+        return CommandError(
+            "the device has no memory left: lower per_device_train_batch_size (and raise "
+            f"gradient_accumulation_steps) or max_length; {_resumable(config)}"
         )
-    except (ValueError, TypeError, ImportError) as error:
-        raise CommandError(str(error)) from error
-    if unknown:
-        raise CommandError(f"unknown option {unknown[0]!r}; see adakd train --help")
-    return options, config
-
-
-def _config_flags(path: Path) -> list[str]:
-    """The options of a YAML file as flags, so that the parser checks the file as it checks the command line."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise CommandError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
-        raise CommandError(f"{path}: not YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise CommandError(f"{path}: expected options as 'name: value', got {type(content).__name__}")
-    known = {f.name for cls in (RunOptions, AdaKDConfig) for f in fields(cls)}
-    flags: list[str] = []
-    for name, value in content.items():
-        if name not in known:
-            raise CommandError(f"{path}: unknown option {name!r}; see adakd train --help")
-        if value is None:
-            continue
-        if isinstance(value, list):
-            flags += [f"--{name}", *map(str, value)]
-        else:
-            flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
-    return flags
+    if is_disk_full(error):
+        # What was being written is of no use, and takes the room that logs need.
+        partial = Path(str(config.output_dir)) / f"checkpoint-{trainer.state.global_step}"
+        if config.should_save and not (partial / STATE).exists():
+            shutil.rmtree(partial, ignore_errors=True)
+        return CommandError(f"no space left on the disk of {config.output_dir}: {error}; {_resumable(config)}")
+    return None
 
 
 def _checkpoint(config: AdaKDConfig) -> str | None:
@@ -194,59 +186,105 @@ def _checkpoint(config: AdaKDConfig) -> str | None:
         if last is None:
             raise CommandError(f"output_dir {config.output_dir} has no complete checkpoint to resume from")
         return last
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        raise CommandError(f"checkpoint {wanted}: no checkpoint of a trainer: trainer_state.json is missing")
+    if not (Path(wanted) / STATE).is_file():
+        raise CommandError(f"checkpoint {wanted}: no checkpoint of a trainer: {STATE} is missing")
     return str(wanted)
+
+
+def _finished(checkpoint: str | None, config: AdaKDConfig) -> TrainerState | None:
+    """The state in a checkpoint that has all steps of the run; `Trainer` would train one more.
+
+    Raises:
+        CommandError: its state cannot be read.
+    """
+    if checkpoint is None:
+        return None
+    try:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / STATE))
+    except (OSError, ValueError, TypeError) as error:
+        raise CommandError(f"checkpoint {checkpoint}: {STATE} cannot be read: {error}") from error
+    if config.max_steps > 0:
+        return state if state.global_step >= config.max_steps else None
+    return state if (state.epoch or 0.0) >= config.num_train_epochs else None
+
+
+def _steps_saved(config: AdaKDConfig) -> int:
+    """Steps of the model in `output_dir` itself, 0 if there is none that was saved to its end."""
+    try:
+        return int(TrainerState.load_from_json(str(Path(str(config.output_dir)) / STATE)).global_step)
+    except (OSError, ValueError, TypeError):
+        return 0
+
+
+def _check_output_dir(config: AdaKDConfig) -> None:
+    """Make `output_dir` and write a file there, before hours of training want to.
+
+    Raises:
+        CommandError: the system refuses.
+    """
+    if not config.should_save:
+        return
+    try:
+        os.makedirs(str(config.output_dir), exist_ok=True)
+        with tempfile.TemporaryFile(dir=config.output_dir) as file:
+            file.write(b"\0")
+    except OSError as error:
+        raise CommandError(f"output_dir {config.output_dir}: cannot be written to: {error.strerror}") from None
+
+
+def _check_loggers(config: AdaKDConfig) -> None:
+    """Make the loggers of `report_to` that look as if they were not installed, for the message that they raise.
+
+    Raises:
+        CommandError: an unknown logger, or one whose package is missing.
+    """
+    try:
+        get_reporting_integration_callbacks(config.report_to)  # type: ignore[no-untyped-call]
+        for name in set(config.report_to or ()) - set(get_available_reporting_integrations()):  # type: ignore[no-untyped-call]
+            INTEGRATION_TO_CALLBACK[name]()
+    except Exception as error:
+        raise CommandError(f"report_to: {error}") from error
 
 
 def _trainer(options: RunOptions, config: AdaKDConfig) -> AdaKDTrainer:
     """The trainer with everything loaded: tokenizers and records first, because loading the models takes longest."""
-    hub: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
-    tokenizer = _load("student", options.student, lambda name: AutoTokenizer.from_pretrained(name, **hub))
-    teacher_tokenizer = _load("teacher", options.teacher, lambda name: AutoTokenizer.from_pretrained(name, **hub))
+    names = {role: locate(role, str(getattr(options, role))) for role in ("student", "teacher")}
+    hub = {"trust_remote_code": options.trust_remote_code}
+    tokenizers = {role: load(role, name, AutoTokenizer.from_pretrained, **hub) for role, name in names.items()}
     try:
-        check_same_tokenizer(tokenizer, teacher_tokenizer)
-        train = load_records(str(options.train_file), tokenizer, options.max_length)
-        held_out = load_records(options.eval_file, tokenizer, options.max_length) if options.eval_file else None
+        check_same_tokenizer(tokenizers["student"], tokenizers["teacher"])
+        train = load_records(str(options.train_file), tokenizers["student"], options.max_length)
+        held_out = (
+            load_records(options.eval_file, tokenizers["student"], options.max_length) if options.eval_file else None
+        )
     except ValueError as error:
         raise CommandError(str(error)) from error
     if config.should_log:
         _report(options.train_file, train, options.max_length)
         _report(options.eval_file, held_out, options.max_length)
-    hub["attn_implementation"] = options.attn_implementation
-    student = _load(
-        "student",
-        options.student,
-        lambda name: AutoModelForCausalLM.from_pretrained(name, dtype=options.student_dtype, **hub),
-    )
-    teacher = _load(
-        "teacher",
-        options.teacher,
-        lambda name: AutoModelForCausalLM.from_pretrained(name, dtype=options.teacher_dtype, **hub),
-    )
+    dtypes = {"student": options.student_dtype, "teacher": options.teacher_dtype}
+    models = {
+        role: load(
+            role,
+            name,
+            AutoModelForCausalLM.from_pretrained,
+            dtype=dtypes[role],
+            attn_implementation=options.attn_implementation,
+            **hub,
+        )
+        for role, name in names.items()
+    }
     try:
         return AdaKDTrainer(
-            model=student,
-            teacher=teacher,
+            model=models["student"],
+            teacher=models["teacher"],
             args=config,
             train_dataset=train.records,
             eval_dataset=held_out.records if held_out else None,
-            processing_class=tokenizer,
+            processing_class=tokenizers["student"],
         )
     except (ValueError, TypeError, ImportError) as error:
         raise CommandError(str(error)) from error
-
-
-def _load(role: str, name: str | None, load: Callable[[Any], Any]) -> Any:
-    """What `load` makes of a folder or hub name; every error becomes one that names it."""
-    # "owner/name" may be on the hub. A name that looks like a path is a folder and nothing else.
-    looks_like_path = str(name).startswith(("/", ".", "~")) or str(name).count("/") > 1
-    if looks_like_path and not Path(str(name)).is_dir():
-        raise CommandError(f"{role} {name}: no such folder")
-    try:
-        return load(name)
-    except Exception as error:
-        raise CommandError(f"{role} {name}: cannot be loaded: {_reason(error)}") from error
 
 
 def _report(path: str | None, loaded: LoadedRecords | None, max_length: int) -> None:
@@ -258,7 +296,3 @@ def _report(path: str | None, loaded: LoadedRecords | None, max_length: int) -> 
     if loaded.dropped:
         text += f"; {loaded.dropped} more left out, their prompts leave no room for an answer"
     print(text, file=sys.stderr)
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -62,7 +62,9 @@ class DemoConfig:
     seed: int = _option(0, "seed of the data order")
     device: str = _option("auto", "torch device; auto: cuda where there is one, else cpu")
     dtype: str = _option("auto", "bfloat16 or float32; auto: bfloat16 where the device computes in it")
-    output_dir: Path = field(default=OUTPUT_DIR, metadata={"help": "folder for report, figure and numbers"})
+    output_dir: Path = field(
+        default=OUTPUT_DIR, metadata={"help": "folder for report, figure, numbers and the students"}
+    )
     cache_dir: Path = field(
         default_factory=default_cache_dir, metadata={"help": "folder that keeps teacher and answers for the next start"}
     )

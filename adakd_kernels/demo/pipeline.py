@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from ..commands.models import lines_to_try
 from .answers import Answer, Record, answer_fingerprint, answer_records, load_instructions
 from .config import DemoConfig, DemoError
 from .evaluate import answer_states, distance, rouge_l
-from .models import cut_layers, load_model, locate_teacher, parameter_count, prepare_teacher
+from .models import cut_layers, load_model, locate_teacher, parameter_count, prepare_teacher, save_model
 from .progress import stage
 from .report import Run, Score, examples, machine, table, verdict, write_figure, write_json
 from .training import ADAKD, PLAIN, train_run
@@ -29,16 +30,19 @@ class DemoResult:
         runs: the two runs.
         seconds: wall-clock time of each stage.
         files: report (Markdown), figure (PNG) and numbers (JSON).
+        students: folders of the students of the two runs, each with its tokenizer.
     """
 
     scores: dict[str, Score]
     runs: tuple[Run, Run]
     seconds: dict[str, float]
     files: tuple[Path, Path, Path]
+    students: tuple[Path, Path]
 
 
 def run_demo(config: DemoConfig) -> DemoResult:
-    """Run the demo: print progress and a report, and write the report, a figure and all numbers to `config.output_dir`.
+    """Run the demo: print progress and a report, and write the report, a figure, all numbers and both students to
+    `config.output_dir`.
 
     The converted teacher and its answers stay in `config.cache_dir`; a second start with the same settings reads them.
 
@@ -73,7 +77,8 @@ def run_demo(config: DemoConfig) -> DemoResult:
             student = _cut(config, teacher).float()
             runs.append(train_run(name, options, student, teacher, tokenizer, learnt, config, probe=measure.probe))
             scores[name], said[name] = measure(student.to(dtype), name)
-    return _report(config, scores, (runs[0], runs[1]), seconds, held_out, said)
+            save_model(student, tokenizer, config.output_dir / name.lower())
+    return _report(config, scores, (runs[0], runs[1]), seconds, held_out, said, tokenizer)
 
 
 def _cut(config: DemoConfig, teacher: Any) -> Any:
@@ -149,8 +154,11 @@ def _report(
     seconds: dict[str, float],
     held_out: Sequence[Record],
     said: dict[str, list[Answer]],
+    tokenizer: Any,
 ) -> DemoResult:
     files = (config.output_dir / "report.md", config.output_dir / "demo.png", config.output_dir / "demo.json")
+    students = config.output_dir / PLAIN_NAME.lower(), config.output_dir / ADAKD_NAME.lower()
+    lines = lines_to_try(str(students[1]), tokenizer)
     shown = examples(held_out, said, count=config.examples)
     total = sum(seconds.values())
     text = (
@@ -161,8 +169,13 @@ def _report(
         "One run each, with one order of the data: another order can turn a small difference around.\n"
     )
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    files[0].write_text(f"# Demo\n\n{text}\n## Answers\n\n```\n{shown}\n```\n\n![runs](demo.png)\n", encoding="utf-8")
+    files[0].write_text(
+        f"# Demo\n\n{text}\n## Answers\n\n```\n{shown}\n```\n\n![runs](demo.png)\n\n"
+        f"## To try AdaKD's student\n\n```python\n{lines}```\n",
+        encoding="utf-8",
+    )
     write_figure(files[1], runs)
     write_json(files[2], config, scores, runs, seconds)
-    print(f"\n{shown}\n\n{text}\n{total:.0f} s in all. " + "Wrote " + ", ".join(map(str, files)), flush=True)
-    return DemoResult(scores, runs, seconds, files)
+    print(f"\n{shown}\n\n{text}\n{total:.0f} s in all. " + "Wrote " + ", ".join(map(str, files)))
+    print(f"The students are in {students[0]} and {students[1]}. To try the second:\n\n{lines}", flush=True)
+    return DemoResult(scores, runs, seconds, files, students)

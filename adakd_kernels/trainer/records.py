@@ -60,7 +60,11 @@ def load_records(path: str | Path, tokenizer: Any, max_length: int = 1024) -> Lo
     records: list[dict[str, list[int]]] = []
     truncated = dropped = 0
     for line, record in _json_lines(Path(path)):
-        ids, answer_start = tokenize_messages(tokenizer, _messages(f"{path}:{line}", record))
+        messages = _messages(f"{path}:{line}", record)
+        try:
+            ids, answer_start = tokenize_messages(tokenizer, messages)
+        except DataError as error:
+            raise DataError(f"{path}:{line}: {error}") from None
         if answer_start >= min(max_length, len(ids)):
             dropped += 1
             continue
@@ -81,10 +85,18 @@ def tokenize_messages(tokenizer: Any, messages: list[Message]) -> tuple[list[int
     """Token ids of a conversation, and the index at which its last message, the answer, begins.
 
     The whole text is tokenised at once; the answer begins where its tokens part from those of the prompt alone.
+
+    Raises:
+        DataError: the chat template refuses the messages, such as a system prompt.
     """
     if getattr(tokenizer, "chat_template", None):
-        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        from jinja2 import TemplateError  # transformers needs it for templates, and only for them
+
+        try:
+            prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+        except TemplateError as error:
+            raise DataError(f"the tokenizer's chat template refuses the messages: {error}") from None
         special, end = False, []
     else:
         turns = [f"### {message['role'].capitalize()}:\n{message['content']}\n\n" for message in messages[:-1]]
@@ -129,7 +141,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     continue
                 try:
                     record = json.loads(line)
-                except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
                     raise DataError(f"{path}:{number}: not JSON: {error}") from None
                 if not isinstance(record, dict):
                     raise DataError(f"{path}:{number}: expected a JSON object, got {type(record).__name__}")
@@ -172,6 +184,13 @@ def _text(where: str, record: dict[str, Any], name: str, label: str) -> str:
         raise DataError(f"{where}: field '{label}' is missing: expected {expected}, got {given}")
     if not isinstance(record[name], str):
         raise DataError(f"{where}: field '{label}' must be a string, got {_short(record[name])}")
+    try:
+        record[name].encode()
+    except UnicodeEncodeError as error:
+        surrogate = record[name][error.start]
+        raise DataError(
+            f"{where}: field '{label}' has half of a surrogate pair, {surrogate!r}, as character {error.start + 1}"
+        ) from None
     return str(record[name])
 
 

@@ -1,0 +1,97 @@
+"""The model card that `adakd train` writes beside the model: what was distilled into what, how, and how it went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..integrations.transformers import AdaKDConfig
+from .models import lines_to_try
+from .options import RunOptions, method_options
+
+__all__ = ["write_model_card"]
+
+ROWS = 20
+"""Log lines in the table of the share at most."""
+
+CITATION = """\
+```bibtex
+@article{xie2025adakd,
+  title   = {LLM-Oriented Token-Adaptive Knowledge Distillation},
+  author  = {Xurong Xie and Zhucun Xue and Jiafu Wu and Jian Li and Yabiao Wang and Xiaobin Hu and Yong Liu and
+             Jiangning Zhang},
+  journal = {arXiv preprint arXiv:2510.11615},
+  year    = {2025}
+}
+```
+"""
+
+
+def write_model_card(
+    options: RunOptions, config: AdaKDConfig, tokenizer: Any, logs: Sequence[dict[str, float]], records: int
+) -> None:
+    """Write README.md into `output_dir`.
+
+    Args:
+        options: models and data of the run.
+        config: its other options.
+        tokenizer: of both models.
+        logs: the log history of the trainer.
+        records: number of records that were trained on.
+    """
+    path = Path(str(config.output_dir)) / "README.md"
+    data = ModelCardData(
+        library_name="peft" if (path.parent / "adapter_config.json").is_file() else "transformers",
+        pipeline_tag="text-generation",
+        # The hub accepts names of its own only.
+        base_model=None if Path(str(options.student)).is_dir() else options.student,
+        tags=["knowledge-distillation", "adakd", "generated_from_trainer"],
+    )
+    method = {name: getattr(config, name) for name in method_options()}
+    training = {
+        name: getattr(config, name)
+        for name in ("learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps",
+                     "world_size", "seed")
+    }  # fmt: skip
+    train = [log for log in logs if "loss" in log and "focus_ratio" in log]
+    last = next((log for log in reversed(logs) if "eval_loss" in log), {})
+    evaluated = {
+        name: value
+        for name, value in last.items()
+        if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second"))
+    }
+    sections = [
+        f"# {path.parent.resolve().name}",
+        f"`{options.student}`, distilled from `{options.teacher}` with token-adaptive knowledge distillation (AdaKD, "
+        "[arXiv 2510.11615](https://arxiv.org/abs/2510.11615)) by `adakd train`.",
+        f"```python\n{lines_to_try(str(config.output_dir), tokenizer)}```",
+        f"## Data\n\n`{options.train_file}`: {records} records of at most {options.max_length} tokens."
+        + (f" Evaluated on `{options.eval_file}`." if options.eval_file else ""),
+        "## Loss\n\n" + _list(method),
+        f"## Training\n\n{_list({'steps': logs[-1]['step'] if logs else 0, **training})}",
+        "## Share of the tokens that are selected\n\n" + _table(train),
+        "## Evaluation\n\n" + (_list(evaluated) if evaluated else "None: no eval_file was given."),
+        "## Citation\n\n" + CITATION,
+    ]
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections)).save(path)
+
+
+def _list(values: dict[str, Any]) -> str:
+    return "\n".join(f"- {name}: {_shown(value)}" for name, value in values.items())
+
+
+def _table(logs: Sequence[dict[str, float]]) -> str:
+    """Step, share and loss of evenly spaced log lines, the last one among them."""
+    every = -(-len(logs) // ROWS) or 1
+    rows = [f"| {log['step']} | {log['focus_ratio']:.3f} | {log['loss']:.4g} |" for log in logs[::-1][::every][::-1]]
+    return "\n".join(["| step | share | loss |", "| ---: | ---: | ---: |", *rows])
+
+
+def _shown(value: Any) -> str:
+    value = getattr(value, "value", value)  # an enumeration
+    return (
+        f"{value:.6g}" if isinstance(value, float) else f"`{value}`" if isinstance(value, (str, dict)) else str(value)
+    )

@@ -1,0 +1,172 @@
+"""The options of `adakd train`: from a YAML file and flags, in groups, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from ..integrations.transformers import AdaKDConfig
+from . import CommandError, CommandParser, did_you_mean
+
+__all__ = ["RunOptions", "method_options", "parse"]
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+USUAL = (
+    "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "learning_rate", "warmup_steps", "bf16", "logging_steps", "save_steps",
+    "save_total_limit", "resume_from_checkpoint", "report_to", "seed", "use_cpu",
+)  # fmt: skip
+"""Options of the transformers Trainer that `--help` shows; `--help-all` shows all of them."""
+
+
+@dataclass
+class RunOptions:
+    """Models and data of a run."""
+
+    student: str | None = field(default=None, metadata={"help": "Folder or hub name of the model to train. Required."})
+    teacher: str | None = field(default=None, metadata={"help": "Folder or hub name of the teacher. Required."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "JSONL with instruction, input, output, or with messages. Required."}
+    )
+    eval_file: str | None = field(default=None, metadata={"help": "JSONL of the same kind to evaluate on."})
+    max_length: int = field(default=1024, metadata={"help": "Tokens of a record; a longer answer loses its end."})
+    student_dtype: str = field(
+        default="float32",
+        metadata={"help": f"Type of the student's weights: {', '.join(DTYPES)}; auto: as saved."},
+    )
+    teacher_dtype: str = field(default="auto", metadata={"help": "Type of the teacher's weights, likewise."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention of both models, such as sdpa or flash_attention_2."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that comes with a model."})
+
+    def __post_init__(self) -> None:
+        for name in ("student", "teacher", "train_file"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing: give --{name}, or {name} in the --config file")
+        if Path(str(self.student)).resolve() == Path(str(self.teacher)).resolve():
+            raise ValueError(
+                f"student and teacher are the same model, {self.student}: a student learns nothing from itself; "
+                "give another student or teacher"
+            )
+        for name in ("student_dtype", "teacher_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {getattr(self, name)!r}")
+        if self.max_length < 2:
+            raise ValueError(f"max_length must be 2 or more, got {self.max_length}")
+
+
+def method_options() -> list[str]:
+    """Names of the options that `AdaKDConfig` adds to `TrainingArguments`."""
+    inherited = {option.name for option in fields(TrainingArguments)}
+    return [option.name for option in fields(AdaKDConfig) if option.name not in inherited]
+
+
+class _Parser(CommandParser, HfArgumentParser):
+    """Options from the fields of dataclasses, the method's first in the help."""
+
+    def __init__(self, show_all: bool) -> None:
+        self.show_all = show_all
+        self.names = {"method": set(method_options()), "run": {option.name for option in fields(RunOptions)}}
+        super().__init__(
+            (AdaKDConfig, RunOptions),  # type: ignore[arg-type]
+            prog="adakd train",
+            allow_abbrev=False,
+            add_help=False,
+            usage="adakd train [--config run.yaml] [--OPTION VALUE ...]",
+            description="Distil a teacher into a student. Options may stand in the YAML file; flags override it.",
+        )
+        self.add_argument("--config", help="YAML file of options, named as the flags are, without the dashes.")
+        self.add_argument("--help", "-h", action="help", help="Show this and exit.")
+        self.add_argument("--help-all", action="help", help="Show every option of the transformers Trainer too.")
+
+    @cached_property
+    def groups(self) -> dict[str, Any]:
+        """The groups of options in the order of the help."""
+        method = self.add_argument_group("the method (docs/maths.md has the equations)")
+        run = self.add_argument_group("models and data")
+        training = self.add_argument_group(
+            "training",
+            None if self.show_all else "The transformers Trainer has many more options: --help-all lists them.",
+        )
+        return {"method": method, "run": run, "training": training, "help": self.add_argument_group("help")}
+
+    def add_argument(self, *flags: Any, **options: Any) -> argparse.Action:
+        """As `ArgumentParser.add_argument`, in the group of the option."""
+        name = options.get("dest") or flags[0].lstrip("-")
+        if name in ("config", "help", "help-all"):
+            group = "run" if name == "config" else "help"
+        else:
+            group = next((group for group, names in self.names.items() if name in names), "training")
+            if "choices" not in options and "action" not in options:
+                options["metavar"] = "VALUE"
+            if group == "training" and name not in USUAL and not self.show_all:
+                options["help"] = argparse.SUPPRESS
+        action: argparse.Action = self.groups[group].add_argument(*flags, **options)
+        return action
+
+
+def parse(argv: list[str]) -> tuple[RunOptions, AdaKDConfig]:
+    """Options from `--config FILE` and flags; a flag overrides the file.
+
+    Raises:
+        CommandError: an unknown option or a value that does not fit.
+    """
+    parser = _Parser(show_all="--help-all" in argv)
+    given, _ = parser.parse_known_args(argv)
+    from_file: list[str] = []
+    if given.config is not None:
+        from_file = _config_flags(Path(given.config))
+        try:
+            parser.parse_known_args(from_file)
+        except CommandError as error:
+            raise CommandError(f"{given.config}: {error}") from None
+    try:
+        config, options, _, unknown = parser.parse_args_into_dataclasses(
+            from_file + argv, return_remaining_strings=True, look_for_args_file=False
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise CommandError(str(error)) from error
+    except RecursionError:
+        raise CommandError("the JSON of an option is nested too deeply") from None
+    if unknown:
+        raise CommandError(_unknown(unknown[0], "--"))
+    return options, config
+
+
+def _unknown(name: str, dashes: str = "") -> str:
+    """The error line for an option that does not exist."""
+    known = [dashes + option.name for cls in (AdaKDConfig, RunOptions) for option in fields(cls)]
+    written = name.replace("-", "_") if not dashes else dashes + name.removeprefix(dashes).replace("-", "_")
+    return f"unknown option {name!r}{did_you_mean(written, known) or '; see adakd train --help'}"
+
+
+def _config_flags(path: Path) -> list[str]:
+    """The options of a YAML file as flags, so that the parser checks the file as it checks the command line."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise CommandError(f"{path}: not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise CommandError(f"{path}: expected options as 'name: value', got {type(content).__name__}")
+    known = {f.name for cls in (RunOptions, AdaKDConfig) for f in fields(cls)}
+    flags: list[str] = []
+    for name, value in content.items():
+        if name not in known:
+            raise CommandError(f"{path}: {_unknown(str(name))}")
+        if value is None:
+            continue
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        else:
+            flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return flags
