@@ -5,8 +5,10 @@ an SM's warps resident on sm_90, else the first that spills nowhere. It looks at
 without cross-entropy, at every target of the family, and at every pair of types of the itemsize. Two tiles a step come
 first because a step costs a lane the same with one; 256 threads because a few hundred rows then fill a GPU.
 
-With `--time`, on a GPU: of the candidates that do not spill there, the one whose slowest divergence takes the least
-time. It replaces the rows of that GPU's family.
+The table holds the first candidate as the default of the family and, with the reason, the launches that differ.
+
+With `--time`, on a GPU: the candidate whose slowest divergence takes the least time. It replaces the table of that
+GPU's family.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -33,56 +37,83 @@ CLASSES = {
     for name in ("one_sweep", "both_kls", "two_sweeps")
 }
 TYPES = {
-    "2": [(torch.bfloat16, torch.bfloat16)],
-    "4": [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)],
-    "8": [(torch.float64, torch.float64)],
+    2: [(torch.bfloat16, torch.bfloat16)],
+    4: [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)],
+    8: [(torch.float64, torch.float64)],
 }
 WARPS = {"cuda": (8, 4), "hip": (4, 2)}  # a warp of AMD has twice the lanes
 Row = dict[str, int]
 
 
-def kernels(name: str, of_class: str) -> list[tuple[str, str]]:
-    """(kernel, divergence) that share a row of the table."""
-    if name == "stats":
+class Launch(NamedTuple):
+    """Launches that take the same tiles and warps."""
+
+    kernel: str
+    divergences: str  # a class of them
+    itemsize: int  # of the wider logits
+
+
+LAUNCHES = [
+    Launch(kernel, of_class, itemsize)
+    for kernel, classes in (("stats", ["one_sweep"]), ("forward", CLASSES), ("backward", CLASSES))
+    for of_class in classes
+    for itemsize in TYPES
+]
+
+
+def kernels(which: Launch) -> list[tuple[str, str]]:
+    """(kernel, divergence) of these launches."""
+    if which.kernel == "stats":
         return [("stats", "hellinger")]
-    variants = ("backward", "backward_ce") if name == "backward" else (name,)
-    return [(variant, div) for variant in variants for div in CLASSES[of_class]]
+    variants = ("backward", "backward_ce") if which.kernel == "backward" else (which.kernel,)
+    return [(variant, div) for variant in variants for div in CLASSES[which.divergences]]
 
 
-def candidates(name: str, family: str) -> list[Row]:
-    if name == "backward":
+def candidates(which: Launch, family: str) -> list[Row]:
+    if which.kernel == "backward":
         return [{"warps": warps} for warps in WARPS[family]]
     return [{"tiles": tiles, "warps": warps} for warps in WARPS[family] for tiles in (2, 1)]
 
 
-def codes(row: Row, family: str, name: str, of_class: str, itemsize: str) -> Iterator[tuple[str, Code]]:
-    """What the launches of a row compile to, with their target."""
-    with mock.patch.dict(package.LAUNCH_TABLE[family][name][of_class], {itemsize: row}):
+def on_trial(row: Row, family: str, which: Launch) -> AbstractContextManager[object]:
+    """Inside, these launches take this row."""
+    return mock.patch.dict(package.LAUNCH_TABLE[family], exceptions=[{**which._asdict(), **row}])
+
+
+def codes(row: Row, family: str, which: Launch) -> Iterator[tuple[str, str, Code]]:
+    """(target, divergence, code) of what the launches of a row compile to."""
+    with on_trial(row, family, which):
         for target, gpu in TARGETS.items():
             if gpu.backend != family:
                 continue
-            for kernel, div in kernels(name, of_class):
-                for student, teacher in TYPES[itemsize]:
+            for kernel, div in kernels(which):
+                for student, teacher in TYPES[which.itemsize]:
                     with compiling_for(gpu) as launched:
                         launch(kernel, div, logits(VOCAB, student), logits(VOCAB, teacher))
-                    yield target, read_code(launched[0])
+                    yield target, div, read_code(launched[0])
 
 
-def by_counts(family: str, name: str, of_class: str, itemsize: str) -> Row:
+def by_counts(family: str, which: Launch) -> tuple[Row, str]:
+    """The row, and why no earlier candidate was taken."""
     clean: list[Row] = []
-    for row in candidates(name, family):
-        roomy = True
-        for target, code in codes(row, family, name, of_class, itemsize):
+    refused = []
+    for row in candidates(which, family):
+        crowded = ""
+        for target, div, code in codes(row, family, which):
             if code.local_bytes or code.spills:
+                refused.append(f"{row} spills in {div} on {target}")
                 break
-            roomy = roomy and (target != "sm_90" or code.occupancy() >= 0.5)
+            if target == "sm_90" and code.occupancy() < 0.5:
+                crowded = f"{row} fills {code.occupancy():.0%} of the warps with {div} on {target}"
         else:
             clean.append(row)
-            if roomy:
-                return row
+            if not crowded:
+                return row, "; ".join(refused)
+            refused.append(crowded)
     if not clean:
-        raise RuntimeError(f"every candidate spills: {family}, {name}, {of_class}, itemsize {itemsize}")
-    return clean[0]
+        raise RuntimeError(f"every candidate spills: {family}, {which}")
+    first = candidates(which, family).index(clean[0])
+    return clean[0], "; ".join(refused[:first])
 
 
 def milliseconds(kernel: str, divergence: str, types: tuple[torch.dtype, torch.dtype], rows: int, vocab: int) -> float:
@@ -104,14 +135,27 @@ def milliseconds(kernel: str, divergence: str, types: tuple[torch.dtype, torch.d
 
 
 def by_clock(
-    family: str, name: str, of_class: str, itemsize: str, rows: int = ROWS, vocab: int = VOCAB,
-    measure: Callable[..., float] = milliseconds,
-) -> Row:  # fmt: skip
-    def slowest(row: Row) -> float:
-        with mock.patch.dict(package.LAUNCH_TABLE[family][name][of_class], {itemsize: row}):
-            return max(measure(*names, TYPES[itemsize][0], rows, vocab) for names in kernels(name, of_class))
+    family: str, which: Launch, rows: int = ROWS, vocab: int = VOCAB, measure: Callable[..., float] = milliseconds
+) -> tuple[Row, str]:
+    """The row, and the times of all candidates."""
+    times = []
+    for row in candidates(which, family):
+        with on_trial(row, family, which):
+            times.append(max(measure(*names, TYPES[which.itemsize][0], rows, vocab) for names in kernels(which)))
+    best = candidates(which, family)[times.index(min(times))]
+    found = zip(candidates(which, family), times, strict=True)
+    return best, ", ".join(f"{row} takes {milli:.2f} ms" for row, milli in found)
 
-    return min(candidates(name, family), key=slowest)
+
+def family_table(family: str, chosen: dict[Launch, tuple[Row, str]]) -> dict[str, Any]:
+    """The first candidate as the default, and what differs from it with the reason."""
+    default = {"tiles": 2, "warps": WARPS[family][0]}
+    exceptions = [
+        {**which._asdict(), **row, "why": why.replace("'", "")}
+        for which, (row, why) in chosen.items()
+        if not row.items() <= default.items()
+    ]
+    return {"default": default, "exceptions": exceptions}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -119,14 +163,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--time", action="store_true", help="by the clock of this machine's GPU")
     timed = parser.parse_args(argv).time
     table = json.loads(TABLE.read_text())
-    families = [driver.active.get_current_target().backend] if timed else list(WARPS)
-    choose = by_clock if timed else by_counts
-    for family in families:
-        for name, classes in table[family].items():
-            for of_class, by_itemsize in classes.items():
-                for itemsize in by_itemsize:
-                    by_itemsize[itemsize] = row = choose(family, name, of_class, itemsize)
-                    print(family, name, of_class, itemsize, row, flush=True)
+    for family in [driver.active.get_current_target().backend] if timed else WARPS:
+        chosen = {}
+        for which in LAUNCHES:
+            chosen[which] = (by_clock if timed else by_counts)(family, which)
+            print(family, *which, *chosen[which], flush=True)
+        table[family] = family_table(family, chosen)
     TABLE.write_text(json.dumps(table, indent=2) + "\n")
     return 0
 

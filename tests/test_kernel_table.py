@@ -16,8 +16,9 @@ if INTERPRETING:
 import json
 from dataclasses import replace
 
-from adakd_kernels.kernels.launch import LAUNCH_TABLE
+from adakd_kernels.kernels.launch import LAUNCH_TABLE, tiles_and_warps
 from benchmarks import kernel_table, launch_table
+from benchmarks.launch_table import Launch
 from benchmarks.roofline import CLOCKS_A_BYTE, bound, bytes_moved, clocks
 from instruments.compiled import KERNELS, Code, Loop
 
@@ -51,22 +52,39 @@ def test_every_kernel_but_two_is_bound_by_memory():
     assert beyond == {("backward with CE", div): "issue" for div in ("skew_reverse_kl", "jensen_shannon")}
 
 
-@pytest.mark.parametrize("name, of_class, itemsize", [("stats", "one_sweep", "2"), ("forward", "both_kls", "2")])
-def test_launch_table_is_what_the_counts_choose(name, of_class, itemsize):
-    chosen = launch_table.by_counts("cuda", name, of_class, itemsize)
-    assert chosen == LAUNCH_TABLE["cuda"][name][of_class][itemsize]
-    assert chosen["tiles"] == (1 if of_class == "both_kls" else 2)
+@pytest.mark.parametrize("which", [Launch("stats", "one_sweep", 2), Launch("forward", "both_kls", 2)], ids=str)
+def test_launch_table_is_what_the_counts_choose(which):
+    """A launch that the table does not name takes the default, one that it names the row that stands there."""
+    chosen = {which: launch_table.by_counts("cuda", which)}
+    table = launch_table.family_table("cuda", chosen)
+    named = [row for row in LAUNCH_TABLE["cuda"]["exceptions"] if which._asdict().items() <= row.items()]
+    assert table["default"] == LAUNCH_TABLE["cuda"]["default"]
+    # The reason names the first target on which a candidate spills, and another compiler may begin with another one.
+    assert [{**row, "why": ""} for row in table["exceptions"]] == [{**row, "why": ""} for row in named]
+    assert all("spills in jeffreys" in row["why"] for row in [*table["exceptions"], *named])
+    assert tuple(chosen[which][0].values()) == tiles_and_warps("cuda", *which)
+    assert len(named) == (which.divergences == "both_kls")
+
+
+def test_launch_table_names_launches_that_exist():
+    for family, table in LAUNCH_TABLE.items():
+        for row in table["exceptions"]:
+            which = Launch(row["kernel"], row["divergences"], row["itemsize"])
+            assert which in launch_table.LAUNCHES
+            assert (row["tiles"], row["warps"]) == tiles_and_warps(family, *which) != tuple(table["default"].values())
 
 
 def test_the_clock_chooses_the_candidate_whose_slowest_divergence_is_fastest():
     def measure(kernel, divergence, types, rows, vocab):
-        row = LAUNCH_TABLE["cuda"]["forward"]["two_sweeps"]["2"]  # the one under trial
-        return {(2, 8): 5.0, (1, 8): 3.0, (2, 4): 4.0, (1, 4): 6.0}[row["tiles"], row["warps"]] + (
-            9.0 if divergence == "alpha_beta" and row == {"tiles": 1, "warps": 8} else 0.0
-        )
+        row = tiles_and_warps("cuda", *which)  # the one on trial
+        slow = divergence == "alpha_beta" and row == (1, 8)
+        return {(2, 8): 5.0, (1, 8): 3.0, (2, 4): 4.0, (1, 4): 6.0}[row] + 9.0 * slow
 
-    before = json.dumps(LAUNCH_TABLE)
-    assert launch_table.by_clock("cuda", "forward", "two_sweeps", "2", measure=measure) == {"tiles": 2, "warps": 4}
+    which, before = Launch("forward", "two_sweeps", 2), json.dumps(LAUNCH_TABLE)
+    chosen = launch_table.by_clock("cuda", which, measure=measure)
+    assert chosen[0] == {"tiles": 2, "warps": 4} and "{'tiles': 1, 'warps': 8} takes 12.00 ms" in chosen[1]
+    (exception,) = launch_table.family_table("cuda", {which: chosen})["exceptions"]
+    assert exception["tiles"] == 2 and exception["warps"] == 4
     assert json.dumps(LAUNCH_TABLE) == before
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -21,18 +22,24 @@ from ..reference import accumulation_dtype
 ALIGNED_ENTRIES = 8
 # Below this a row has few whole steps or none, which alone gain from starting at an aligned entry.
 _SHORT_ROW = 8192
-# Family of the target -> kernel -> class of the divergence -> itemsize of the wider logits -> tiles a step, warps.
+# Family of the target -> tiles a step and warps by default, and the launches that take others, with the reason.
 # Written by `python -m benchmarks.launch_table`, which says how they are chosen.
-LAUNCH_TABLE: dict[str, dict[str, dict[str, dict[str, dict[str, int]]]]] = json.loads(
-    Path(__file__).with_name("launch_table.json").read_text()
-)
+LAUNCH_TABLE: dict[str, Any] = json.loads(Path(__file__).with_name("launch_table.json").read_text())
 
 
 def divergence_class(divergence: str) -> str:
-    """Divergences whose kernels are shaped alike share a row of the launch table."""
+    """Divergences whose kernels are shaped alike are launched alike."""
     if DIVERGENCES[divergence].sweeps == 2:
         return "two_sweeps"
     return "both_kls" if divergence == "jeffreys" else "one_sweep"
+
+
+def tiles_and_warps(family: str, kernel: str, divergences: str, itemsize: int) -> tuple[int, int]:
+    """By the launch table, for a class of divergences and the itemsize of the wider logits; a backward has one tile."""
+    launch = {"kernel": kernel, "divergences": divergences, "itemsize": itemsize}
+    table = LAUNCH_TABLE[family]
+    row = next((x for x in table["exceptions"] if launch.items() <= x.items()), table["default"])
+    return 1 if kernel == "backward" else row["tiles"], row["warps"]
 
 
 @triton.constexpr_function
@@ -53,8 +60,8 @@ def launch_config(
         target = driver.active.get_current_target()
         family, warp_size = target.backend, target.warp_size
     itemsize = max(student.element_size(), teacher.element_size())
-    row = LAUNCH_TABLE[family][kernel][divergence_class(divergence)][str(itemsize)]
-    tiles, warps, vec = row.get("tiles", 1), row["warps"], 16 // itemsize
+    tiles, warps = tiles_and_warps(family, kernel, divergence_class(divergence), itemsize)
+    vec = 16 // itemsize
     while warps > 1 and tiles * warps * warp_size * vec >= 2 * vocab:
         warps //= 2
     config = {"LANES": warps * warp_size, "VEC": vec, "num_warps": warps}
