@@ -62,7 +62,9 @@ IN_THE_INTERPRETER: dict[str, Callable[..., bool]] = {
     "test_extreme_rows.py::test_a_constant_that_rounds_nowhere_changes_nothing": of_a_class_seen,
     "test_extreme_rows.py::test_a_row_whose_value_is_nan_has_a_gradient_of_nan": of_a_class_seen,
     "test_ops.py::test_opcheck": lambda dtype: dtype == FP32,
-    "test_losses.py::test_loss_and_gradient_equal_the_reference": of_a_class_seen,
+    "test_losses.py::test_loss_and_gradient_equal_the_reference": lambda divergence, measure: (
+        of_a_class_seen(divergence) or measure not in ("hellinger", "jensen_shannon")
+    ),
     "test_losses.py::test_a_loss_of_nan_has_a_gradient_of_nan": of_a_class_seen,
     "test_linear.py::test_as_exact_as_the_logits_route": lambda dtype, options: (
         (dtype, bool(options)) not in ((BF16, True), (FP32, False))
