@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from adakd_kernels.integrations.transformers import AdaKDConfig, AdaKDTrainer
+from adakd_kernels.integrations.transformers import AdaKDConfig, AdaKDTrainer, NonFiniteLossError
 
 from .tiny_models import tiny_model, token_records
 
@@ -63,6 +63,31 @@ def ranked_trainer(folder: Path, batch_size: int, accumulation: int, route: str 
     )
 
 
+def nan_trainer(folder: Path, cls: type[AdaKDTrainer] = AdaKDTrainer, **options: Any) -> AdaKDTrainer:
+    """Four steps of 2 × 2 records in order, in fp64, under a teacher that is NaN behind token 2 of record 'r9'."""
+    named = {name: options.pop(name) for name in ("data_collator", "processing_class") if name in options}
+    records = [
+        {**record, "input_ids": [min(token, 49) for token in record["input_ids"]], "id": f"r{index}"}
+        for index, record in enumerate(token_records(16, vocab_size=50))
+    ]
+    records[9].update(input_ids=[3, 4, 50, 7, 8], labels=[-100, -100, 50, 7, 8])
+    teacher = tiny_model("llama", layers=2, seed=2).double()
+    ids: list[torch.Tensor] = []
+    teacher.model.embed_tokens.register_forward_hook(lambda module, args, out: ids.append(args[0]))
+    teacher.model.norm.register_forward_hook(
+        lambda module, args, out: out.masked_fill((ids.pop() == 50).unsqueeze(-1), float("nan"))
+    )
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 1, "max_steps": 4}
+    order = {"train_sampling_strategy": "sequential"}
+    return cls(
+        model=tiny_model("llama", seed=1).double(),
+        teacher=teacher,
+        args=config(folder, **{**sizes, **order, "optim": "sgd", **options}),
+        train_dataset=records,
+        **named,
+    )
+
+
 def train_logs(trainer: AdaKDTrainer) -> list[dict[str, float]]:
     """Train, and return the log lines of the training."""
     trainer.train()
@@ -82,7 +107,7 @@ def main(mode: str, folder: Path, route: str = "auto") -> None:
     if mode == "killed":
         resumed_trainer(folder, KilledWhileSaving).train()
     else:
-        run_rank(folder, route)
+        run_nan_rank(folder, route) if mode == "nan" else run_rank(folder, route)
         gc.collect()  # as in `adakd train`: the process group goes after the trainer
         PartialState().destroy_process_group()
 
@@ -93,6 +118,19 @@ def run_rank(folder: Path, route: str) -> None:
     trainer.train()
     trainer.evaluate()
     result = {"weights": trainer.model.state_dict(), "logs": trainer.state.log_history}
+    torch.save(result, folder / f"rank{os.environ['RANK']}.pt")
+
+
+def run_nan_rank(folder: Path, on_nan: str) -> None:
+    """One of two ranks of a run with a loss of NaN on one of them: save what was raised, weights and logs."""
+    trainer = nan_trainer(folder, on_nan=on_nan, gradient_accumulation_steps=1, save_strategy="no")
+    error = ""
+    try:
+        trainer.train()
+    except NonFiniteLossError as raised:
+        error = str(raised)
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    result = {"weights": trainer.model.state_dict(), "logs": logs, "error": error}
     torch.save(result, folder / f"rank{os.environ['RANK']}.pt")
 
 
