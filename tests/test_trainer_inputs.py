@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DataCollatorWithFlattening
 
 from adakd_kernels.integrations.transformers import AdaKDDataCollator, AdaKDTrainer
 
@@ -26,11 +27,13 @@ def pair(architecture: str = "llama") -> dict[str, Any]:
     }
 
 
-def trained(folder: Path, records: list[Any], architecture: str = "llama", **options: Any) -> tuple[float, Any]:
+def trained(
+    folder: Path, records: list[Any], architecture: str = "llama", data_collator: Any = None, **options: Any
+) -> tuple[float, Any]:
     """The loss of one step of one batch, and the weights after it."""
     args = config(folder, max_steps=1, per_device_train_batch_size=len(records), optim="sgd", learning_rate=0.3,
                   max_grad_norm=0.0, save_strategy="no", focus_ratio=0.5, **options)  # fmt: skip
-    trainer = AdaKDTrainer(**pair(architecture), args=args, train_dataset=records)
+    trainer = AdaKDTrainer(**pair(architecture), args=args, train_dataset=records, data_collator=data_collator)
     return trainer.train().training_loss, trainer.model.state_dict()
 
 
@@ -77,6 +80,14 @@ def test_packed_records_do_not_see_each_other(tmp_path: Path, architecture: str,
     assert_equal(
         trained(tmp_path, packed, architecture, **options), trained(tmp_path, records, architecture, **options)
     )
+
+
+@pytest.mark.parametrize("route", ["logits", "hidden"])
+def test_a_batch_in_one_row(tmp_path: Path, route: str) -> None:
+    """Transformers' padding-free collator, which names no borders but by positions."""
+    records, options = token_records(4, seed=1), {"logits_route": route}
+    flat = trained(tmp_path, records, data_collator=DataCollatorWithFlattening(), **options)
+    assert_equal(flat, trained(tmp_path, records, **options))
 
 
 def test_the_collator_keeps_fields() -> None:

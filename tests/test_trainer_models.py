@@ -13,10 +13,6 @@ from transformers import (
     BertForMaskedLM,
     BertLMHeadModel,
     LlamaForTokenClassification,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     TrainerCallback,
@@ -25,8 +21,8 @@ from transformers import (
 from adakd_kernels import LinearAdaKDLoss, reference
 from adakd_kernels.integrations.transformers import AdaKDDataCollator, AdaKDTrainer, DataError
 
-from .tiny_models import save_pair, tiny_model, tiny_tokenizer, token_records
-from .trainer_process import config
+from .tiny_models import save_pair, tiny_experts, tiny_model, tiny_tokenizer, token_records
+from .trainer_process import config, experts_trainer, run_two_ranks
 
 pytestmark = pytest.mark.fast
 
@@ -161,21 +157,6 @@ def test_a_hook_on_the_head_is_seen(tmp_path: Path) -> None:
     assert isinstance(trainer.loss_fn, LinearAdaKDLoss)
 
 
-def mixture(kind: str, **options: Any) -> Any:
-    torch.manual_seed(7)
-    sizes = {
-        "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "max_position_embeddings": 256, "initializer_range": 0.5, "num_experts_per_tok": 1,
-        "eos_token_id": 0, "bos_token_id": None, "pad_token_id": 0,
-        "experts_implementation": "eager",  # the others do not know fp64
-        **options,
-    }  # fmt: skip
-    if kind == "mixtral":
-        return MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4)).double()
-    sizes.update(num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16)
-    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes)).double()
-
-
 @pytest.mark.parametrize("route", ["logits", "hidden"])
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
 def test_auxiliary_loss_of_experts(tmp_path: Path, kind: str, route: str) -> None:
@@ -185,7 +166,7 @@ def test_auxiliary_loss_of_experts(tmp_path: Path, kind: str, route: str) -> Non
     gradients, losses = [], []
     for options in ({"output_router_logits": True, "router_aux_loss_coef": 0.7}, {}):
         for own in (False, True):
-            model = mixture(kind, **options).train()
+            model = tiny_experts(kind, **options).train()
             if own:
                 loss = model(**plain(batch), labels=batch["labels"]).loss
             else:
@@ -206,24 +187,14 @@ def test_auxiliary_loss_of_experts(tmp_path: Path, kind: str, route: str) -> Non
             assert own.any()
 
 
-def test_auxiliary_loss_is_the_mean_of_the_micro_batches(tmp_path: Path) -> None:
-    records = [token_records(1)[0]] * 4  # every micro-batch has the auxiliary loss of the whole batch
-
-    def gate(batch_size: int, accumulation: int) -> tuple[Tensor, float]:
-        trainer = AdaKDTrainer(
-            model=mixture("mixtral", output_router_logits=True, router_aux_loss_coef=5.0),
-            teacher=tiny_model("llama", layers=2, seed=2).double(),
-            args=config(tmp_path, max_steps=1, per_device_train_batch_size=batch_size, optim="sgd", learning_rate=0.1,
-                        gradient_accumulation_steps=accumulation, max_grad_norm=0.0, save_strategy="no",
-                        temperature_scale=0.0),
-            train_dataset=records,
-        )  # fmt: skip
-        loss = trainer.train().training_loss
-        return torch.cat([p.flatten() for p in trainer.model.parameters()]), loss
-
-    (whole, loss), (parts, loss_of_parts) = gate(4, 1), gate(1, 4)
-    torch.testing.assert_close(parts, whole, **CLOSE)
-    assert loss_of_parts == pytest.approx(loss, rel=1e-6)
+def test_auxiliary_loss_is_the_mean_of_micro_batches_and_ranks(tmp_path: Path) -> None:
+    whole, parts = (experts_trainer(tmp_path, *sizes) for sizes in ((4, 1), (1, 4)))
+    losses = [trainer.train().training_loss for trainer in (whole, parts)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    run_two_ranks("experts", str(tmp_path))
+    for found in (parts.model.state_dict(), *(torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))):
+        for name, value in whole.model.state_dict().items():
+            torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-8)  # this loss is computed in fp32
 
 
 def bert(cls: Any, **options: Any) -> Any:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +13,9 @@ from safetensors.torch import load_file
 from adakd_kernels.integrations.transformers import AdaKDDataCollator, AdaKDTrainer, NonFiniteLossError
 
 from .tiny_models import tiny_tokenizer
-from .trainer_process import nan_trainer, train_logs
+from .trainer_process import nan_trainer, run_two_ranks, train_logs
 
 pytestmark = pytest.mark.fast
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("route", ["logits", "hidden"])
@@ -98,19 +92,7 @@ def test_a_gradient_of_nan(tmp_path: Path, on_nan: str, max_grad_norm: float) ->
 @pytest.mark.parametrize("on_nan", ["raise", "skip"])
 def test_ranks_decide_alike(tmp_path: Path, on_nan: str) -> None:
     """One of two ranks has the bad record; both stop with one message, or both go on with equal weights."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.trainer_process", "nan", str(tmp_path), on_nan]
-    ranks = [
-        subprocess.Popen(
-            command, cwd=ROOT, env={**shared, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in ("0", "1")
-    ]
-    outputs = [process.communicate(timeout=120) for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], outputs
+    run_two_ranks("nan", str(tmp_path), on_nan)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert first["error"] == second["error"]
     if on_nan == "raise":

@@ -57,12 +57,14 @@ class AdaKDTrainer(Trainer):
     Logged besides `loss`: `focus_ratio` (the share r after the step), `loss_ema`, `loss_reference`, and p10, p50 and
     p90 of `difficulty` (valid tokens) and `temperature` (selected tokens) since the last log line, over all ranks.
     `eval_loss` is the same loss with every valid token selected (r = 1), its medians taken over each evaluation batch;
-    evaluation leaves the adaptive share alone.
+    evaluation leaves the adaptive share alone. A student that is a mixture of experts with `output_router_logits` adds
+    its auxiliary loss times `router_aux_loss_coef`: the mean over the micro-batches and ranks of a step.
 
     The loss comes from the hidden states (`linear_adakd_loss`), so that no logits of a batch exist, where
     `logits_route` allows it and the logits of both models are their output layer's result, scaled and soft-capped as
-    their configurations say. This is tried out here on two tokens, and the choice is logged once. Otherwise, and for
-    `compute_loss(return_outputs=True)`, the loss comes from the logits. On that route the gradient takes the place of
+    their configurations say. This is tried out on two tokens, here and whenever another model, head or hook on them has
+    come in, and the choice is logged once. Otherwise, and for `compute_loss(return_outputs=True)`, the loss comes from
+    the logits. On that route the gradient takes the place of
     the student's logits in training, where nothing reads them afterwards; with `return_outputs=True` and under
     `torch_compile` it gets memory of its own.
 
@@ -72,7 +74,8 @@ class AdaKDTrainer(Trainer):
             from, in the type it was saved in.
         args: the options.
         data_collator: `AdaKDDataCollator` by default. Batches need `labels` aligned with `input_ids`; `logits_to_keep`
-            is used where both models take it.
+            is used where both models take it, and `id` in messages. Everything else goes to both models, and what one
+            of them does not read is refused, as are ids and positions beyond the embeddings of one of them.
         processing_class: the tokenizer; saved with the model.
         **kwargs: everything else `Trainer` takes, such as `train_dataset`, `eval_dataset`, `callbacks`, `optimizers`.
 
@@ -83,8 +86,10 @@ class AdaKDTrainer(Trainer):
 
     Raises:
         TypeError: `args` is no `AdaKDConfig`.
-        ValueError: shared parameters, several GPUs in one process, sequences split over processes, or
+        ValueError: a model that is bidirectional, an encoder–decoder or without an output layer, special tokens beyond
+            a vocabulary, shared parameters, several GPUs in one process, sequences split over processes, or
             `logits_route="hidden"` where it cannot be taken.
+        NonFiniteLossError: in `train`, a loss or a gradient that is NaN or infinite, before its step; see `on_nan`.
     """
 
     args: AdaKDConfig
@@ -127,7 +132,7 @@ class AdaKDTrainer(Trainer):
         self.teacher = teacher
         self._traits: Any = None
         self._head_options: tuple[HeadOptions, HeadOptions] | None = None
-        self._said_route = ""
+        self._said: set[str] = set()
         self._checked_inputs: tuple[Any, ...] = ()
         self._follow_models()
         # r = 1 until `create_scheduler` knows how many steps the run has.
@@ -158,8 +163,7 @@ class AdaKDTrainer(Trainer):
             check_causal("student", self.model)
             check_causal("teacher", self.teacher)
         for text in check_special_tokens(self.model, self.teacher, self.processing_class):
-            if self.args.should_log:
-                logger.warning("AdaKDTrainer: %s", text)
+            self._say(logging.WARNING, text)
         self._head_options = self._choose_route()
         self._traits, self._checked_inputs = traits, ()
         return True
@@ -195,16 +199,16 @@ class AdaKDTrainer(Trainer):
                 raise ValueError(
                     f"logits_route='hidden' cannot be taken: {error}; set it to 'auto' or 'logits'"
                 ) from error
-            self._say_route(f"loss from the logits; from hidden states it is not possible: {error}")
+            self._say(logging.INFO, f"loss from the logits; from hidden states it is not possible: {error}")
             return None
-        self._say_route("loss from hidden states; no logits of a whole batch are computed")
+        self._say(logging.INFO, "loss from hidden states; no logits of a whole batch are computed")
         return options
 
-    def _say_route(self, text: str) -> None:
-        """Log where the loss comes from, where it is not what was said last."""
-        if self.args.should_log and text != self._said_route:
-            logger.info("AdaKDTrainer: %s", text)
-        self._said_route = text
+    def _say(self, level: int, text: str) -> None:
+        """Log what has not been said yet."""
+        if self.args.should_log and text not in self._said:
+            logger.log(level, "AdaKDTrainer: %s", text)
+        self._said.add(text)
 
     def _plain_heads(self) -> tuple[HeadOptions, HeadOptions]:
         """What follows the heads of student and teacher.
@@ -405,7 +409,7 @@ class AdaKDTrainer(Trainer):
 
     def _check_inputs(self, inputs: dict[str, Any]) -> None:
         """Refuse what one of the models would leave unread; looks only where a batch differs in kind from the last."""
-        kind = (*inputs, len(next(iter(inputs.values()))))
+        kind = tuple((name, getattr(value, "shape", ())[:1]) for name, value in inputs.items())
         if kind == self._checked_inputs:
             return
         for role, model in (("student", self.model), ("teacher", self.teacher)):
