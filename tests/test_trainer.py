@@ -96,9 +96,10 @@ def test_heads_compute_the_answer_only(tmp_path: Path) -> None:
         {"input_ids": [5] * 12, "labels": [-100] * 7 + [5] * 5},
         {"input_ids": [6] * 6, "labels": [-100] * 3 + [6] * 3},
     ]
-    trainer = AdaKDTrainer(model=student, teacher=teacher, args=config(tmp_path), train_dataset=records)
     for model in (student, teacher):
         model.lm_head.register_forward_hook(lambda module, args, out: rows.append(out.shape[1]))
+    trainer = AdaKDTrainer(model=student, teacher=teacher, args=config(tmp_path), train_dataset=records)
+    rows.clear()  # the trainer has tried both heads out
     batch = trainer.data_collator(records)
     assert batch["logits_to_keep"].tolist() == [[6, 7, 8, 9, 10], [2, 3, 4, 11, 11]]
     loss = trainer.compute_loss(student, batch)

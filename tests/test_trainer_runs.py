@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from adakd_kernels.integrations.transformers import (
 )
 
 from .tiny_models import tiny_model, token_records
-from .trainer_process import config, ranked_trainer, resumed_trainer, train_logs
+from .trainer_process import config, ranked_trainer, resumed_trainer, run_two_ranks, train_logs
 
 pytestmark = pytest.mark.fast
 
@@ -41,19 +40,7 @@ def test_micro_batches_equal_one_batch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("route", ["logits", "hidden"])
 def test_two_ranks_equal_one(tmp_path: Path, route: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.trainer_process", "rank", str(tmp_path), route]
-    ranks = [
-        subprocess.Popen(
-            command, cwd=ROOT, env={**shared, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in ("0", "1")
-    ]
-    outputs = [process.communicate(timeout=120) for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], outputs
+    run_two_ranks("rank", str(tmp_path), route)
     trainer = ranked_trainer(tmp_path, batch_size=8, accumulation=1)
     logs = train_logs(trainer)
     evaluated = trainer.evaluate()["eval_loss"]

@@ -20,12 +20,16 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PhiConfig,
     PhiForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
 )
 
 CHAT_TEMPLATE = (
@@ -85,6 +89,22 @@ def tiny_model(
         torch.nn.init.normal_(model.lm_head.bias)
         return model
     return Qwen2ForCausalLM(Qwen2Config(**sizes, **ids))
+
+
+def tiny_experts(kind: str, **options: Any) -> PreTrainedModel:
+    """A random mixture of experts in fp64: 'mixtral' or 'qwen2_moe'."""
+    torch.manual_seed(7)
+    sizes = {
+        "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "max_position_embeddings": 256, "initializer_range": 0.5, "num_experts_per_tok": 1,
+        "eos_token_id": 0, "bos_token_id": None, "pad_token_id": 0,
+        "experts_implementation": "eager",  # the others do not know fp64
+        **options,
+    }  # fmt: skip
+    if kind == "mixtral":
+        return MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4)).double()
+    sizes.update(num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16)
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes)).double()
 
 
 def tiny_tokenizer(*, chat_template: bool = False, vocab_size: int = 300) -> PreTrainedTokenizerFast:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from adakd_kernels.integrations.transformers import AdaKDConfig, AdaKDTrainer
+from adakd_kernels.integrations.transformers import AdaKDConfig, AdaKDTrainer, NonFiniteLossError
 
-from .tiny_models import tiny_model, token_records
+from .tiny_models import tiny_experts, tiny_model, token_records
+
+ROOT = Path(__file__).parent.parent
 
 RESUMED = {
     "max_steps": 10, "save_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
@@ -63,6 +67,59 @@ def ranked_trainer(folder: Path, batch_size: int, accumulation: int, route: str 
     )
 
 
+def nan_trainer(folder: Path, cls: type[AdaKDTrainer] = AdaKDTrainer, **options: Any) -> AdaKDTrainer:
+    """Four steps of 2 × 2 records in order, in fp64, under a teacher that is NaN behind token 2 of record 'r9'."""
+    named = {name: options.pop(name) for name in ("data_collator", "processing_class") if name in options}
+    records = [
+        {**record, "input_ids": [min(token, 49) for token in record["input_ids"]], "id": f"r{index}"}
+        for index, record in enumerate(token_records(16, vocab_size=50))
+    ]
+    records[9].update(input_ids=[3, 4, 50, 7, 8], labels=[-100, -100, 50, 7, 8])
+    teacher = tiny_model("llama", layers=2, seed=2).double()
+    ids: list[torch.Tensor] = []
+    teacher.model.embed_tokens.register_forward_hook(lambda module, args, out: ids.append(args[0]))
+    teacher.model.norm.register_forward_hook(
+        lambda module, args, out: out.masked_fill((ids.pop() == 50).unsqueeze(-1), float("nan"))
+    )
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 1, "max_steps": 4}
+    order = {"train_sampling_strategy": "sequential"}
+    return cls(
+        model=tiny_model("llama", seed=1).double(),
+        teacher=teacher,
+        args=config(folder, **{**sizes, **order, "optim": "sgd", **options}),
+        train_dataset=records,
+        **named,
+    )
+
+
+def experts_trainer(folder: Path, batch_size: int, accumulation: int) -> AdaKDTrainer:
+    """One step of four times the same record, under a large auxiliary loss, equal for all parts of the batch."""
+    sizes = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    return AdaKDTrainer(
+        model=tiny_experts("mixtral", output_router_logits=True, router_aux_loss_coef=5.0),
+        teacher=tiny_model("llama", layers=2, seed=2).double(),
+        args=config(folder, **RANKED | {"max_steps": 1, "save_strategy": "no"}, **sizes),
+        train_dataset=token_records(1) * 4,
+    )
+
+
+def run_two_ranks(*arguments: str) -> None:
+    """Run this module in two processes that find each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.trainer_process", *arguments]
+    ranks = [
+        subprocess.Popen(
+            command, cwd=ROOT, env={**shared, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in ("0", "1")
+    ]
+    outputs = [process.communicate(timeout=120) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], outputs
+
+
 def train_logs(trainer: AdaKDTrainer) -> list[dict[str, float]]:
     """Train, and return the log lines of the training."""
     trainer.train()
@@ -82,7 +139,7 @@ def main(mode: str, folder: Path, route: str = "auto") -> None:
     if mode == "killed":
         resumed_trainer(folder, KilledWhileSaving).train()
     else:
-        run_rank(folder, route)
+        {"rank": run_rank, "nan": run_nan_rank, "experts": run_experts_rank}[mode](folder, route)
         gc.collect()  # as in `adakd train`: the process group goes after the trainer
         PartialState().destroy_process_group()
 
@@ -94,6 +151,26 @@ def run_rank(folder: Path, route: str) -> None:
     trainer.evaluate()
     result = {"weights": trainer.model.state_dict(), "logs": trainer.state.log_history}
     torch.save(result, folder / f"rank{os.environ['RANK']}.pt")
+
+
+def run_nan_rank(folder: Path, on_nan: str) -> None:
+    """One of two ranks of a run with a loss of NaN on one of them: save what was raised, weights and logs."""
+    trainer = nan_trainer(folder, on_nan=on_nan, gradient_accumulation_steps=1, save_strategy="no")
+    error = ""
+    try:
+        trainer.train()
+    except NonFiniteLossError as raised:
+        error = str(raised)
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    result = {"weights": trainer.model.state_dict(), "logs": logs, "error": error}
+    torch.save(result, folder / f"rank{os.environ['RANK']}.pt")
+
+
+def run_experts_rank(folder: Path, _: str) -> None:
+    """One of two ranks of a run of a mixture of experts: save its weights."""
+    trainer = experts_trainer(folder, batch_size=1, accumulation=2)
+    trainer.train()
+    torch.save(trainer.model.state_dict(), folder / f"rank{os.environ['RANK']}.pt")
 
 
 if __name__ == "__main__":

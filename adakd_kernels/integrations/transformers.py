@@ -26,6 +26,7 @@ except ImportError as error:
 from ..trainer.checkpoints import last_checkpoint
 from ..trainer.collator import AdaKDDataCollator
 from ..trainer.config import AdaKDConfig
+from ..trainer.finite import NonFiniteLossError
 from ..trainer.records import DataError, LoadedRecords, check_same_tokenizer, load_records, tokenize_messages
 from ..trainer.trainer import AdaKDTrainer
 
@@ -35,6 +36,7 @@ __all__ = [
     "AdaKDTrainer",
     "DataError",
     "LoadedRecords",
+    "NonFiniteLossError",
     "check_same_tokenizer",
     "last_checkpoint",
     "load_records",

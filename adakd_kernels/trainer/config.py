@@ -17,6 +17,7 @@ from ..loss import AdaKDLoss
 __all__ = ["AdaKDConfig"]
 
 ROUTES = ("auto", "logits", "hidden")
+ON_NAN = ("raise", "skip")
 
 
 @dataclass
@@ -67,6 +68,13 @@ class AdaKDConfig(TrainingArguments):
             "hidden states where both models have a plain output layer."
         },
     )
+    on_nan: str = field(
+        default="raise",
+        metadata={
+            "help": "What a loss that is NaN or infinite does: 'raise' stops the run before the step; 'skip' leaves "
+            "the gradient of its micro-batch out and counts it, and waits for the device on every micro-batch."
+        },
+    )
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={"help": "Checkpoint that 'adakd train' resumes from: a folder, or 'last' in output_dir."},
@@ -92,6 +100,8 @@ class AdaKDConfig(TrainingArguments):
             )
         if self.logits_route not in ROUTES:
             raise ValueError(f"logits_route must be one of {', '.join(ROUTES)}, got {self.logits_route!r}")
+        if self.on_nan not in ON_NAN:
+            raise ValueError(f"on_nan must be one of {', '.join(ON_NAN)}, got {self.on_nan!r}")
         # The functions check their own arguments, so a call on one token with two entries refuses every wrong option.
         token = torch.zeros(1, 1, 2)
         focus_ratio = 1.0 if self.focus_ratio is None else self.focus_ratio

@@ -15,12 +15,18 @@ from transformers import modeling_utils
 __all__ = [
     "HeadOptions",
     "NoPlainHeadError",
+    "base_model",
+    "evaluation_mode",
+    "head_traits",
     "hidden_states",
     "instead_of_head",
     "output_head",
+    "own_positions",
     "plain_head",
     "takes_positions",
     "takes_positions_per_record",
+    "virtual_tokens",
+    "with_virtual_tokens",
 ]
 
 
@@ -60,6 +66,61 @@ def instead_of_head(head: nn.Module, function: Callable[[Tensor], Tensor]) -> It
             head.forward = found
 
 
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """`model` in evaluation mode, without gradients; afterwards each of its modules is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def head_traits(model: Any) -> tuple[Any, ...]:
+    """What a judgement of a model and its head rests on. It holds as long as this compares equal."""
+    head = output_head(model)
+    modules = [model] if head is None else [model, head]
+    hooks = [tuple(hooks) for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+    own = None if head is None else vars(head).get("forward")
+    return (
+        *modules,
+        *map(type, modules),
+        own,
+        hooks,
+        _configured(getattr(model, "config", None)),
+        virtual_tokens(model),
+    )
+
+
+def virtual_tokens(model: Any) -> tuple[int, int]:
+    """How many trained tokens peft puts in front of the batch's own, and of how many of them there are hidden states.
+
+    Those of prompt tuning go through the model. Those of prefix tuning are keys and values of its attention.
+    """
+    config: Any = getattr(model, "active_peft_config", None)
+    if not getattr(config, "is_prompt_learning", False):
+        return 0, 0
+    count = int(config.num_virtual_tokens)
+    cached = str(getattr(config.peft_type, "value", config.peft_type)) in ("PREFIX_TUNING", "CARTRIDGE")
+    return count, 0 if cached else count
+
+
+def with_virtual_tokens(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of `model`, their positions counted from its first virtual token."""
+    _, before = virtual_tokens(model)
+    if not before or "logits_to_keep" not in inputs:
+        return inputs
+    return {**inputs, "logits_to_keep": inputs["logits_to_keep"] + before}
+
+
+def own_positions(values: Tensor, count: int) -> Tensor:
+    """`values` (B, K, …) without those of virtual tokens, which stand before the last `count` positions."""
+    return values if values.shape[1] == count else values[:, -count:]
+
+
 def hidden_states(model: Any, inputs: dict[str, Any]) -> Tensor:
     """What the head of `model` gets in a forward on `inputs`: (B, K, H). The head itself does not run."""
     seen: list[Tensor] = []
@@ -87,29 +148,24 @@ def plain_head(model: Any) -> HeadOptions:
     head = output_head(model)
     if type(head) is not nn.Linear or "forward" in vars(head):
         raise NoPlainHeadError(f"its head is no plain nn.Linear but {type(head).__name__}, perhaps wrapped")
-    options = _configured(model.config)
+    options, length = _configured(model.config), 2 + virtual_tokens(model)[1]
     # Numbers as large as logits get, so that a soft-cap shows.
-    probe = torch.linspace(-60.0, 60.0, 2 * head.out_features, dtype=head.weight.dtype, device=head.weight.device)
-    probe = probe.view(head.out_features, 2).T.unsqueeze(0)  # (1, 2, V)
+    probe = torch.linspace(-60.0, 60.0, length * head.out_features, dtype=head.weight.dtype, device=head.weight.device)
+    probe = probe.view(head.out_features, length).T.unsqueeze(0)  # (1, L, V)
     seen: list[Tensor] = []
 
     def give(hidden: Tensor) -> Tensor:
         seen.append(hidden)
         return probe.clone()  # a model may write over its logits
 
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
         ids = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
-        with torch.no_grad(), instead_of_head(head, give):
+        with evaluation_mode(model), instead_of_head(head, give):
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             logits = model(**inputs, use_cache=False, return_dict=True).logits
     except Exception as error:
         raise NoPlainHeadError(f"it cannot be tried out on two tokens: {type(error).__name__}: {error}") from error
-    finally:
-        for module, training in modes:
-            module.training = training
-    if len(seen) != 1 or seen[0].shape != (1, 2, head.in_features):
+    if len(seen) != 1 or seen[0].shape != (1, length, head.in_features):
         raise NoPlainHeadError("its head is not called once, on the hidden states of all positions")
     expected = probe.double() * options.scale
     if options.softcap is not None:
@@ -132,16 +188,16 @@ def _configured(config: Any) -> HeadOptions:
 
 def takes_positions(keep: Tensor, *models: Any) -> bool:
     """Whether all models take `logits_to_keep` in the form of `keep`, (K,) or (B, K)."""
-    named = all("logits_to_keep" in inspect.signature(_base(model).forward).parameters for model in models)
+    named = all("logits_to_keep" in inspect.signature(base_model(model).forward).parameters for model in models)
     return named and (keep.dim() == 1 or takes_positions_per_record(*models))
 
 
 def takes_positions_per_record(*models: Any) -> bool:
     """Whether `logits_to_keep` may be (B, K): in transformers' own models, where it has the function for it."""
-    native = all(type(_base(model)).__module__.startswith("transformers.models.") for model in models)
+    native = all(type(base_model(model)).__module__.startswith("transformers.models.") for model in models)
     return native and hasattr(modeling_utils, "slice_logits_to_keep")
 
 
-def _base(model: Any) -> Any:
+def base_model(model: Any) -> Any:
     """The model, or the one that an adapter of peft wraps."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

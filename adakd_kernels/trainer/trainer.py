@@ -7,28 +7,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from ..adaptive import LossAdaptiveFocus
 from ..functional import AdaKDOutput
 from ..loss import AdaKDLoss
 from .checkpoints import last_checkpoint
-from .collator import AdaKDDataCollator
+from .collator import ID, AdaKDDataCollator, CheckedCollator
 from .config import AdaKDConfig
+from .finite import BeforeStepCallback, MicroBatch, NonFiniteLossError, loss_without_gradient
 from .focus_callback import FocusCallback
 from .heads import (
     HeadOptions,
     NoPlainHeadError,
+    head_traits,
     hidden_states,
     instead_of_head,
     output_head,
+    own_positions,
     plain_head,
     takes_positions,
     takes_positions_per_record,
+    with_virtual_tokens,
 )
 from .histogram import TokenHistogram
-from .records import IGNORE_INDEX
+from .models import auxiliary_loss, check_causal, check_inputs, check_special_tokens, position_limit, vocabulary_size
+from .records import IGNORE_INDEX, check_same_tokenizer
 
 __all__ = ["AdaKDTrainer"]
 
@@ -50,12 +56,14 @@ class AdaKDTrainer(Trainer):
     Logged besides `loss`: `focus_ratio` (the share r after the step), `loss_ema`, `loss_reference`, and p10, p50 and
     p90 of `difficulty` (valid tokens) and `temperature` (selected tokens) since the last log line, over all ranks.
     `eval_loss` is the same loss with every valid token selected (r = 1), its medians taken over each evaluation batch;
-    evaluation leaves the adaptive share alone.
+    evaluation leaves the adaptive share alone. A student that is a mixture of experts with `output_router_logits` adds
+    its auxiliary loss times `router_aux_loss_coef`: the mean over the micro-batches and ranks of a step.
 
     The loss comes from the hidden states (`linear_adakd_loss`), so that no logits of a batch exist, where
     `logits_route` allows it and the logits of both models are their output layer's result, scaled and soft-capped as
-    their configurations say. This is tried out here on two tokens, and the choice is logged once. Otherwise, and for
-    `compute_loss(return_outputs=True)`, the loss comes from the logits. On that route the gradient takes the place of
+    their configurations say. This is tried out on two tokens, here and whenever another model, head or hook on them has
+    come in, and the choice is logged once. Otherwise, and for `compute_loss(return_outputs=True)`, the loss comes from
+    the logits. On that route the gradient takes the place of
     the student's logits in training, where nothing reads them afterwards; with `return_outputs=True` and under
     `torch_compile` it gets memory of its own.
 
@@ -65,7 +73,8 @@ class AdaKDTrainer(Trainer):
             from, in the type it was saved in.
         args: the options.
         data_collator: `AdaKDDataCollator` by default. Batches need `labels` aligned with `input_ids`; `logits_to_keep`
-            is used where both models take it.
+            is used where both models take it, and `id` in messages. Everything else goes to both models, and what one
+            of them does not read is refused, as are ids and positions beyond the embeddings of one of them.
         processing_class: the tokenizer; saved with the model.
         **kwargs: everything else `Trainer` takes, such as `train_dataset`, `eval_dataset`, `callbacks`, `optimizers`.
 
@@ -76,11 +85,14 @@ class AdaKDTrainer(Trainer):
 
     Raises:
         TypeError: `args` is no `AdaKDConfig`.
-        ValueError: shared parameters, several GPUs in one process, sequences split over processes, or
+        ValueError: a model that is bidirectional, an encoder–decoder or without an output layer, special tokens beyond
+            a vocabulary, shared parameters, several GPUs in one process, sequences split over processes, or
             `logits_route="hidden"` where it cannot be taken.
+        NonFiniteLossError: in `train`, a loss or a gradient that is NaN or infinite, before its step; see `on_nan`.
     """
 
     args: AdaKDConfig
+    model: nn.Module
 
     def __init__(
         self,
@@ -97,11 +109,8 @@ class AdaKDTrainer(Trainer):
         if teacher is None:
             raise TypeError("teacher must be a causal language model or the folder of one, got None")
         if isinstance(teacher, (str, Path)):
+            _check_tokenizer_of(teacher, processing_class)
             teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype="auto")
-        if model is not None and not set(map(id, model.parameters())).isdisjoint(map(id, teacher.parameters())):
-            raise ValueError(
-                "model and teacher share parameters, which would be frozen with the teacher: copy the model"
-            )
         if data_collator is None:
             pad = getattr(processing_class, "pad_token_id", None)
             # The backward of this form is a scatter-add, which torch may refuse under full_determinism.
@@ -119,14 +128,54 @@ class AdaKDTrainer(Trainer):
             raise ValueError("AdaKDTrainer needs whole sequences: set cp_size and sp_size of parallelism_config to 1")
         # The loss is divided by num_items_in_batch here, so Trainer must count the items and not divide again.
         self.model_accepts_loss_kwargs = True
-        self.teacher = self._frozen(teacher)
-        self._head_options = self._choose_route()
+        self.teacher = teacher
+        self._traits: Any = None
+        self._head_options: tuple[HeadOptions, HeadOptions] | None = None
+        self._said: set[str] = set()
+        self._checked_inputs: tuple[Any, ...] = ()
+        self._follow_models()
         # r = 1 until `create_scheduler` knows how many steps the run has.
         self.loss_fn = self._training_loss(focus=1.0)
         self.eval_loss_fn = self._make_loss(focus=1.0)
         self._difficulty = TokenHistogram(args.device)
         self._temperature = TokenHistogram(args.device)
+        self._step: list[MicroBatch] = []
+        self._skipped, self._grad_norm = 0, None
         self.add_callback(FocusCallback)
+        self.add_callback(BeforeStepCallback(self._check_step))
+
+    def _follow_models(self) -> bool:
+        """Judge models and heads where they, or hooks on them, are others than at the last time; whether they were.
+
+        Raises:
+            ValueError: models that do not fit, or the hidden route is asked for and cannot be taken.
+        """
+        traits = [head_traits(model) for model in (self.model, self.teacher)]
+        if traits == self._traits:
+            return False
+        if not set(map(id, self.model.parameters())).isdisjoint(map(id, self.teacher.parameters())):
+            raise ValueError(
+                "model and teacher share parameters, which would be frozen with the teacher: copy the model"
+            )
+        self.teacher = self._frozen(self.teacher)
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1):
+            check_causal("student", self.model)
+            check_causal("teacher", self.teacher)
+        for text in check_special_tokens(self.model, self.teacher, self.processing_class):
+            self._say(logging.WARNING, text)
+        self._head_options = self._choose_route()
+        self._traits, self._checked_inputs = traits, ()
+        return True
+
+    def _follow_heads(self) -> None:
+        """Go on with the losses that fit the heads, where another model or head has come in."""
+        if not self._follow_models():
+            return
+        before = self.loss_fn
+        self._use_loss(self._training_loss(before.focus))
+        for name, buffer in before.named_buffers(recurse=False):  # the losses of the optimizer step so far
+            self.loss_fn.get_buffer(name).copy_(buffer)
+        self.eval_loss_fn = self._make_loss(focus=1.0)
 
     def _frozen(self, teacher: nn.Module) -> nn.Module:
         """The teacher in evaluation mode, without gradients, on the training device unless it is placed already."""
@@ -149,12 +198,16 @@ class AdaKDTrainer(Trainer):
                 raise ValueError(
                     f"logits_route='hidden' cannot be taken: {error}; set it to 'auto' or 'logits'"
                 ) from error
-            if self.args.should_log:
-                logger.info("AdaKDTrainer: loss from the logits; from hidden states it is not possible: %s", error)
+            self._say(logging.INFO, f"loss from the logits; from hidden states it is not possible: {error}")
             return None
-        if self.args.should_log:
-            logger.info("AdaKDTrainer: loss from hidden states; no logits of a whole batch are computed")
+        self._say(logging.INFO, "loss from hidden states; no logits of a whole batch are computed")
         return options
+
+    def _say(self, level: int, text: str) -> None:
+        """Log what has not been said yet."""
+        if self.args.should_log and text not in self._said:
+            logger.log(level, "AdaKDTrainer: %s", text)
+        self._said.add(text)
 
     def _plain_heads(self) -> tuple[HeadOptions, HeadOptions]:
         """What follows the heads of student and teacher.
@@ -196,16 +249,44 @@ class AdaKDTrainer(Trainer):
             keep_bytes=KEEP_BYTES,
         )
 
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer` has it; whatever collator makes the batches, both models have all their ids and positions."""
+        pair, collator = {"student": self.model, "teacher": self.teacher}, self.data_collator
+        self.data_collator = CheckedCollator(
+            collator,
+            {role: vocabulary_size(model) for role, model in pair.items()},
+            {role: position_limit(model) for role, model in pair.items()},
+            self._decode,
+        )
+        try:
+            return super()._get_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = collator
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """As `Trainer` has it; also kept are what the loss depends on, read by the models or not, and the id."""
+        super()._set_signature_columns_if_needed()
+        ours = isinstance(getattr(self.data_collator, "collate", self.data_collator), AdaKDDataCollator)
+        columns: Any = self._signature_columns
+        columns += sorted({"attention_mask", "position_ids", *([ID] if ours else [])}.difference(columns))
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As `Trainer.create_scheduler`; the number of steps of the run also sets up the adaptive share."""
-        self.loss_fn = self._training_loss(self.args.make_focus(max(1, num_training_steps)))
+        if self._follow_models():
+            self.eval_loss_fn = self._make_loss(focus=1.0)
+        self._use_loss(self._training_loss(self.args.make_focus(max(1, num_training_steps))))
+        self._difficulty.reset()
+        self._temperature.reset()
+        self._step, self._skipped = [], 0
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _use_loss(self, loss_fn: AdaKDLoss) -> None:
+        """Train with this loss from now on."""
+        self.loss_fn = loss_fn
         # Looked up here, because `Trainer` may have replaced the callback by one from a checkpoint.
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, FocusCallback):
-                callback.loss_fn = self.loss_fn
-        self._difficulty.reset()
-        self._temperature.reset()
-        return super().create_scheduler(num_training_steps, optimizer)
+                callback.loss_fn = loss_fn
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; True resumes from the last checkpoint that was written to its end.
@@ -242,9 +323,11 @@ class AdaKDTrainer(Trainer):
             ValueError: `inputs` has no labels.
         """
         inputs = dict(inputs)
-        skip_logits = inputs.pop("skip_logits", False)
+        skip_logits, ids = inputs.pop("skip_logits", False), inputs.pop(ID, None)
         logits_are_read = return_outputs and not skip_logits
+        self._follow_heads()
         targets = self._pop_targets(inputs)
+        self._check_inputs(inputs)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # The number is global, and gradients, logged losses and the adaptive share are means over the ranks.
             num_items_in_batch = num_items_in_batch / (self.accelerator.num_processes // self.get_tp_size())
@@ -253,10 +336,83 @@ class AdaKDTrainer(Trainer):
             out, outputs = self._from_logits(loss_fn, model, inputs, targets, num_items_in_batch, logits_are_read)
         else:
             out, outputs = self._from_hidden(loss_fn, model, inputs, targets, num_items_in_batch)
+        loss, balance = out.loss, auxiliary_loss(self.model, outputs)
+        if balance is not None:
+            # The mean over the micro-batches of a step; without a number of items `Trainer` takes it. The mean over the
+            # ranks is data parallelism's.
+            if model.training and num_items_in_batch is not None:
+                balance = balance / getattr(
+                    self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps
+                )
+            loss = loss + balance.to(loss.device)
+        if model.training and self.is_in_train:
+            keep = inputs.get("logits_to_keep")
+            micro_batch = MicroBatch(loss.detach(), out.difficulty, out.token_loss.detach(), targets, keep, ids)
+            if self.args.on_nan == "raise":
+                self._step.append(micro_batch)
+            elif not loss.isfinite():
+                self._skip(micro_batch.at_fault(self._decode))
+                loss = loss_without_gradient(model)
+                return (loss, outputs) if return_outputs else loss
         if model.training:
             self._difficulty.add(out.difficulty, targets != IGNORE_INDEX)
             self._temperature.add(out.temperature, out.selected)
-        return (out.loss, outputs) if return_outputs else out.loss
+        return (loss, outputs) if return_outputs else loss
+
+    @property
+    def _decode(self) -> Any:
+        """The tokenizer's way from ids to text, or None."""
+        return getattr(self.processing_class, "decode", None)
+
+    def _skip(self, reason: str) -> None:
+        self._skipped += 1
+        logger.warning("AdaKDTrainer: step %d: left out: %s", self.state.global_step + 1, reason)
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer` has it; the norm is kept for the check of the step."""
+        self._grad_norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self._grad_norm
+
+    def _check_step(self) -> None:
+        """Stop, on all ranks alike, before an optimizer step on a loss or a gradient that is not finite.
+
+        Waits for the device once.
+
+        Raises:
+            NonFiniteLossError: with the step, the records, and the first token at fault.
+        """
+        micro_batches, self._step = self._step, []
+        norm, self._grad_norm = self._grad_norm, None
+        if norm is None or self.accelerator.scaler is not None:
+            norm = 0.0  # a gradient scaler leaves such steps out by itself
+        numbers = (norm, *(m.loss for m in micro_batches))
+        bad = torch.stack([~torch.as_tensor(number, device=self.args.device).isfinite() for number in numbers])
+        if not self.accelerator.reduce(bad.any().int()).item():
+            return
+        if self.args.on_nan == "skip":
+            self.model.zero_grad()
+            if self.is_world_process_zero():
+                self._skip(f"the gradient, whose norm is {float(norm)}")
+            return
+        count, rank = len(micro_batches), self.args.process_index
+        found = [
+            f"micro-batch {index} of {count}, rank {rank}: {micro_batch.at_fault(self._decode)}"
+            for index, micro_batch in enumerate(micro_batches, 1)
+            if not micro_batch.loss.isfinite()
+        ]
+        found = gather_object(found[:1]) or [f"the loss is finite, but the norm of its gradient is {float(norm)}"]
+        last = last_checkpoint(str(self.args.output_dir))
+        kept = f"the last checkpoint is {last}" if last else f"there is no checkpoint in {self.args.output_dir}"
+        raise NonFiniteLossError(f"step {self.state.global_step + 1}, {found[0]}; {kept}")
+
+    def _check_inputs(self, inputs: dict[str, Any]) -> None:
+        """Refuse what one of the models would leave unread; looks only where a batch differs in kind from the last."""
+        kind = tuple((name, getattr(value, "shape", ())[:1]) for name, value in inputs.items())
+        if kind == self._checked_inputs:
+            return
+        for role, model in (("student", self.model), ("teacher", self.teacher)):
+            check_inputs(role, model, inputs)
+        self._checked_inputs = kind
 
     def _pop_targets(self, inputs: dict[str, Any]) -> Tensor:
         """The token that each position predicts, (B, L) or (B, K); `labels` leave `inputs`, as does an unused keep."""
@@ -281,9 +437,11 @@ class AdaKDTrainer(Trainer):
         """The loss from the logits of both models, and the student's outputs."""
         # The teacher first: its activations are gone before the student's are kept for the backward.
         with torch.no_grad():
-            teacher_logits = self.teacher(**inputs, use_cache=False, return_dict=True).logits
-        outputs = model(**inputs, return_dict=True)
-        logits = outputs.logits
+            teacher_inputs = with_virtual_tokens(self.teacher, inputs)
+            teacher_logits = self.teacher(**teacher_inputs, use_cache=False, return_dict=True).logits
+        outputs = model(**with_virtual_tokens(self.model, inputs), return_dict=True)
+        logits = outputs.logits = own_positions(outputs.logits, targets.shape[1])
+        teacher_logits = own_positions(teacher_logits, targets.shape[1])
         if logits_are_read and loss_fn.inplace:
             logits = logits.clone()  # the gradient takes the place of the copy
         return loss_fn(logits, teacher_logits, targets, num_items), outputs
@@ -303,12 +461,13 @@ class AdaKDTrainer(Trainer):
         """
         student_head, teacher_head = output_head(self.model), output_head(self.teacher)
         with torch.no_grad():
-            teacher_hidden = hidden_states(self.teacher, inputs)  # (B, K, H)
+            teacher_hidden = hidden_states(self.teacher, with_virtual_tokens(self.teacher, inputs))
+            teacher_hidden = own_positions(teacher_hidden, targets.shape[1])  # (B, K, H)
         results: list[AdaKDOutput] = []
 
         def loss_of_hidden(hidden: Tensor) -> Tensor:
             out = loss_fn.from_hidden(
-                hidden,
+                own_positions(hidden, targets.shape[1]),
                 student_head.weight,
                 teacher_hidden.to(hidden.device),
                 teacher_head.weight,
@@ -323,7 +482,7 @@ class AdaKDTrainer(Trainer):
             return out.loss.to(hidden.dtype).expand(*hidden.shape[:-1], 1)
 
         with instead_of_head(student_head, loss_of_hidden):
-            outputs = model(**inputs, return_dict=True)
+            outputs = model(**with_virtual_tokens(self.model, inputs), return_dict=True)
         (out,) = results
         return out, outputs
 
@@ -354,9 +513,23 @@ class AdaKDTrainer(Trainer):
             logs = dict(zip(names, values, strict=True))
         else:
             logs["focus_ratio"] = float(focus)
+        if self.args.on_nan == "skip":
+            skipped = torch.tensor(self._skipped, device=self.args.device)
+            logs["skipped_micro_batches"] = self.accelerator.reduce(skipped).item()
         for name, histogram in (("difficulty", self._difficulty), ("temperature", self._temperature)):
             histogram.counts = self.accelerator.reduce(histogram.counts)
             for suffix, value in zip(QUANTILES, histogram.quantiles(*QUANTILES.values()), strict=True):
                 logs[f"{name}_{suffix}"] = value
             histogram.reset()
         return logs
+
+
+def _check_tokenizer_of(teacher: str | Path, tokenizer: Any) -> None:
+    """Compare the tokenizer that lies beside a teacher's weights, if there is one, with the student's."""
+    if not hasattr(tokenizer, "get_vocab"):
+        return
+    try:
+        other = AutoTokenizer.from_pretrained(teacher)
+    except Exception:
+        return
+    check_same_tokenizer(tokenizer, other)
