@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DataCollatorWithFlattening
+from transformers import BloomConfig, BloomForCausalLM, DataCollatorWithFlattening
 
 from adakd_kernels.integrations.transformers import AdaKDDataCollator, AdaKDTrainer
 
@@ -145,6 +145,18 @@ def test_a_field_that_nobody_reads_is_refused(tmp_path: Path) -> None:
     trainer = AdaKDTrainer(model=student, teacher=teacher, args=config(tmp_path))
     with pytest.raises(ValueError, match="'token_type_ids' of the batch is not read by the teacher LlamaForCausalLM"):
         trainer.compute_loss(student, AdaKDDataCollator()(records))
+
+
+def test_positions_that_a_model_does_not_take(tmp_path: Path) -> None:
+    """They are not removed, because the borders of packed records would go with them."""
+    student = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2))
+    record = {"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8], "position_ids": [0, 1, 0, 1]}
+    args = config(tmp_path, max_steps=1, save_strategy="no")
+    trainer = AdaKDTrainer(model=student, teacher=tiny_model("llama"), args=args, train_dataset=[record])
+    with pytest.raises(
+        ValueError, match=r"'position_ids' .* the student Bloom.*: leave this field out of the records$"
+    ):
+        trainer.train()
 
 
 def test_packed_records_under_flash_attention(tmp_path: Path) -> None:

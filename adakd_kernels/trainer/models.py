@@ -13,6 +13,7 @@ from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from .heads import base_model, evaluation_mode, output_head, virtual_tokens
 
 __all__ = [
+    "ALWAYS_KEPT",
     "auxiliary_loss",
     "check_causal",
     "check_inputs",
@@ -21,12 +22,17 @@ __all__ = [
     "vocabulary_size",
 ]
 
+ALWAYS_KEPT = {"attention_mask", "position_ids"}
+"""Fields of a record on which the loss depends, so that they are refused, not removed, where a model lacks them."""
 PADDING_FREE = {*FlashAttentionKwargs.__annotations__, "seq_idx"}
 """Inputs of transformers' own models that their forward does not name but hands to the attention."""
 
 
-def check_causal(role: str, model: nn.Module) -> None:
-    """Refuse a model whose logits do not predict each next token from the ones before, as two runs on two tokens show.
+def check_causal(role: str, model: nn.Module, try_out: bool = True) -> None:
+    """Refuse a model whose logits do not predict each next token from the ones before.
+
+    Two runs on two tokens show it. Without `try_out`, for a model that is split over processes, the configuration alone
+    is asked.
 
     Raises:
         ValueError: an encoder–decoder, a model without logits of its vocabulary, or one that looks ahead.
@@ -36,7 +42,9 @@ def check_causal(role: str, model: nn.Module) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder–decoder, whose logits are not those of its input's next tokens: {cure}")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    outputs = []
+    outputs: list[Any] = []
+    if not try_out:
+        return
     try:
         for last in (1, 2):
             ids = torch.tensor([[0, last]], device=device)
@@ -70,9 +78,10 @@ def check_inputs(role: str, model: nn.Module, inputs: dict[str, Any]) -> None:
     name = f"{role} {type(base_model(model)).__name__}"
     unread = [key for key in inputs if key not in _read(model)] if _read(model) else []
     if unread:
+        removable = role == "student" and unread[0] not in ALWAYS_KEPT
         raise ValueError(
-            f"{unread[0]!r} of the batch is not read by the {name}: leave this field out of the records, or set "
-            "remove_unused_columns=True"
+            f"{unread[0]!r} of the batch is not read by the {name}: leave this field out of the records"
+            + (", or set remove_unused_columns=True" if removable else "")
         )
     if "position_ids" not in inputs:
         return

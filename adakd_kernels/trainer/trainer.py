@@ -33,7 +33,15 @@ from .heads import (
     with_virtual_tokens,
 )
 from .histogram import TokenHistogram
-from .models import auxiliary_loss, check_causal, check_inputs, check_special_tokens, position_limit, vocabulary_size
+from .models import (
+    ALWAYS_KEPT,
+    auxiliary_loss,
+    check_causal,
+    check_inputs,
+    check_special_tokens,
+    position_limit,
+    vocabulary_size,
+)
 from .records import IGNORE_INDEX, check_same_tokenizer
 
 __all__ = ["AdaKDTrainer"]
@@ -158,9 +166,9 @@ class AdaKDTrainer(Trainer):
                 "model and teacher share parameters, which would be frozen with the teacher: copy the model"
             )
         self.teacher = self._frozen(self.teacher)
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1):
-            check_causal("student", self.model)
-            check_causal("teacher", self.teacher)
+        whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1)
+        check_causal("student", self.model, try_out=whole)
+        check_causal("teacher", self.teacher, try_out=whole)
         for text in check_special_tokens(self.model, self.teacher, self.processing_class):
             self._say(logging.WARNING, text)
         self._head_options = self._choose_route()
@@ -268,7 +276,7 @@ class AdaKDTrainer(Trainer):
         super()._set_signature_columns_if_needed()
         ours = isinstance(getattr(self.data_collator, "collate", self.data_collator), AdaKDDataCollator)
         columns: Any = self._signature_columns
-        columns += sorted({"attention_mask", "position_ids", *([ID] if ours else [])}.difference(columns))
+        columns += sorted(ALWAYS_KEPT.union([ID] if ours else []).difference(columns))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As `Trainer.create_scheduler`; the number of steps of the run also sets up the adaptive share."""
