@@ -172,7 +172,9 @@ def test_any_input_gives_what_the_reference_gives(problem):
             *(torch.cat((x.flatten(), torch.ones_like(x.flatten()[:1]))) for x in (ours, eager, exact)), ulps
         )
 
-    close(token_divergence(student, teacher, tau, divergence), eager(student), exact(student.double()))
+    # exp2 may be off by 2.0e-7. In a row of equal logits every mass is off by the same, so that these errors do not
+    # average out as eager's do, and alpha_beta multiplies them by 1/(αβ) = 7.
+    close(token_divergence(student, teacher, tau, divergence), eager(student), exact(student.double()), ulps=16)
     close(
         token_difficulty(student, teacher),
         reference.squared_hellinger(student, teacher),
