@@ -139,7 +139,7 @@ def test_teacher_from_a_folder(tmp_path: Path) -> None:
 
 
 def test_evaluation_selects_all_tokens_and_leaves_the_share_alone(tmp_path: Path) -> None:
-    """eval_loss: r = 1, the batch's own temperatures, mean of the batches weighted by their number of records."""
+    """eval_loss: r = 1, the batch's own temperatures, mean of the batches weighted by their number of tokens."""
     held_out = token_records(7, seed=5)
     options = {"temperature_scale": 0.8, "ce_weight": 0.3}
     trainer = AdaKDTrainer(
@@ -175,7 +175,8 @@ def test_evaluation_selects_all_tokens_and_leaves_the_share_alone(tmp_path: Path
 def _eval_loss(student: Any, teacher: Any, records: list[Any], options: dict[str, float]) -> float:
     batches = [records[:4], records[4:]]
     losses = [expected_loss(student, teacher, batch, **options).item() for batch in batches]
-    return sum(loss * len(batch) for loss, batch in zip(losses, batches, strict=True)) / len(records)
+    tokens = [sum(label != -100 for record in batch for label in record["labels"][1:]) for batch in batches]
+    return sum(loss * count for loss, count in zip(losses, tokens, strict=True)) / sum(tokens)
 
 
 def test_log_lines(tmp_path: Path) -> None:

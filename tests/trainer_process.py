@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch.utils.data import IterableDataset
 
 from adakd_kernels.integrations.transformers import AdaKDConfig, AdaKDTrainer, NonFiniteLossError
 
@@ -64,6 +67,32 @@ def ranked_trainer(folder: Path, batch_size: int, accumulation: int, route: str 
         ),
         train_dataset=token_records(24),
         eval_dataset=token_records(16, seed=7),
+    )
+
+
+class Stream(IterableDataset):  # type: ignore[type-arg]
+    """Records without a known number."""
+
+    def __init__(self, records: list[Any]) -> None:
+        self.records = records
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.records)
+
+
+def held_out_sets() -> dict[str, Any]:
+    """For two ranks of batches of 4: 3 or 5 records are left for the last batches, or there is one record in all."""
+    alike = [{"input_ids": [5, 6, token, 8], "labels": [-100, 6, token, 8]} for token in range(13)]
+    sizes = {"three": 11, "five": 13, "one": 1}
+    return {name: token_records(size, seed=size) for name, size in sizes.items()} | {"stream": Stream(alike)}
+
+
+def evaluated_trainer(folder: Path, route: str) -> AdaKDTrainer:
+    """At one temperature, so that `eval_loss` does not depend on the batches either."""
+    return AdaKDTrainer(
+        model=tiny_model("llama", seed=1).double(),
+        teacher=tiny_model("llama", layers=2, seed=2).double(),
+        args=config(folder, per_device_eval_batch_size=4, logits_route=route, temperature_scale=0.0),
     )
 
 
@@ -139,7 +168,10 @@ def main(mode: str, folder: Path, route: str = "auto") -> None:
     if mode == "killed":
         resumed_trainer(folder, KilledWhileSaving).train()
     else:
-        {"rank": run_rank, "nan": run_nan_rank, "experts": run_experts_rank}[mode](folder, route)
+        modes = {
+            "rank": run_rank, "evaluation": run_evaluation_rank, "nan": run_nan_rank, "experts": run_experts_rank,
+        }  # fmt: skip
+        modes[mode](folder, route)
         gc.collect()  # as in `adakd train`: the process group goes after the trainer
         PartialState().destroy_process_group()
 
@@ -151,6 +183,12 @@ def run_rank(folder: Path, route: str) -> None:
     trainer.evaluate()
     result = {"weights": trainer.model.state_dict(), "logs": trainer.state.log_history}
     torch.save(result, folder / f"rank{os.environ['RANK']}.pt")
+
+
+def run_evaluation_rank(folder: Path, route: str) -> None:
+    """One of two ranks: evaluate, save the metrics."""
+    metrics = evaluated_trainer(folder, route).evaluate(held_out_sets())
+    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(metrics))
 
 
 def run_nan_rank(folder: Path, on_nan: str) -> None:

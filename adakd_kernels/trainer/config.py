@@ -18,14 +18,17 @@ __all__ = ["AdaKDConfig"]
 
 ROUTES = ("auto", "logits", "hidden")
 ON_NAN = ("raise", "skip")
+LOWER_IS_BETTER = ("forward_kl", "reverse_kl", "cross_entropy")
+"""How names of an evaluation's metrics end that fall as the student gets better, beside those of a loss."""
 
 
 @dataclass
 class AdaKDConfig(TrainingArguments):
     """`TrainingArguments` and the options of AdaKD (Xie et al., arXiv 2510.11615); the equations are in docs/maths.md.
 
-    Two defaults differ from `TrainingArguments`: `logging_nan_inf_filter` is off, because it would wait for the device
-    on every micro-batch and hide a loss that is NaN, and `logging_steps` is 10.
+    Three defaults differ from `TrainingArguments`: `logging_nan_inf_filter` is off, because it would wait for the
+    device on every micro-batch and hide a loss that is NaN; `logging_steps` is 10; and `greater_is_better` is off where
+    `metric_for_best_model` is a KL divergence or the cross-entropy, as it is for a loss.
 
     Raises:
         ValueError, TypeError: an option that is unknown or outside its range; the message starts with its name.
@@ -92,6 +95,8 @@ class AdaKDConfig(TrainingArguments):
                 self.divergence_kwargs = json.loads(self.divergence_kwargs)
             except ValueError as error:
                 raise ValueError(f"divergence_kwargs must be JSON, got {self.divergence_kwargs!r}: {error}") from None
+        if self.greater_is_better is None and str(self.metric_for_best_model).endswith(LOWER_IS_BETTER):
+            self.greater_is_better = False
         super().__post_init__()  # type: ignore[no-untyped-call]
         if self.label_smoothing_factor:
             raise ValueError(

@@ -17,6 +17,7 @@ from ..loss import AdaKDLoss
 from .checkpoints import last_checkpoint
 from .collator import ID, AdaKDDataCollator, CheckedCollator
 from .config import AdaKDConfig
+from .evaluation import HeldOutSums, without_repeats
 from .finite import BeforeStepCallback, MicroBatch, NonFiniteLossError, loss_without_gradient
 from .focus_callback import FocusCallback
 from .heads import (
@@ -63,7 +64,9 @@ class AdaKDTrainer(Trainer):
 
     Logged besides `loss`: `focus_ratio` (the share r after the step), `loss_ema`, `loss_reference`, and p10, p50 and
     p90 of `difficulty` (valid tokens) and `temperature` (selected tokens) since the last log line, over all ranks.
-    `eval_loss` is the same loss with every valid token selected (r = 1), its medians taken over each evaluation batch;
+    An evaluation gives `eval_forward_kl`, `eval_reverse_kl`, `eval_cross_entropy` and `eval_agreement`: means over all
+    valid tokens at temperature 1, which depend on models and records alone. `eval_loss` is the mean over the tokens of
+    the training loss with every valid token selected (r = 1), its medians taken over each evaluation batch;
     evaluation leaves the adaptive share alone. A student that is a mixture of experts with `output_router_logits` adds
     its auxiliary loss times `router_aux_loss_coef`: the mean over the micro-batches and ranks of a step.
 
@@ -149,6 +152,7 @@ class AdaKDTrainer(Trainer):
         self._temperature = TokenHistogram(args.device)
         self._step: list[MicroBatch] = []
         self._skipped, self._grad_norm = 0, None
+        self._held_out: HeldOutSums | None = None
         self.add_callback(FocusCallback)
         self.add_callback(BeforeStepCallback(self._check_step))
 
@@ -353,6 +357,9 @@ class AdaKDTrainer(Trainer):
                     self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps
                 )
             loss = loss + balance.to(loss.device)
+        if self._held_out is not None:
+            labelled = (targets != IGNORE_INDEX).sum()
+            self._held_out.add_loss(loss, labelled if num_items_in_batch is None else num_items_in_batch)
         if model.training and self.is_in_train:
             keep = inputs.get("logits_to_keep")
             micro_batch = MicroBatch(loss.detach(), out.difficulty, out.token_loss.detach(), targets, keep, ids)
@@ -450,6 +457,8 @@ class AdaKDTrainer(Trainer):
         outputs = model(**with_virtual_tokens(self.model, inputs), return_dict=True)
         logits = outputs.logits = own_positions(outputs.logits, targets.shape[1])
         teacher_logits = own_positions(teacher_logits, targets.shape[1])
+        if self._held_out is not None:
+            self._held_out.add_logits(logits, teacher_logits, targets)
         if logits_are_read and loss_fn.inplace:
             logits = logits.clone()  # the gradient takes the place of the copy
         return loss_fn(logits, teacher_logits, targets, num_items), outputs
@@ -485,6 +494,15 @@ class AdaKDTrainer(Trainer):
                 teacher_bias=teacher_head.bias,
             )
             results.append(out)
+            if self._held_out is not None and self._head_options is not None:
+                self._held_out.add_hidden(
+                    own_positions(hidden, targets.shape[1]),
+                    student_head,
+                    teacher_hidden.to(hidden.device),
+                    teacher_head,
+                    self._head_options,
+                    targets,
+                )
             # In place of logits, a graph that reaches every parameter: data parallelism looks there for parameters
             # without a gradient.
             return out.loss.to(hidden.dtype).expand(*hidden.shape[:-1], 1)
@@ -494,11 +512,40 @@ class AdaKDTrainer(Trainer):
         (out,) = results
         return out, outputs
 
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """As `Trainer.evaluation_loop`; where there is a loss, the metrics have the means of `HeldOutSums`."""
+        held_out = self._held_out = HeldOutSums(self.args.device)
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        finally:
+            self._held_out = None
+        metrics: Any = output.metrics
+        if f"{metric_key_prefix}_loss" in metrics:
+            means = held_out.means(self.accelerator)
+            metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
-        """As `Trainer.prediction_step`; logits that are returned cover all positions, as the labels do."""
+        """As `Trainer.prediction_step`; logits that are returned cover all positions, as the labels do.
+
+        Records that are repeated to give all ranks one batch size have no labels in an evaluation.
+        """
         inputs = dict(inputs)
+        if self._held_out is not None and isinstance(inputs.get("labels"), Tensor):
+            # The ranks that share one copy of the model read the same records.
+            rank, ranks = (n // self.get_tp_size() for n in (self.args.process_index, self.args.world_size))
+            inputs["labels"] = without_repeats(inputs["labels"], self.callback_handler.eval_dataloader, rank, ranks)
         if prediction_loss_only:
             # `Trainer` asks for outputs here too, but drops them.
             inputs["skip_logits"] = True
