@@ -272,6 +272,16 @@ def test_models_by_name(tmp_path: Path) -> None:
     )
 
 
+def test_the_seed_makes_the_adapter(tmp_path: Path) -> None:
+    made = []
+    for state, seed in ((1, 5), (2, 5), (2, 6)):
+        model = tiny_model("llama")
+        torch.manual_seed(state)
+        trainer = AdaKDTrainer(model=model, args=config(tmp_path, seed=seed), peft_config=lora())
+        made.append(torch.cat([value.flatten() for value in adapter_weights(trainer.model).values()]))
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[1], made[2])
+
+
 def test_model_init_with_an_adapter(tmp_path: Path) -> None:
     """Each run gets a new model and a new adapter, whose base teaches, though it is another one each time."""
     made: list[Any] = []
