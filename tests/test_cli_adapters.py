@@ -60,7 +60,7 @@ def test_an_adapter_of_a_student_that_teaches_itself(
     exec(lines, {})
     answer = capsys.readouterr().out
     text = ModelCard.load(out / "README.md").text
-    assert f"An adapter for `{student}`, distilled from the model under it, without an adapter with token" in text
+    assert f"An adapter for `{student}`, distilled from `{student}` itself with token-adaptive" in text
     for line in ("lora_r: 2", "lora_alpha: 8", "lora_dropout: 0.1", "lora_target_modules: `['all-linear']`"):
         assert f"\n- {line}\n" in text
     assert ModelCard.load(out / "README.md").data.library_name == "peft"
@@ -99,7 +99,7 @@ def test_an_adapter_of_a_student_that_teaches_itself(
     exec(lines, {})
     assert capsys.readouterr().out == answer
     text = ModelCard.load(out / "README.md").text
-    assert f"`{student}` with an adapter merged in, distilled from" in text
+    assert f"`{student}` with an adapter merged in, distilled from `{student}` itself with token-adaptive" in text
     assert ModelCard.load(out / "README.md").data.library_name == "transformers"
     assert train(workspace, tmp_path, *LORA, *own, *resume, "--merge_adapter", "true") == 0
     assert "nothing to do" in capsys.readouterr().err

@@ -48,7 +48,6 @@ def loss_and_gradients(trainer: AdaKDTrainer, batch: dict[str, Tensor]) -> tuple
 
 ADAPTERS = {
     "lora": lora(),
-    "dora": lora(use_dora=True),
     "whole layers": lora(target_modules=["c_attn"], modules_to_save=["lm_head", "wte"]),
     "trained tokens": lora(target_modules=["c_attn"], trainable_token_indices={"wte": [5, 6]}),
     "lora on the head": lora(target_modules=["c_attn", "lm_head"]),
@@ -59,8 +58,9 @@ ADAPTERS = {
 }
 
 
-@pytest.mark.parametrize(("kind", "route"), [*((kind, "auto") for kind in ADAPTERS), ("whole layers", "logits"),
-                                             ("trained tokens", "logits"), ("prompt tuning", "logits")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "route"), [*((kind, "auto") for kind in ADAPTERS), ("lora", "logits"), ("prompt tuning", "logits")]
+)
 def test_own_base_teaches_as_a_copy_would(tmp_path: Path, kind: str, route: str) -> None:
     """Loss and gradients are bit for bit those under a frozen copy of the base, before and after training."""
     base = tiny_model("gpt2", layers=2, dropout=0.3, seed=1).double()
@@ -97,10 +97,10 @@ def test_own_base_teaches_as_a_copy_would(tmp_path: Path, kind: str, route: str)
         assert any(gradient.any() for gradient in gradients.values())
         for name, gradient in gradients.items():
             assert torch.equal(gradient, expected_gradients[name]), name
-        evaluated, expected_metrics = (each.evaluate(records) for each in (trainer, copied))
-        for name in METRICS:
-            assert evaluated[name] == expected_metrics[name]
         trainer.train()
+    evaluated, expected_metrics = (each.evaluate(records) for each in (trainer, copied))
+    for name in METRICS:
+        assert evaluated[name] == expected_metrics[name]
 
 
 def bytes_of_tensors() -> int:
@@ -113,14 +113,11 @@ def bytes_of_tensors() -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("teacher", ["none", "base"])
-def test_the_weights_exist_once(tmp_path: Path, teacher: str) -> None:
+def test_the_weights_exist_once(tmp_path: Path) -> None:
     base = tiny_model("llama", layers=2, vocab_size=512, hidden=64, seed=1)
     weights = sum(p.nbytes for p in base.parameters())
     before = bytes_of_tensors()
-    trainer = AdaKDTrainer(
-        model=base, teacher=base if teacher == "base" else None, args=config(tmp_path), peft_config=lora()
-    )
+    trainer = AdaKDTrainer(model=base, teacher=base, args=config(tmp_path), peft_config=lora())
     trainer.compute_loss(trainer.model.train(), AdaKDDataCollator()(token_records(2))).backward()
     trainer.model.zero_grad()
     assert bytes_of_tensors() - before < 0.2 * weights  # the adapter and what is logged; a second head is more
@@ -140,26 +137,27 @@ def test_a_student_of_peft_and_its_base(tmp_path: Path) -> None:
     trainer.train()
     for name, value in student.state_dict().items():
         assert torch.equal(value, before[name]) == ("lora_B" not in name), name
+    with student.disable_adapter():
+        assert trainer.evaluate(token_records(4))["eval_forward_kl"] < 1e-7
+    assert trainer.evaluate(token_records(4))["eval_forward_kl"] > 1e-3
     with pytest.raises(ValueError, match="model and teacher share parameters"):
         AdaKDTrainer(model=student, teacher=student, args=args)
     with pytest.raises(ValueError, match="model and teacher share parameters"):
         AdaKDTrainer(model=student, teacher=base.model, args=args)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_of_activations(tmp_path: Path, reentrant: bool) -> None:
+def test_checkpointing_of_activations(tmp_path: Path) -> None:
     found = []
-    for options in (
-        {},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}},
-    ):
-        trainer = adapted_trainer(tmp_path, dropout=0.3, **options)
+    for reentrant in (None, False, True):
+        on = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+        trainer = adapted_trainer(tmp_path, dropout=0.3, **({} if reentrant is None else on))
         trainer.train()
         found.append((adapter_weights(trainer.model), trainer.evaluate()["eval_loss"]))
-    assert found[0][1] == found[1][1]
-    for name, value in found[0][0].items():
-        torch.testing.assert_close(found[1][0][name], value, **CLOSE)
-        assert value.any()
+    for weights, loss in found[1:]:
+        assert loss == found[0][1]
+        for name, value in found[0][0].items():
+            torch.testing.assert_close(weights[name], value, **CLOSE)
+            assert value.any()
 
 
 def test_two_ranks_equal_one(tmp_path: Path) -> None:

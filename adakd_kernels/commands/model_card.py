@@ -95,7 +95,7 @@ def _subject(options: RunOptions, models: RunModels, adapter: bool) -> str:
     base = f"`{models.base or options.student}`"
     student = f"An adapter for {base}" if adapter else f"{base} with an adapter merged in" if models.adapted else base
     began = "" if models.base is None else f" that began as `{options.student}`"
-    teacher = "the model under it, without an adapter" if models.teacher is None else f"`{options.teacher}`"
+    teacher = f"{base} itself" if models.teacher is None else f"`{options.teacher}`"
     return f"{student}{began}, distilled from {teacher}"
 
 
