@@ -13,7 +13,8 @@ import torch
 from adakd_kernels.trainer import collator, histogram
 from adakd_kernels.trainer.collator import AdaKDDataCollator
 from adakd_kernels.trainer.histogram import TokenHistogram
-from adakd_kernels.trainer.records import DataError, check_same_tokenizer, load_records, tokenize_messages
+from adakd_kernels.trainer.loading import load_records
+from adakd_kernels.trainer.records import DataError, check_same_tokenizer, tokenize_messages
 
 from .tiny_models import INSTRUCTIONS, tiny_tokenizer, write_jsonl
 

@@ -68,7 +68,7 @@ def write_model_card(
         f"`{options.student}`, distilled from `{options.teacher}` with token-adaptive knowledge distillation (AdaKD, "
         "[arXiv 2510.11615](https://arxiv.org/abs/2510.11615)) by `adakd train`.",
         f"```python\n{lines_to_try(str(config.output_dir), tokenizer)}```",
-        f"## Data\n\n`{options.train_file}`: {records} records of at most {options.max_length} tokens."
+        f"## Data\n\n`{options.train_file}`: {records} records of at most {config.max_length} tokens."
         + (f" Evaluated on `{options.eval_file}`." if options.eval_file else ""),
         "## Loss\n\n" + _list(method),
         f"## Training\n\n{_list({'steps': logs[-1]['step'] if logs else 0, **training})}",

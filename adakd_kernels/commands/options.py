@@ -13,6 +13,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..integrations.transformers import AdaKDConfig
+from ..trainer.config import DATA_OPTIONS
 from . import CommandError, CommandParser, did_you_mean
 
 __all__ = ["RunOptions", "method_options", "parse"]
@@ -33,10 +34,13 @@ class RunOptions:
     student: str | None = field(default=None, metadata={"help": "Folder or hub name of the model to train. Required."})
     teacher: str | None = field(default=None, metadata={"help": "Folder or hub name of the teacher. Required."})
     train_file: str | None = field(
-        default=None, metadata={"help": "JSONL with instruction, input, output, or with messages. Required."}
+        default=None,
+        metadata={
+            "help": "Records to train on: JSON lines, JSON, Parquet, CSV, or a folder of save_to_disk, with messages, "
+            "conversations, prompt and completion, instruction and output, text, or token ids. Required."
+        },
     )
-    eval_file: str | None = field(default=None, metadata={"help": "JSONL of the same kind to evaluate on."})
-    max_length: int = field(default=1024, metadata={"help": "Tokens of a record; a longer answer loses its end."})
+    eval_file: str | None = field(default=None, metadata={"help": "Records to evaluate on, likewise."})
     student_dtype: str = field(
         default="float32",
         metadata={"help": f"Type of the student's weights: {', '.join(DTYPES)}; auto: as saved."},
@@ -59,14 +63,12 @@ class RunOptions:
         for name in ("student_dtype", "teacher_dtype"):
             if getattr(self, name) not in DTYPES:
                 raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {getattr(self, name)!r}")
-        if self.max_length < 2:
-            raise ValueError(f"max_length must be 2 or more, got {self.max_length}")
 
 
 def method_options() -> list[str]:
-    """Names of the options that `AdaKDConfig` adds to `TrainingArguments`."""
-    inherited = {option.name for option in fields(TrainingArguments)}
-    return [option.name for option in fields(AdaKDConfig) if option.name not in inherited]
+    """Names of the options that `AdaKDConfig` adds to `TrainingArguments`, those of the data left out."""
+    others = {option.name for option in fields(TrainingArguments)}.union(DATA_OPTIONS)
+    return [option.name for option in fields(AdaKDConfig) if option.name not in others]
 
 
 class _Parser(CommandParser, HfArgumentParser):
@@ -74,7 +76,8 @@ class _Parser(CommandParser, HfArgumentParser):
 
     def __init__(self, show_all: bool) -> None:
         self.show_all = show_all
-        self.names = {"method": set(method_options()), "run": {option.name for option in fields(RunOptions)}}
+        run = {option.name for option in fields(RunOptions)}.union(DATA_OPTIONS)
+        self.names = {"method": set(method_options()), "run": run}
         super().__init__(
             (AdaKDConfig, RunOptions),  # type: ignore[arg-type]
             prog="adakd train",

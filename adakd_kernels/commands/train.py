@@ -22,11 +22,10 @@ try:
     from ..integrations.transformers import (
         AdaKDConfig,
         AdaKDTrainer,
-        LoadedRecords,
         check_same_tokenizer,
         last_checkpoint,
-        load_records,
     )
+    from ..trainer.loading import load_for
 except ImportError as error:
     raise CommandError(str(error)) from error
 
@@ -253,15 +252,15 @@ def _trainer(options: RunOptions, config: AdaKDConfig) -> AdaKDTrainer:
     tokenizers = {role: load(role, name, AutoTokenizer.from_pretrained, **hub) for role, name in names.items()}
     try:
         check_same_tokenizer(tokenizers["student"], tokenizers["teacher"])
-        train = load_records(str(options.train_file), tokenizers["student"], options.max_length)
-        held_out = (
-            load_records(options.eval_file, tokenizers["student"], options.max_length) if options.eval_file else None
-        )
+        files = [("train_file", options.train_file), ("eval_file", options.eval_file)]
+        data = {name: load_for(config, file, tokenizers["student"], name) for name, file in files if file}
     except ValueError as error:
         raise CommandError(str(error)) from error
+    except OSError as error:
+        raise CommandError(f"the cache of tokenised records cannot be written: {error}") from error
     if config.should_log:
-        _report(options.train_file, train, options.max_length)
-        _report(options.eval_file, held_out, options.max_length)
+        for loaded in data.values():
+            print(loaded, file=sys.stderr)
     dtypes = {"student": options.student_dtype, "teacher": options.teacher_dtype}
     models = {
         role: load(
@@ -279,20 +278,9 @@ def _trainer(options: RunOptions, config: AdaKDConfig) -> AdaKDTrainer:
             model=models["student"],
             teacher=models["teacher"],
             args=config,
-            train_dataset=train.records,
-            eval_dataset=held_out.records if held_out else None,
+            train_dataset=data["train_file"].records,
+            eval_dataset=data["eval_file"].records if "eval_file" in data else None,
             processing_class=tokenizers["student"],
         )
     except (ValueError, TypeError, ImportError) as error:
         raise CommandError(str(error)) from error
-
-
-def _report(path: str | None, loaded: LoadedRecords | None, max_length: int) -> None:
-    if loaded is None:
-        return
-    text = f"{path}: {len(loaded.records)} records"
-    if loaded.truncated:
-        text += f", {loaded.truncated} of them without the end of their answer (max_length={max_length})"
-    if loaded.dropped:
-        text += f"; {loaded.dropped} more left out, their prompts leave no room for an answer"
-    print(text, file=sys.stderr)
