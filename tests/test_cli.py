@@ -390,7 +390,7 @@ def test_flags_override_the_file(workspace: Path) -> None:
     )  # fmt: skip
     assert (config.max_steps, config.divergence, config.divergence_kwargs) == (7, "skew_forward_kl", {"alpha": 0.2})
     assert (config.focus_ratio, config.learning_rate, config.save_steps, config.use_cpu) == (0.5, 0.01, 1, True)
-    assert (options.max_length, options.student, options.eval_file) == (
+    assert (config.max_length, options.student, options.eval_file) == (
         99, str(workspace / "student"), str(workspace / "train.jsonl"),
     )  # fmt: skip
 
@@ -424,7 +424,7 @@ def test_flags_override_the_file(workspace: Path) -> None:
         (["--config", "none.yaml"], "none.yaml: cannot be read: No such file or directory"),
         (
             ["--max_length", "3"],
-            "the prompts of all 8 records leave no room for an answer within max_length=3; raise it",
+            "none of its 8 records has anything to learn within max_length=3; raise it",
         ),
     ],
 )
@@ -583,7 +583,7 @@ def test_transformers_is_imported_when_needed_only() -> None:
     script = """
 import sys
 import adakd_kernels, adakd_kernels.cli, adakd_kernels.trainer.records, adakd_kernels.commands.doctor
-assert "transformers" not in sys.modules and "yaml" not in sys.modules
+assert not {"transformers", "datasets", "yaml"} & set(sys.modules)
 sys.modules["transformers"] = None
 try:
     import adakd_kernels.integrations.transformers
@@ -593,7 +593,9 @@ print(adakd_kernels.cli.main(["train", "--student", "a"]))
 """
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     message, code = process.stdout.splitlines()
-    assert message.startswith("AdaKDTrainer needs transformers and accelerate: pip install 'adakd-kernels[train]'")
+    assert message.startswith(
+        "AdaKDTrainer needs transformers, accelerate and datasets: pip install 'adakd-kernels[train]'"
+    )
     assert code == "2" and process.stderr == f"adakd train: error: {message}\n"
 
 

@@ -349,13 +349,12 @@ def _from_table(source: Any, make: _Tokenize, name: str, num_proc: int | None) -
 
 def _from_texts(source: Any, make: _Tokenize, name: str, num_proc: int | None) -> LoadedRecords:
     """Records of texts in JSON; the first one says whether they are tokenised."""
-    if len(source):
-        try:
-            first = _parsed(source[0]["json"], "")
-        except DataError:
-            first = {}
-        if "input_ids" in first:
-            return _tokenized(source, _Check(make.where, list(first)), None, name, num_proc)
+    try:
+        first = _parsed(source[0]["json"], "")
+    except DataError:
+        first = {}
+    if "input_ids" in first:
+        return _tokenized(source, _Check(make.where, list(first)), None, name, num_proc)
     return _tokenized(source, make, FEATURES, name, num_proc)
 
 
@@ -443,11 +442,20 @@ def _cached_texts(rows: Callable[..., Any], arguments: dict[str, Any], state: li
     return _read(
         name,
         datasets.Dataset.from_generator,
-        rows,
+        _one_at_least,
         features=TEXTS,
-        gen_kwargs=arguments,
+        gen_kwargs={"rows": rows, "name": name, **arguments},
         fingerprint=fingerprint,
     )
+
+
+def _one_at_least(rows: Callable[..., Any], name: str, **arguments: Any) -> Iterator[dict[str, Any]]:
+    """What `rows` gives; `datasets` has a message of its own for nothing."""
+    row = None
+    for row in rows(**arguments):
+        yield row
+    if row is None:
+        raise DataError(f"{name}: nothing to train on: it has no records")
 
 
 def _hash(parts: list[Any]) -> str:
