@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,7 +34,7 @@ from adakd_kernels.commands import doctor
 from adakd_kernels.commands.options import parse
 from adakd_kernels.integrations.transformers import AdaKDConfig, AdaKDTrainer
 
-from .tiny_models import CHAT_TEMPLATE, save_pair, tiny_tokenizer, write_jsonl
+from .tiny_models import CHAT_TEMPLATE, INSTRUCTIONS, save_pair, tiny_tokenizer, write_jsonl
 
 pytestmark = pytest.mark.fast
 
@@ -144,6 +146,32 @@ def check_model_card(workspace: Path, out: Path) -> None:
         "arXiv:2510.11615",
     ):
         assert part in card.text
+
+
+def test_data_in_other_forms(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A Parquet file, packed, and a folder to evaluate on; what was cut is said, once."""
+    rows = [{"prompt": row["instruction"], "completion": row["output"], "id": n} for n, row in enumerate(INSTRUCTIONS)]
+    table = Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "train.parquet")
+    table.save_to_disk(tmp_path / "held_out")
+    flags = ["--train_file", str(tmp_path / "train.parquet"), "--eval_file", str(tmp_path / "held_out")]
+    options = ["--max_length", "20", "--packing", "--padding-free", "--dataset_num_proc", "2", "--max_steps", "1"]
+    assert train(workspace, tmp_path, *flags, *options) == 0
+    captured = capsys.readouterr()
+    for name in ("train.parquet", "held_out"):
+        (line,) = [line for line in captured.err.splitlines() if line.startswith(str(tmp_path / name))]
+        assert re.fullmatch(r".*: 8 records; \d of them cut at max_length", line)
+    assert json.loads(captured.out.splitlines()[-1])["eval_loss"] > 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"`{tmp_path / 'train.parquet'}`: 8 records of at most 20 tokens" in card and "- packing: True" in card
+    (tmp_path / "bad.csv").write_text("instruction,output\na,b\nc,\n")
+    line = error_line(
+        capsys, *run_flags(workspace, tmp_path / "bad"), "--train_file", str(tmp_path / "bad.csv"),
+        "--dataset_num_proc", "2",
+    )  # fmt: skip
+    assert line == (f"adakd train: error: {tmp_path / 'bad.csv'}:3: field 'output', which is to be learnt, is empty")
+    line = error_line(capsys, *run_flags(workspace, tmp_path / "bad"), "--long_records", "refuse", "--max_length", "50")
+    assert re.search(r"train.jsonl:\d: has \d+ tokens, more than max_length=50: raise it, or set long_records to", line)
 
 
 def test_a_finished_run_has_nothing_to_do(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..integrations.transformers import AdaKDConfig
+from ..trainer.config import DATA_OPTIONS
 from .models import lines_to_try
 from .options import RunOptions, method_options
 
@@ -69,7 +70,8 @@ def write_model_card(
         "[arXiv 2510.11615](https://arxiv.org/abs/2510.11615)) by `adakd train`.",
         f"```python\n{lines_to_try(str(config.output_dir), tokenizer)}```",
         f"## Data\n\n`{options.train_file}`: {records} records of at most {config.max_length} tokens."
-        + (f" Evaluated on `{options.eval_file}`." if options.eval_file else ""),
+        + (f" Evaluated on `{options.eval_file}`." if options.eval_file else "")
+        + f"\n\n{_list({name: getattr(config, name) for name in DATA_OPTIONS if name != 'dataset_num_proc'})}",
         "## Loss\n\n" + _list(method),
         f"## Training\n\n{_list({'steps': logs[-1]['step'] if logs else 0, **training})}",
         "## Share of the tokens that are selected\n\n" + _table(train),

@@ -71,20 +71,37 @@ def method_options() -> list[str]:
     return [option.name for option in fields(AdaKDConfig) if option.name not in others]
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows one spelling of a flag, and no default where there is none."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        flags = action.option_strings
+        action.option_strings = [flag for flag in flags if "-" not in flag.removeprefix("--")] or flags
+        try:
+            return super()._format_action_invocation(action)
+        finally:
+            action.option_strings = flags
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class _Parser(CommandParser, HfArgumentParser):
     """Options from the fields of dataclasses, the method's first in the help."""
 
     def __init__(self, show_all: bool) -> None:
         self.show_all = show_all
-        run = {option.name for option in fields(RunOptions)}.union(DATA_OPTIONS)
-        self.names = {"method": set(method_options()), "run": run}
+        run = {option.name for option in fields(RunOptions)}
+        self.names = {"method": set(method_options()), "run": run, "data": set(DATA_OPTIONS)}
         super().__init__(
             (AdaKDConfig, RunOptions),  # type: ignore[arg-type]
             prog="adakd train",
             allow_abbrev=False,
             add_help=False,
             usage="adakd train [--config run.yaml] [--OPTION VALUE ...]",
-            description="Distil a teacher into a student. Options may stand in the YAML file; flags override it.",
+            description="Distil a teacher into a student. Options may stand in the YAML file; flags override it. "
+            "Dashes may stand for underscores.",
+            formatter_class=_HelpFormatter,
         )
         self.add_argument("--config", help="YAML file of options, named as the flags are, without the dashes.")
         self.add_argument("--help", "-h", action="help", help="Show this and exit.")
@@ -95,11 +112,13 @@ class _Parser(CommandParser, HfArgumentParser):
         """The groups of options in the order of the help."""
         method = self.add_argument_group("the method (docs/maths.md has the equations)")
         run = self.add_argument_group("models and data")
+        data = self.add_argument_group("records and batches")
         training = self.add_argument_group(
             "training",
             None if self.show_all else "The transformers Trainer has many more options: --help-all lists them.",
         )
-        return {"method": method, "run": run, "training": training, "help": self.add_argument_group("help")}
+        last = self.add_argument_group("help")
+        return {"method": method, "run": run, "data": data, "training": training, "help": last}
 
     def add_argument(self, *flags: Any, **options: Any) -> argparse.Action:
         """As `ArgumentParser.add_argument`, in the group of the option."""

@@ -72,7 +72,7 @@ def _train(options: RunOptions, config: AdaKDConfig) -> int:
         _say(config, f"nothing to do: the run in {config.output_dir} has all its {finished.global_step} steps")
         return 0
     # A run that was stopped between its last checkpoint and its end has its model there.
-    trainer = _trainer(options if finished is None else replace(options, student=resume), config)
+    trainer, records = _trainer(options if finished is None else replace(options, student=resume), config)
     interruption = Interruption(config.world_size)
     try:
         if finished is None:
@@ -82,7 +82,7 @@ def _train(options: RunOptions, config: AdaKDConfig) -> int:
         else:
             finished.is_world_process_zero = trainer.is_world_process_zero()
             trainer.state, metrics = finished, {}
-        _finish(trainer, options, config, metrics)
+        _finish(trainer, options, config, metrics, records)
     except KeyboardInterrupt:
         return _interrupted(config)
     except Exception as error:
@@ -112,15 +112,16 @@ def _fit(trainer: AdaKDTrainer, interruption: Interruption, resume: str | None) 
     return {"focus_ratio": float(trainer.loss_fn.focus_ratio), **result.metrics}
 
 
-def _finish(trainer: AdaKDTrainer, options: RunOptions, config: AdaKDConfig, metrics: dict[str, Any]) -> None:
+def _finish(
+    trainer: AdaKDTrainer, options: RunOptions, config: AdaKDConfig, metrics: dict[str, Any], records: int
+) -> None:
     """Save the model first, then evaluate, and say what there is and how to use it."""
     trainer.save_model()
     if options.eval_file:
         metrics = {**metrics, **trainer.evaluate()}
     trainer.save_metrics("all", metrics, combined=False)
     if trainer.is_world_process_zero():
-        data: Any = trainer.train_dataset
-        write_model_card(options, config, trainer.processing_class, trainer.state.log_history, len(data))
+        write_model_card(options, config, trainer.processing_class, trainer.state.log_history, records)
     trainer.save_state()
     if trainer.is_world_process_zero():
         print(json.dumps({"output_dir": config.output_dir, "steps": trainer.state.global_step, **metrics}))
@@ -245,8 +246,11 @@ def _check_loggers(config: AdaKDConfig) -> None:
         raise CommandError(f"report_to: {error}") from error
 
 
-def _trainer(options: RunOptions, config: AdaKDConfig) -> AdaKDTrainer:
-    """The trainer with everything loaded: tokenizers and records first, because loading the models takes longest."""
+def _trainer(options: RunOptions, config: AdaKDConfig) -> tuple[AdaKDTrainer, int]:
+    """The trainer with everything loaded, and the number of records that are trained on.
+
+    Tokenizers and records come first, because loading the models takes longest.
+    """
     names = {role: locate(role, str(getattr(options, role))) for role in ("student", "teacher")}
     hub = {"trust_remote_code": options.trust_remote_code}
     tokenizers = {role: load(role, name, AutoTokenizer.from_pretrained, **hub) for role, name in names.items()}
@@ -274,7 +278,7 @@ def _trainer(options: RunOptions, config: AdaKDConfig) -> AdaKDTrainer:
         for role, name in names.items()
     }
     try:
-        return AdaKDTrainer(
+        trainer = AdaKDTrainer(
             model=models["student"],
             teacher=models["teacher"],
             args=config,
@@ -284,3 +288,4 @@ def _trainer(options: RunOptions, config: AdaKDConfig) -> AdaKDTrainer:
         )
     except (ValueError, TypeError, ImportError) as error:
         raise CommandError(str(error)) from error
+    return trainer, len(data["train_file"].records)
