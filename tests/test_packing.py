@@ -21,6 +21,7 @@ pytestmark = pytest.mark.fast
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}  # fp64 throughout: only rounding
 RECORDS = [{**record, "id": f"r{index}"} for index, record in enumerate(token_records(9, seed=3))]
+RECORDS[4]["labels"] = RECORDS[4]["input_ids"]  # also of the first token, which nothing predicts
 
 
 def trained(folder: Path, records: Any, rows: int, architecture: str = "llama", **options: Any) -> tuple[Any, Any, Any]:
@@ -35,6 +36,7 @@ def trained(folder: Path, records: Any, rows: int, architecture: str = "llama", 
         train_dataset=records,
         eval_dataset=RECORDS,
     )  # fmt: skip
+    assert len(next(iter(trainer.get_eval_dataloader()))["input_ids"]) == 4  # each row is a record
     loss = trainer.train().training_loss
     return loss, trainer.model.state_dict(), trainer.evaluate()
 
