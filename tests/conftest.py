@@ -27,6 +27,7 @@ if INTERPRETING:
 LONGEST = ("test_tenth_divergence.py", "test_trainer_runs.py", "test_any_row.py", "test_documentation.py")
 TIERS = {"fast", "native", "interpret", "compile", "gpu"}
 SHARED_CACHE = "ADAKD_COMPILED_KERNELS"
+SHARED_DATA = "HF_DATASETS_CACHE"
 
 # Whether the C++ kernels run with a narrower instruction set than this processor has.
 NARROWER = NATIVE and native.library().adakd_isa().decode() != native.instruction_sets()[0]
@@ -55,6 +56,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """`-m gpu` puts every tensor that a test makes on the GPU; the tests are those that other tiers run on the CPU."""
     if _tier("gpu", config) and torch.cuda.is_available():
         torch.set_default_device("cuda")
+    if SHARED_DATA not in os.environ:  # likewise; nothing of the user's cache is read or written
+        data = tempfile.TemporaryDirectory()
+        os.environ[SHARED_DATA] = data.name
+        config.add_cleanup(data.cleanup)
     if not config.getoption("--hypothesis-profile"):
         settings.load_profile("thorough" if config.getoption("--thorough") else "same")
     if _tier("compile", config) and SHARED_CACHE not in os.environ:  # the workers inherit it

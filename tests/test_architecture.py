@@ -103,12 +103,12 @@ def test_import_is_cheap_and_works_without_triton_and_transformers():
     """Neither is imported, and hiding both changes nothing; nothing is printed."""
     code = """
 import sys
-sys.modules["triton"] = sys.modules["transformers"] = None
+sys.modules["triton"] = sys.modules["transformers"] = sys.modules["datasets"] = None
 import torch
 before = set(sys.modules)
 import adakd_kernels
 new = {name.split(".")[0] for name in set(sys.modules) - before}
-assert not {"triton", "transformers", "accelerate", "matplotlib"} & new, new
+assert not {"triton", "transformers", "accelerate", "datasets", "matplotlib"} & new, new
 out = adakd_kernels.adakd_loss(torch.randn(3, 7, requires_grad=True), torch.randn(3, 7), torch.arange(3))
 out.loss.backward()
 assert adakd_kernels.ops.backend("cuda").name == "reference"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,7 +34,7 @@ from adakd_kernels.commands import doctor
 from adakd_kernels.commands.options import parse
 from adakd_kernels.integrations.transformers import AdaKDConfig, AdaKDTrainer
 
-from .tiny_models import CHAT_TEMPLATE, save_pair, tiny_tokenizer, write_jsonl
+from .tiny_models import CHAT_TEMPLATE, INSTRUCTIONS, save_pair, tiny_tokenizer, write_jsonl
 
 pytestmark = pytest.mark.fast
 
@@ -144,6 +146,32 @@ def check_model_card(workspace: Path, out: Path) -> None:
         "arXiv:2510.11615",
     ):
         assert part in card.text
+
+
+def test_data_in_other_forms(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A Parquet file, packed, and a folder to evaluate on; what was cut is said, once."""
+    rows = [{"prompt": row["instruction"], "completion": row["output"], "id": n} for n, row in enumerate(INSTRUCTIONS)]
+    table = Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "train.parquet")
+    table.save_to_disk(tmp_path / "held_out")
+    flags = ["--train_file", str(tmp_path / "train.parquet"), "--eval_file", str(tmp_path / "held_out")]
+    options = ["--max_length", "20", "--packing", "--padding-free", "--dataset_num_proc", "2", "--max_steps", "1"]
+    assert train(workspace, tmp_path, *flags, *options) == 0
+    captured = capsys.readouterr()
+    for name in ("train.parquet", "held_out"):
+        (line,) = [line for line in captured.err.splitlines() if line.startswith(str(tmp_path / name))]
+        assert re.fullmatch(r".*: 8 records; \d of them cut at max_length", line)
+    assert json.loads(captured.out.splitlines()[-1])["eval_loss"] > 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"`{tmp_path / 'train.parquet'}`: 8 records of at most 20 tokens" in card and "- packing: True" in card
+    (tmp_path / "bad.csv").write_text("instruction,output\na,b\nc,\n")
+    line = error_line(
+        capsys, *run_flags(workspace, tmp_path / "bad"), "--train_file", str(tmp_path / "bad.csv"),
+        "--dataset_num_proc", "2",
+    )  # fmt: skip
+    assert line == (f"adakd train: error: {tmp_path / 'bad.csv'}:3: field 'output', which is to be learnt, is empty")
+    line = error_line(capsys, *run_flags(workspace, tmp_path / "bad"), "--long_records", "refuse", "--max_length", "50")
+    assert re.search(r"train.jsonl:\d: has \d+ tokens, more than max_length=50: raise it, or set long_records to", line)
 
 
 def test_a_finished_run_has_nothing_to_do(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -390,7 +418,7 @@ def test_flags_override_the_file(workspace: Path) -> None:
     )  # fmt: skip
     assert (config.max_steps, config.divergence, config.divergence_kwargs) == (7, "skew_forward_kl", {"alpha": 0.2})
     assert (config.focus_ratio, config.learning_rate, config.save_steps, config.use_cpu) == (0.5, 0.01, 1, True)
-    assert (options.max_length, options.student, options.eval_file) == (
+    assert (config.max_length, options.student, options.eval_file) == (
         99, str(workspace / "student"), str(workspace / "train.jsonl"),
     )  # fmt: skip
 
@@ -424,7 +452,7 @@ def test_flags_override_the_file(workspace: Path) -> None:
         (["--config", "none.yaml"], "none.yaml: cannot be read: No such file or directory"),
         (
             ["--max_length", "3"],
-            "the prompts of all 8 records leave no room for an answer within max_length=3; raise it",
+            "none of its 8 records has anything to learn within max_length=3; raise it",
         ),
     ],
 )
@@ -583,7 +611,7 @@ def test_transformers_is_imported_when_needed_only() -> None:
     script = """
 import sys
 import adakd_kernels, adakd_kernels.cli, adakd_kernels.trainer.records, adakd_kernels.commands.doctor
-assert "transformers" not in sys.modules and "yaml" not in sys.modules
+assert not {"transformers", "datasets", "yaml"} & set(sys.modules)
 sys.modules["transformers"] = None
 try:
     import adakd_kernels.integrations.transformers
@@ -593,7 +621,9 @@ print(adakd_kernels.cli.main(["train", "--student", "a"]))
 """
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     message, code = process.stdout.splitlines()
-    assert message.startswith("AdaKDTrainer needs transformers and accelerate: pip install 'adakd-kernels[train]'")
+    assert message.startswith(
+        "AdaKDTrainer needs transformers, accelerate and datasets: pip install 'adakd-kernels[train]'"
+    )
     assert code == "2" and process.stderr == f"adakd train: error: {message}\n"
 
 

@@ -13,7 +13,8 @@ import torch
 from adakd_kernels.trainer import collator, histogram
 from adakd_kernels.trainer.collator import AdaKDDataCollator
 from adakd_kernels.trainer.histogram import TokenHistogram
-from adakd_kernels.trainer.records import DataError, check_same_tokenizer, load_records, tokenize_messages
+from adakd_kernels.trainer.loading import load_records
+from adakd_kernels.trainer.records import DataError, check_same_tokenizer, tokenize_messages
 
 from .tiny_models import INSTRUCTIONS, tiny_tokenizer, write_jsonl
 
@@ -40,6 +41,12 @@ def test_plain_format(tmp_path: Path) -> None:
     )
 
 
+def learnt(record: dict[str, Any], tokenizer: Any) -> list[str]:
+    """The texts that have labels."""
+    texts = "".join(chr(0) if label < 0 else tokenizer.decode([label]) for label in record["labels"])
+    return [text for text in texts.split(chr(0)) if text]
+
+
 def test_chat_template(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(chat_template=True)
     messages = [
@@ -51,11 +58,12 @@ def test_chat_template(tmp_path: Path) -> None:
     ]
     file = write_jsonl(tmp_path / "train.jsonl", [{"messages": messages, "id": 3}, INSTRUCTIONS[0]])
     first, second = load_records(file, tokenizer).records
-    assert parts(first, tokenizer) == (
+    assert tokenizer.decode(first["input_ids"]) == (
         "<|system|>\nBe brief.<eos>\n<|user|>\nHello<eos>\n<|assistant|>\nHello.<eos>\n"
-        "<|user|>\nA word?<eos>\n<|assistant|>\n",
-        "Word.<eos>\n",
+        "<|user|>\nA word?<eos>\n<|assistant|>\nWord.<eos>\n"
     )
+    assert learnt(first, tokenizer) == ["Hello.<eos>\n", "Word.<eos>\n"]
+    assert (first["id"], second["id"]) == ("3", f"{file}:2")
     assert parts(second, tokenizer)[1] == "A word is hat, of course.<eos>\n"
 
 
@@ -73,23 +81,6 @@ def test_the_answer_begins_where_the_tokens_part() -> None:
     assert tokenize_messages(Merging(), messages) == ([1, 2, 4, 5, 9], 2)
 
 
-def test_truncation_is_counted_and_never_takes_the_whole_answer(tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer()
-    full = load_records(write_jsonl(tmp_path / "train.jsonl"), tokenizer).records
-    starts = [next(i for i, label in enumerate(record["labels"]) if label != -100) for record in full]
-    limit = sorted(starts)[4] + 1  # the fifth prompt leaves room for one token
-    loaded = load_records(tmp_path / "train.jsonl", tokenizer, max_length=limit)
-    kept = [record for record, start in zip(full, starts, strict=True) if start < limit]
-    assert loaded.dropped == sum(start >= limit for start in starts) > 0
-    assert loaded.truncated == sum(len(record["input_ids"]) > limit for record in kept) > 0
-    assert loaded.records == [{name: ids[:limit] for name, ids in record.items()} for record in kept]
-    assert all(record["labels"][-1] != -100 for record in loaded.records)
-    with pytest.raises(
-        DataError, match=r"nothing to train on: the prompts of all 8 records leave no room .* max_length=4"
-    ):
-        load_records(tmp_path / "train.jsonl", tokenizer, max_length=4)
-
-
 GOOD = '{"instruction": "a", "output": "b"}\n'
 
 
@@ -100,10 +91,10 @@ GOOD = '{"instruction": "a", "output": "b"}\n'
         (GOOD + "\xff\n", 2, "not JSON: 'utf-8' codec can't decode byte 0xff"),
         (GOOD + "[1]\n", 2, "expected a JSON object, got list"),
         (GOOD + '{"instruction": "a", "answer": "b"}\n', 2, "field 'output' is missing: expected 'instruction' and"),
-        ("{}\n", 1, "field 'instruction' is missing: expected 'instruction' and 'output', or 'messages', got no field"),
+        ("{}\n", 1, "no field to train on: expected 'messages', or "),
         ('{"instruction": 3, "output": "b"}\n', 1, "field 'instruction' must be a string, got 3"),
         ('{"instruction": "a", "input": [1], "output": "b"}\n', 1, "field 'input' must be a string, got [1]"),
-        ('{"instruction": "a", "output": ""}\n', 1, "the answer, field 'output', is empty"),
+        ('{"instruction": "a", "output": ""}\n', 1, "field 'output', which is to be learnt, is empty"),
         ('{"messages": "a"}\n', 1, "'messages' must be a list, a prompt and an answer at least, got \"a\""),
         ('{"messages": ["a", "b"]}\n', 1, 'messages[0] must have role and content, got "a"'),
         (
@@ -119,7 +110,7 @@ GOOD = '{"instruction": "a", "output": "b"}\n'
         (
             '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}\n',
             1,
-            "the answer, the last of 'messages', is empty",
+            "field 'messages[1].content', which is to be learnt, is empty",
         ),
     ],
 )

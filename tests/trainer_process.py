@@ -18,8 +18,10 @@ from accelerate import PartialState
 from torch.utils.data import IterableDataset
 
 from adakd_kernels.integrations.transformers import AdaKDConfig, AdaKDTrainer, NonFiniteLossError
+from adakd_kernels.trainer import loading
+from adakd_kernels.trainer.packing import pack_records
 
-from .tiny_models import tiny_experts, tiny_model, token_records
+from .tiny_models import INSTRUCTIONS, tiny_experts, tiny_model, tiny_tokenizer, token_records
 
 ROOT = Path(__file__).parent.parent
 
@@ -188,6 +190,7 @@ def main(mode: str, folder: Path, route: str = "auto") -> None:
         modes = {
             "rank": run_rank, "evaluation": run_evaluation_rank, "nan": run_nan_rank, "experts": run_experts_rank,
             "adapters": run_adapters_rank,
+            "data": run_data_rank,
         }  # fmt: skip
         modes[mode](folder, route)
         gc.collect()  # as in `adakd train`: the process group goes after the trainer
@@ -237,6 +240,23 @@ def run_adapters_rank(folder: Path, _: str) -> None:
         trainer.evaluate()
         weights = {name: value for name, value in trainer.model.state_dict().items() if "lora" in name}
         torch.save({"weights": weights, "logs": trainer.state.log_history}, folder / f"{route}{os.environ['RANK']}.pt")
+
+
+def run_data_rank(folder: Path, _: str) -> None:
+    """One of two ranks: load a file and a list, pack the file, save the records and how many this rank tokenised."""
+    calls, tokenize_record = [], loading.tokenize_record
+
+    def counted(*args: Any) -> Any:
+        calls.append(args)
+        return tokenize_record(*args)
+
+    loading.tokenize_record = counted  # type: ignore[assignment]
+    args = config(folder, packing=True, max_length=200)
+    file, texts = folder / "train.jsonl", [{**record, "output": "b"} for record in INSTRUCTIONS]
+    tokenizer = tiny_tokenizer()
+    loaded = [loading.load_for(args, data, tokenizer, "train_dataset").records for data in (file, texts)]
+    found = [list(records) for records in (*loaded, pack_records(args, loaded[0]))]
+    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps({"records": found, "calls": len(calls)}))
 
 
 if __name__ == "__main__":

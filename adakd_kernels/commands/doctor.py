@@ -16,7 +16,7 @@ from ..divergences import DIVERGENCES
 from ..functional import adakd_loss
 from . import CommandParser
 
-PACKAGES = ("adakd-kernels", "torch", "triton", "transformers", "accelerate")
+PACKAGES = ("adakd-kernels", "torch", "triton", "transformers", "accelerate", "datasets")
 
 Check = Callable[[torch.device], Iterator[tuple[Tensor, Tensor, Tensor]]]
 """Yields (computed, plain torch in fp32, truth in fp64)."""

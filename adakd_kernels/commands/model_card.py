@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..integrations.transformers import AdaKDConfig
 from ..trainer.adapters import is_adapter_folder
+from ..trainer.config import DATA_OPTIONS
 from .models import RunModels, lines_to_try
 from .options import ADAPTERS, RunOptions, method_options
 
@@ -78,8 +79,9 @@ def write_model_card(
         f"{_subject(options, models, adapter)} with token-adaptive knowledge distillation (AdaKD, "
         "[arXiv 2510.11615](https://arxiv.org/abs/2510.11615)) by `adakd train`.",
         f"```python\n{lines_to_try(str(config.output_dir), tokenizer)}```",
-        f"## Data\n\n`{options.train_file}`: {records} records of at most {options.max_length} tokens."
-        + (f" Evaluated on `{options.eval_file}`." if options.eval_file else ""),
+        f"## Data\n\n`{options.train_file}`: {records} records of at most {config.max_length} tokens."
+        + (f" Evaluated on `{options.eval_file}`." if options.eval_file else "")
+        + f"\n\n{_list({name: getattr(config, name) for name in DATA_OPTIONS if name != 'dataset_num_proc'})}",
         "## Loss\n\n" + _list(method),
         *(["## Adapter\n\n" + _list(lora)] if lora else []),
         f"## Training\n\n{_list({'steps': logs[-1]['step'] if logs else 0, **training})}",

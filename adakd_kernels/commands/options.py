@@ -14,6 +14,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from ..integrations.transformers import AdaKDConfig
 from ..trainer.adapters import is_adapter_folder
+from ..trainer.config import DATA_OPTIONS
 from . import CommandError, CommandParser, did_you_mean
 
 __all__ = ["RunOptions", "method_options", "parse", "same_model"]
@@ -44,10 +45,13 @@ class RunOptions:
                   "model that the adapter is on, this model teaches without the adapter, from one copy."},
     )  # fmt: skip
     train_file: str | None = field(
-        default=None, metadata={"help": "JSONL with instruction, input, output, or with messages. Required."}
+        default=None,
+        metadata={
+            "help": "Records to train on: JSON lines, JSON, Parquet, CSV, or a folder of save_to_disk, with messages, "
+            "conversations, prompt and completion, instruction and output, text, or token ids. Required."
+        },
     )
-    eval_file: str | None = field(default=None, metadata={"help": "JSONL of the same kind to evaluate on."})
-    max_length: int = field(default=1024, metadata={"help": "Tokens of a record; a longer answer loses its end."})
+    eval_file: str | None = field(default=None, metadata={"help": "Records to evaluate on, likewise."})
     student_dtype: str = field(
         default="float32",
         metadata={"help": f"Type of the student's weights: {', '.join(DTYPES)}; auto: as saved."},
@@ -98,8 +102,6 @@ class RunOptions:
         for name in ("student_dtype", "teacher_dtype"):
             if getattr(self, name) not in DTYPES:
                 raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {getattr(self, name)!r}")
-        if self.max_length < 2:
-            raise ValueError(f"max_length must be 2 or more, got {self.max_length}")
 
     def _check_adapter(self) -> None:
         """Refuse options of an adapter that have no effect or do not go together."""
@@ -128,9 +130,24 @@ def same_model(one: str | None, other: str | None) -> bool:
 
 
 def method_options() -> list[str]:
-    """Names of the options that `AdaKDConfig` adds to `TrainingArguments`."""
-    inherited = {option.name for option in fields(TrainingArguments)}
-    return [option.name for option in fields(AdaKDConfig) if option.name not in inherited]
+    """Names of the options that `AdaKDConfig` adds to `TrainingArguments`, those of the data left out."""
+    others = {option.name for option in fields(TrainingArguments)}.union(DATA_OPTIONS)
+    return [option.name for option in fields(AdaKDConfig) if option.name not in others]
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows one spelling of a flag, and no default where there is none."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        flags = action.option_strings
+        action.option_strings = [flag for flag in flags if "-" not in flag.removeprefix("--")] or flags
+        try:
+            return super()._format_action_invocation(action)
+        finally:
+            action.option_strings = flags
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class _Parser(CommandParser, HfArgumentParser):
@@ -139,14 +156,19 @@ class _Parser(CommandParser, HfArgumentParser):
     def __init__(self, show_all: bool) -> None:
         self.show_all = show_all
         run = {option.name for option in fields(RunOptions)}
-        self.names = {"method": set(method_options()), "adapters": set(ADAPTERS), "run": run.difference(ADAPTERS)}
+        self.names = {
+            "method": set(method_options()), "run": run.difference(ADAPTERS), "adapters": set(ADAPTERS),
+            "data": set(DATA_OPTIONS),
+        }  # fmt: skip
         super().__init__(
             (AdaKDConfig, RunOptions),  # type: ignore[arg-type]
             prog="adakd train",
             allow_abbrev=False,
             add_help=False,
             usage="adakd train [--config run.yaml] [--OPTION VALUE ...]",
-            description="Distil a teacher into a student. Options may stand in the YAML file; flags override it.",
+            description="Distil a teacher into a student. Options may stand in the YAML file; flags override it. "
+            "Dashes may stand for underscores.",
+            formatter_class=_HelpFormatter,
         )
         self.add_argument("--config", help="YAML file of options, named as the flags are, without the dashes.")
         self.add_argument("--help", "-h", action="help", help="Show this and exit.")
@@ -158,12 +180,15 @@ class _Parser(CommandParser, HfArgumentParser):
         method = self.add_argument_group("the method (docs/maths.md has the equations)")
         run = self.add_argument_group("models and data")
         adapters = self.add_argument_group("adapters (need peft)")
+        data = self.add_argument_group("records and batches")
         training = self.add_argument_group(
             "training",
             None if self.show_all else "The transformers Trainer has many more options: --help-all lists them.",
         )
         last = self.add_argument_group("help")
-        return {"method": method, "run": run, "adapters": adapters, "training": training, "help": last}
+        return {
+            "method": method, "run": run, "adapters": adapters, "data": data, "training": training, "help": last,
+        }  # fmt: skip
 
     def add_argument(self, *flags: Any, **options: Any) -> argparse.Action:
         """As `ArgumentParser.add_argument`, in the group of the option."""

@@ -22,11 +22,10 @@ try:
     from ..integrations.transformers import (
         AdaKDConfig,
         AdaKDTrainer,
-        LoadedRecords,
         check_same_tokenizer,
         last_checkpoint,
-        load_records,
     )
+    from ..trainer.loading import load_for
 except ImportError as error:
     raise CommandError(str(error)) from error
 
@@ -75,7 +74,7 @@ def _train(options: RunOptions, config: AdaKDConfig) -> int:
         _say(config, f"nothing to do: the run in {config.output_dir} has all its {finished.global_step} steps")
         return 0
     models = RunModels.find(options)
-    trainer = _trainer(options, models, config, resume, finished is not None)
+    trainer, records = _trainer(options, models, config, resume, finished is not None)
     interruption = Interruption(config.world_size)
     try:
         if finished is None:
@@ -85,7 +84,7 @@ def _train(options: RunOptions, config: AdaKDConfig) -> int:
         else:
             finished.is_world_process_zero = trainer.is_world_process_zero()
             trainer.state, metrics = finished, {}
-        _finish(trainer, options, models, config, metrics)
+        _finish(trainer, options, models, config, metrics, records)
     except KeyboardInterrupt:
         return _interrupted(config)
     except Exception as error:
@@ -116,7 +115,12 @@ def _fit(trainer: AdaKDTrainer, interruption: Interruption, resume: str | None) 
 
 
 def _finish(
-    trainer: AdaKDTrainer, options: RunOptions, models: RunModels, config: AdaKDConfig, metrics: dict[str, Any]
+    trainer: AdaKDTrainer,
+    options: RunOptions,
+    models: RunModels,
+    config: AdaKDConfig,
+    metrics: dict[str, Any],
+    records: int,
 ) -> None:
     """Save the model first, then evaluate, and say what there is and how to use it."""
     trainer.save_model()
@@ -126,8 +130,7 @@ def _finish(
     if options.merge_adapter and trainer.is_world_process_zero():
         save_merged(trainer.model, str(config.output_dir))  # last, because the trainer's student is gone afterwards
     if trainer.is_world_process_zero():
-        data: Any = trainer.train_dataset
-        write_model_card(options, models, config, trainer.processing_class, trainer.state.log_history, len(data))
+        write_model_card(options, models, config, trainer.processing_class, trainer.state.log_history, records)
     trainer.save_state()
     if trainer.is_world_process_zero():
         print(json.dumps({"output_dir": config.output_dir, "steps": trainer.state.global_step, **metrics}))
@@ -255,10 +258,11 @@ def _check_loggers(config: AdaKDConfig) -> None:
 
 def _trainer(
     options: RunOptions, models: RunModels, config: AdaKDConfig, resume: str | None, finished: bool
-) -> AdaKDTrainer:
-    """The trainer with everything loaded: tokenizers and records first, because loading the models takes longest.
+) -> tuple[AdaKDTrainer, int]:
+    """The trainer with everything loaded, and the number of records that are trained on.
 
-    A run that was stopped between its last checkpoint and its end, so that it has `finished`, has its model there.
+    Tokenizers and records come first, because loading the models takes longest. A run that was stopped between its last
+    checkpoint and its end, so that it has `finished`, has its model there.
     """
     adapter, bits = lora_config(options), quantization(options, config)
     try:
@@ -274,15 +278,15 @@ def _trainer(
     tokenizers = {role: load(role, name, AutoTokenizer.from_pretrained, **hub) for role, name in names.items()}
     try:
         check_same_tokenizer(tokenizers["student"], tokenizers.get("teacher", tokenizers["student"]))
-        train = load_records(str(options.train_file), tokenizers["student"], options.max_length)
-        held_out = (
-            load_records(options.eval_file, tokenizers["student"], options.max_length) if options.eval_file else None
-        )
+        files = [("train_file", options.train_file), ("eval_file", options.eval_file)]
+        data = {name: load_for(config, file, tokenizers["student"], name) for name, file in files if file}
     except ValueError as error:
         raise CommandError(str(error)) from error
+    except OSError as error:
+        raise CommandError(f"the cache of tokenised records cannot be written: {error}") from error
     if config.should_log:
-        _report(options.train_file, train, options.max_length)
-        _report(options.eval_file, held_out, options.max_length)
+        for loaded in data.values():
+            print(loaded, file=sys.stderr)
     hub["attn_implementation"] = options.attn_implementation
     student = load(
         "student", models.student, load_student, base=models.base, dtype=options.student_dtype, **hub, **bits
@@ -293,25 +297,15 @@ def _trainer(
             "teacher", models.teacher, AutoModelForCausalLM.from_pretrained, dtype=options.teacher_dtype, **hub
         )
     try:
-        return AdaKDTrainer(
+        trainer = AdaKDTrainer(
             model=student,
             teacher=teacher,
             args=config,
             peft_config=adapter,
-            train_dataset=train.records,
-            eval_dataset=held_out.records if held_out else None,
+            train_dataset=data["train_file"].records,
+            eval_dataset=data["eval_file"].records if "eval_file" in data else None,
             processing_class=tokenizers["student"],
         )
     except (ValueError, TypeError, ImportError) as error:
         raise CommandError(str(error)) from error
-
-
-def _report(path: str | None, loaded: LoadedRecords | None, max_length: int) -> None:
-    if loaded is None:
-        return
-    text = f"{path}: {len(loaded.records)} records"
-    if loaded.truncated:
-        text += f", {loaded.truncated} of them without the end of their answer (max_length={max_length})"
-    if loaded.dropped:
-        text += f"; {loaded.dropped} more left out, their prompts leave no room for an answer"
-    print(text, file=sys.stderr)
+    return trainer, len(data["train_file"].records)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-NEEDED = ("transformers", "accelerate", "tqdm", "matplotlib", "rouge_score")
+NEEDED = ("transformers", "accelerate", "datasets", "tqdm", "matplotlib", "rouge_score")
 
 
 def main(argv: Sequence[str]) -> int:

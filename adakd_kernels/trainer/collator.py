@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .records import IGNORE_INDEX
 
-__all__ = ["ID", "AdaKDDataCollator", "CheckedCollator", "record_ids"]
+__all__ = ["ID", "AdaKDDataCollator", "CheckedCollator", "join_records", "record_ids"]
 
 
 ID = "id"
@@ -29,6 +29,7 @@ class AdaKDDataCollator:
         pad_token_id: fills `input_ids`; the attention mask hides it, so any id does.
         pad_to_multiple_of: pads the length to a multiple of this number.
         logits_to_keep: adds `logits_to_keep`, so that the heads of student and teacher compute no other positions.
+        padding_free: puts all records of a batch into one row without padding, as one packed record (`join_records`).
         per_record: every record names its own positions instead of those of all records, so that prompts of different
             length cost nothing. Recent transformers take this form; with others the trainer computes all positions.
 
@@ -43,6 +44,7 @@ class AdaKDDataCollator:
     pad_to_multiple_of: int | None = None
     logits_to_keep: bool = True
     per_record: bool = False
+    padding_free: bool = False
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Collate B records of `input_ids` and `labels` (−100 on the prompt), each of one length per record.
@@ -51,9 +53,10 @@ class AdaKDDataCollator:
         out `attention_mask` (all ones) and `position_ids` (0, 1, …).
 
         Returns:
-            input_ids, attention_mask, labels: (B, L) int64; labels are aligned with the inputs, as transformers has
-            them, and −100 where no token stands in front in the same text: on padding, and on the first token of the
-            record, of a packed text, and after a token that the mask hides. No attention_mask for packed records.
+            input_ids, attention_mask, labels: (B, L) int64, B = 1 where `padding_free`. Labels are aligned with the
+            inputs, as transformers has them, and −100 where no token stands in front in the same text: on padding, and
+            on the first token of the record, of a packed text, and after a token that the mask hides. No attention_mask
+            for packed records.
             Other fields: (B, L), or (B,) for one number a record; `id` as (B, W) uint8, read by `record_ids`.
             logits_to_keep: (K,) int64, ascending, K ≥ 1: every position whose next token is a label in some record; or,
             `per_record`, (B, K): those of each record, filled up with the last position, which predicts nothing.
@@ -70,6 +73,8 @@ class AdaKDDataCollator:
                     f"input_ids and labels of a record must have one length, got {len(record['input_ids'])} and "
                     f"{len(record['labels'])} in {record_name(record, row)}"
                 )
+        if self.padding_free:
+            records = [join_records(records)]
         length = max(len(record["input_ids"]) for record in records)
         if self.pad_to_multiple_of:
             length += -length % self.pad_to_multiple_of
@@ -139,6 +144,49 @@ class CheckedCollator:
             f"{name}[{position}] of {record_ids(batch.get(ID), len(ids))[row]} is {token}{text}, which is none of the "
             f"{size} ids of the {role}: student and teacher need the tokenizer that made the records"
         )
+
+
+def join_records(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One record of several, packed: their tokens in a row, with `position_ids` that start anew in each.
+
+    Tokens that an attention mask hides are left out. Nothing predicts the first token of a record, so it has no label.
+
+    Returns:
+        `input_ids`, `labels`, `position_ids` and the other fields that have an entry for each token; `id` has those of
+        all records.
+
+    Raises:
+        ValueError: a field without one entry for each token, or positions of a record that do not start at 0.
+    """
+    names = {name: None for record in records for name, value in record.items() if value is not None}
+    names = {name: None for name in (*names, "position_ids") if name not in ("attention_mask", ID)}
+    joined: dict[str, list[Any]] = {name: [] for name in names}
+    for row, record in enumerate(records):
+        used = len(record["input_ids"])
+        mask: Any = record.get("attention_mask")
+        hidden = mask is not None and not all(mask)
+        for name in names:
+            values: Any = record.get(name)
+            if values is None and name == "position_ids":
+                values = range(used)
+            if not hasattr(values, "__len__") or isinstance(values, str) or len(values) != used:
+                raise ValueError(
+                    f"field {name!r} of {record_name(record, row)} must have one entry for each of its {used} tokens, "
+                    "to stand in one row with other records"
+                )
+            own = list(values.tolist() if hasattr(values, "tolist") else values)
+            if hidden:
+                own = [value for value, shown in zip(own, mask, strict=True) if shown]
+            if name == "labels":
+                own[:1] = [IGNORE_INDEX] * len(own[:1])
+            if name == "position_ids" and own[:1] not in ([], [0]):
+                raise ValueError(
+                    f"the positions of {record_name(record, row)} start at {own[0]}: records in one row need "
+                    "position_ids that start at 0 behind what attention_mask hides"
+                )
+            joined[name] += own
+    ids = [str(record.get(ID, row)) for row, record in enumerate(records)]
+    return {**joined, **({ID: ", ".join(ids)} if any(ID in record for record in records) else {})}
 
 
 def _check_length(batch: Mapping[str, Tensor], role: str, limit: int) -> None:

@@ -13,11 +13,14 @@ from ..adaptive import LossAdaptiveFocus
 from ..divergences import DIVERGENCES, Divergence
 from ..functional import DIFFICULTIES, adakd_loss
 from ..loss import AdaKDLoss
+from .loading import LONG_RECORDS
 
-__all__ = ["AdaKDConfig"]
+__all__ = ["DATA_OPTIONS", "AdaKDConfig"]
 
 ROUTES = ("auto", "logits", "hidden")
 ON_NAN = ("raise", "skip")
+DATA_OPTIONS = ("max_length", "long_records", "packing", "padding_free", "dataset_num_proc")
+"""Options of `AdaKDConfig` that say how data become records and batches."""
 LOWER_IS_BETTER = ("forward_kl", "reverse_kl", "cross_entropy")
 """How names of an evaluation's metrics end that fall as the student gets better, beside those of a loss."""
 
@@ -78,6 +81,26 @@ class AdaKDConfig(TrainingArguments):
             "the gradient of its micro-batch out and counts it, and waits for the device on every micro-batch."
         },
     )
+    max_length: int = field(default=1024, metadata={"help": "Tokens of a record, and of a packed row, at most."})
+    long_records: str = field(
+        default="truncate",
+        metadata={
+            "help": "What happens to a record of more tokens: 'truncate' cuts its end off and leaves out what then has "
+            "nothing to learn; 'drop' leaves it out; 'refuse' ends the run. What is cut and left out is counted."
+        },
+    )
+    packing: bool = field(
+        default=False,
+        metadata={"help": "Put training records together in rows of max_length tokens; they do not see each other."},
+    )
+    padding_free: bool = field(
+        default=False,
+        metadata={"help": "Put a training batch into one row without padding; its records do not see each other."},
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenise; left out, the main one."}
+    )
+
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={"help": "Checkpoint that 'adakd train' resumes from: a folder, or 'last' in output_dir."},
@@ -107,6 +130,12 @@ class AdaKDConfig(TrainingArguments):
             raise ValueError(f"logits_route must be one of {', '.join(ROUTES)}, got {self.logits_route!r}")
         if self.on_nan not in ON_NAN:
             raise ValueError(f"on_nan must be one of {', '.join(ON_NAN)}, got {self.on_nan!r}")
+        if self.long_records not in LONG_RECORDS:
+            raise ValueError(f"long_records must be one of {', '.join(LONG_RECORDS)}, got {self.long_records!r}")
+        for name, least in (("max_length", 2), ("dataset_num_proc", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be {least} or more, got {value}")
         # The functions check their own arguments, so a call on one token with two entries refuses every wrong option.
         token = torch.zeros(1, 1, 2)
         focus_ratio = 1.0 if self.focus_ratio is None else self.focus_ratio

@@ -1,9 +1,17 @@
-"""Training records: JSON lines in, token ids and labels out, and the check that two models read the same tokens.
+"""One training record to token ids and labels, and the check that two models read the same tokens.
 
-A line is an object with `instruction`, `output` and optionally `input`, or with `messages`, a list of
-`{"role", "content"}` whose last one, the assistant's, is the answer. Other fields are left alone. Only the answer has
-labels. A tokenizer with a chat template renders the messages with it. One without gets this format, its end-of-sequence
-token after the answer:
+A record is an object in one of these shapes; other fields are left alone.
+
+| fields                            | tokens with a label                                                        |
+| --------------------------------- | -------------------------------------------------------------------------- |
+| `messages`                        | all turns of the assistant                                                 |
+| `conversations` (ShareGPT)        | likewise; `from` and `value` stand for role and content, `system` for one  |
+| `prompt`, `completion`            | the completion: a string, or the assistant's turns of a list of messages   |
+| `instruction`, `input`?, `output` | the output                                                                 |
+| `text`                            | all                                                                        |
+
+Messages are rendered by the tokenizer's chat template, which gets the record's `tools` and `chat_template_kwargs` too.
+Without a template they get this format, the end-of-sequence token after each of the assistant's turns:
 
     ### User:
     {instruction}
@@ -17,100 +25,68 @@ token after the answer:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+import re
+from collections.abc import Mapping
+from typing import Any
 
-__all__ = ["DataError", "LoadedRecords", "check_same_tokenizer", "load_records", "tokenize_messages"]
+__all__ = ["SHAPES", "DataError", "check_same_tokenizer", "tokenize_messages", "tokenize_record"]
 
 IGNORE_INDEX = -100
-"""Label of a token that is not part of the answer."""
+"""Label of a token that is not trained."""
 
-Message = dict[str, str]
+SHAPES = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"), ("text",))
+"""The fields that a record must have, by shape; a record with those of several shapes has the first of these."""
+
+SPEAKERS = {
+    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
+    "system": "system", "tool": "tool", "observation": "tool",
+}  # fmt: skip
+"""Roles by what `from` says."""
+
+Message = dict[str, Any]
 
 
 class DataError(ValueError):
-    """Data or tokenizers that cannot be trained on; the message is one line and names the file and line."""
+    """Data or tokenizers that cannot be trained on; the message is one line and names file, line or row, and field."""
 
 
-class LoadedRecords(NamedTuple):
-    """What `load_records` returns.
+def tokenize_record(tokenizer: Any, record: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """Token ids of a record, and as many labels, −100 where nothing is to be learnt.
 
-    Attributes:
-        records: of each record `input_ids` and `labels`, −100 on the prompt.
-        truncated: how many of them lost the end of their answer.
-        dropped: how many records more the file has, whose prompt leaves no room for an answer.
-    """
-
-    records: list[dict[str, list[int]]]
-    truncated: int
-    dropped: int
-
-
-def load_records(path: str | Path, tokenizer: Any, max_length: int = 1024) -> LoadedRecords:
-    """Read a JSONL file into tokenised records of at most `max_length` tokens.
-
-    An answer that does not fit loses its end. A prompt is never cut: a record whose prompt leaves no room for one token
-    of the answer is dropped and counted.
+    Each text is tokenised whole. A trained part of it begins where its tokens part from those of what stands before.
 
     Raises:
-        DataError: the file is missing or cannot be read, a line is no such object, a field is missing or of the wrong
-            type, or no record is left.
+        DataError: the record has none of the shapes, a field of the wrong type or empty, or a chat template refuses it.
     """
-    records: list[dict[str, list[int]]] = []
-    truncated = dropped = 0
-    for line, record in _json_lines(Path(path)):
-        messages = _messages(f"{path}:{line}", record)
-        try:
-            ids, answer_start = tokenize_messages(tokenizer, messages)
-        except DataError as error:
-            raise DataError(f"{path}:{line}: {error}") from None
-        if answer_start >= min(max_length, len(ids)):
-            dropped += 1
-            continue
-        truncated += len(ids) > max_length
-        ids = ids[:max_length]
-        records.append({"input_ids": ids, "labels": [IGNORE_INDEX] * answer_start + ids[answer_start:]})
-    if not records:
-        reason = (
-            f"the prompts of all {dropped} records leave no room for an answer within max_length={max_length}; raise it"
-            if dropped
-            else "it has no records; expected one JSON object a line"
-        )
-        raise DataError(f"{path}: nothing to train on: {reason}")
-    return LoadedRecords(records, truncated, dropped)
+    given = {name: value for name, value in record.items() if value is not None}
+    shape = next((shape for shape in SHAPES if all(name in given for name in shape)), None)
+    shape = shape or next((shape for shape in SHAPES if any(name in given for name in shape)), None)
+    if shape is None:
+        expected = ", or ".join(" and ".join(map(repr, names)) for names in SHAPES)
+        raise DataError(f"no field to train on: expected {expected}, got {_listed(given)}")
+    if shape == ("text",):
+        return _plain(tokenizer, "", _text(given, "text", empty=False))
+    if shape == ("instruction", "output"):
+        instruction, answer = _text(given, "instruction"), _text(given, "output", empty=False)
+        context = _text(given, "input") if "input" in given else ""
+        request = f"{instruction}\n\n{context}" if context else instruction
+        return _conversation(tokenizer, [_message("user", request), _message("assistant", answer)], given)
+    if shape != ("prompt", "completion"):
+        return _conversation(tokenizer, _messages(given, shape[0], least=2), given)
+    if isinstance(given.get("prompt"), list):
+        prompt = _messages(given, "prompt", least=1, ends_with=None)
+        return _conversation(tokenizer, prompt + _messages(given, "completion", least=1), given, first=len(prompt))
+    return _plain(tokenizer, _text(given, "prompt"), _text(given, "completion", empty=False))
 
 
 def tokenize_messages(tokenizer: Any, messages: list[Message]) -> tuple[list[int], int]:
     """Token ids of a conversation, and the index at which its last message, the answer, begins.
 
-    The whole text is tokenised at once; the answer begins where its tokens part from those of the prompt alone.
-
     Raises:
         DataError: the chat template refuses the messages, such as a system prompt.
     """
-    if getattr(tokenizer, "chat_template", None):
-        from jinja2 import TemplateError  # transformers needs it for templates, and only for them
-
-        try:
-            prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
-        except TemplateError as error:
-            raise DataError(f"the tokenizer's chat template refuses the messages: {error}") from None
-        special, end = False, []
-    else:
-        turns = [f"### {message['role'].capitalize()}:\n{message['content']}\n\n" for message in messages[:-1]]
-        prompt = "".join(turns) + "### Assistant:\n"
-        text = prompt + messages[-1]["content"]
-        special, end = True, [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    prompt_ids = list(tokenizer(prompt, add_special_tokens=special)["input_ids"])
-    ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
-    if ids[-1:] != end:
-        ids += end
-    start = 0
-    while start < min(len(prompt_ids), len(ids)) and prompt_ids[start] == ids[start]:
-        start += 1
-    return ids, start
+    ids, labels = _conversation(tokenizer, messages, {}, first=len(messages) - 1)
+    return ids, next((index for index, label in enumerate(labels) if label != IGNORE_INDEX), len(ids))
 
 
 def check_same_tokenizer(student: Any, teacher: Any) -> None:
@@ -132,68 +108,205 @@ def check_same_tokenizer(student: Any, teacher: Any) -> None:
             )
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSONL file with their line numbers; blank lines are skipped."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-                    raise DataError(f"{path}:{number}: not JSON: {error}") from None
-                if not isinstance(record, dict):
-                    raise DataError(f"{path}:{number}: expected a JSON object, got {type(record).__name__}")
-                yield number, record
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+def _plain(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+    """Ids and labels of a text of which the answer is trained, with the tokenizer's own special tokens around it."""
+    return _labelled(tokenizer, prompt + answer, [(len(prompt), len(prompt) + len(answer))], special=True)
 
 
-def _messages(where: str, record: dict[str, Any]) -> list[Message]:
-    """The conversation of a record, checked; `where` is its file and line."""
-    if "messages" in record:
-        messages = record["messages"]
-        if not isinstance(messages, list) or len(messages) < 2:
-            raise DataError(
-                f"{where}: 'messages' must be a list, a prompt and an answer at least, got {_short(messages)}"
-            )
-        for index, message in enumerate(messages):
-            if not isinstance(message, dict):
-                raise DataError(f"{where}: messages[{index}] must have role and content, got {_short(message)}")
-            for name in ("role", "content"):
-                _text(where, message, name, f"messages[{index}].{name}")
-        if messages[-1]["role"] != "assistant":
-            role = messages[-1]["role"]
-            raise DataError(f"{where}: the last of 'messages' must be the assistant's, got role {role!r}")
-        if not messages[-1]["content"]:
-            raise DataError(f"{where}: the answer, the last of 'messages', is empty")
-        return messages
-    instruction, answer = (_text(where, record, name, name) for name in ("instruction", "output"))
-    context = _text(where, record, "input", "input") if record.get("input") is not None else ""
-    if not answer:
-        raise DataError(f"{where}: the answer, field 'output', is empty")
-    request = f"{instruction}\n\n{context}" if context else instruction
-    return [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
+def _conversation(
+    tokenizer: Any, messages: list[Message], record: Mapping[str, Any], first: int = 0
+) -> tuple[list[int], list[int]]:
+    """Ids and labels of a conversation whose assistant's turns are trained, those from message `first` on."""
+    if getattr(tokenizer, "chat_template", None):
+        return _templated(tokenizer, messages, record, first)
+    if record.get("tools") or record.get("chat_template_kwargs"):
+        raise DataError("field 'tools' or 'chat_template_kwargs' needs a tokenizer with a chat template")
+    text, spans, end = "", [], getattr(tokenizer, "eos_token", None) or ""
+    for index, message in enumerate(messages):
+        if "tool_calls" in message:
+            raise DataError(f"the tool_calls of message {index} need a tokenizer with a chat template")
+        text += f"### {message['role'].capitalize()}:\n"
+        content, last = message["content"], index == len(messages) - 1
+        if message["role"] == "assistant":
+            content += "" if last else end  # behind the last one stands the end of the text
+            if index >= first:
+                spans.append((len(text), len(text) + len(content)))
+        text += content + ("" if last else "\n\n")
+    return _labelled(tokenizer, text, spans, special=True)
 
 
-def _text(where: str, record: dict[str, Any], name: str, label: str) -> str:
-    if name not in record:
-        expected = "'instruction' and 'output', or 'messages'" if label == name else "role and content"
-        given = ", ".join(map(repr, record)) or "no field"
-        raise DataError(f"{where}: field '{label}' is missing: expected {expected}, got {given}")
+def _templated(
+    tokenizer: Any, messages: list[Message], record: Mapping[str, Any], first: int
+) -> tuple[list[int], list[int]]:
+    """Ids and labels of a conversation in the tokenizer's chat template."""
+    options = {"tools": _tools(record.get("tools")), **_template_options(record.get("chat_template_kwargs"))}
+
+    def render(end: int, **more: Any) -> Any:
+        try:
+            return tokenizer.apply_chat_template(messages[:end], **{"tokenize": False, **options, **more})
+        except Exception as error:  # a template raises what it likes, and Jinja what a field of the wrong type causes
+            raise DataError(f"the tokenizer's chat template refuses the messages: {error}") from None
+
+    template = tokenizer.get_chat_template(None, options["tools"])
+    if getattr(tokenizer, "is_fast", False) and re.search(r"\{%-?\s*generation\s*-?%\}", template):
+        marked = render(len(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        ids, mask = list(marked["input_ids"]), list(marked["assistant_masks"])
+        start = _index(tokenizer, render(first, add_generation_prompt=True), ids, special=False) if first else 0
+        labels = [
+            token if m and i >= start else IGNORE_INDEX for i, (token, m) in enumerate(zip(ids, mask, strict=True))
+        ]
+        if all(label == IGNORE_INDEX for label in labels):
+            raise DataError("the {% generation %} of the tokenizer's chat template marks no token of the answers")
+        return ids, labels
+    text = render(len(messages))
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index >= first]
+    return _labelled(tokenizer, text, [_turn(messages, index, text, render) for index in turns], special=False)
+
+
+def _turn(messages: list[Message], index: int, text: str, render: Any) -> tuple[int, int]:
+    """Where a turn of the assistant begins and ends in the rendered text of all messages."""
+    content = _content(messages[index])
+    until = text if index == len(messages) - 1 else render(index + 1)
+    if index:
+        prompt = render(index, add_generation_prompt=True)
+        start = _common(prompt, text)
+        # What opens an answer may be written otherwise than what asks for one, but not what stands before.
+        known = start == len(prompt) or _content(messages[index - 1]) in text[:start]
+    else:
+        start, known = max(0, text.find(content)), True
+    if known and text.startswith(until) and start < len(until):
+        return start, len(until)
+    # The template writes a turn otherwise where more follows, such as without its reasoning.
+    _, found, after = until.rpartition(content) if content else ("", "", "")
+    place = text.find(content, start)
+    end = place + len(content)
+    if known and found and place >= 0 and text.startswith(after, end):
+        return start, end + len(after)
+    raise DataError(
+        f"message {index} cannot be found in the text of the conversation, because the tokenizer's chat template "
+        "writes it otherwise where more follows: mark the answers in the template with {% generation %}, or give a "
+        "record for each answer"
+    )
+
+
+def _content(message: Message) -> str:
+    return str(message.get("content") or "").strip()
+
+
+def _labelled(tokenizer: Any, text: str, spans: list[tuple[int, int]], special: bool) -> tuple[list[int], list[int]]:
+    """Ids of a text and the labels of the characters in `spans`; `special`: with the tokenizer's special tokens."""
+    ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    if special and tokenizer.eos_token_id is not None and ids[-1:] != [int(tokenizer.eos_token_id)]:
+        ids.append(int(tokenizer.eos_token_id))
+    labels = [IGNORE_INDEX] * len(ids)
+    for start, end in spans:
+        first = _index(tokenizer, text[:start], ids, special)
+        last = len(ids) if end == len(text) else _index(tokenizer, text[:end], ids, special)
+        labels[first:last] = ids[first:last]
+    return ids, labels
+
+
+def _index(tokenizer: Any, text: str, ids: list[int], special: bool) -> int:
+    """The index in `ids` of the first token that is not of `text`, with which theirs begins."""
+    return _common(list(tokenizer(text, add_special_tokens=special)["input_ids"]), ids) if text else 0
+
+
+def _common(first: Any, second: Any) -> int:
+    """How many entries two sequences begin with alike."""
+    if second[: len(first)] == first:
+        return len(first)
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _messages(record: Mapping[str, Any], name: str, least: int, ends_with: str | None = "assistant") -> list[Message]:
+    """The messages in a field, checked."""
+    messages = record.get(name)
+    if not isinstance(messages, list) or len(messages) < least:
+        expected = "a list, a prompt and an answer at least" if least > 1 else "a list of messages"
+        raise DataError(f"{name!r} must be {expected}, got {_short(messages)}")
+    found = [_checked(message, f"{name}[{index}]") for index, message in enumerate(messages)]
+    if name == "conversations" and "system" in record:
+        found.insert(0, _message("system", _text(record, "system")))
+    if ends_with and found[-1]["role"] != ends_with:
+        raise DataError(f"the last of {name!r} must be the {ends_with}'s, got role {found[-1]['role']!r}")
+    return found
+
+
+def _checked(message: Any, label: str) -> Message:
+    """A message with role and content, checked. Its other fields, such as `tool_calls`, are the template's business."""
+    if not isinstance(message, dict):
+        raise DataError(f"{label} must have role and content, got {_short(message)}")
+    role, content = ("from", "value") if "from" in message else ("role", "content")
+    role_said = _text(message, role, label)
+    if role == "from":
+        if role_said not in SPEAKERS:
+            raise DataError(f"field '{label}.from' must be one of {', '.join(SPEAKERS)}, got {role_said!r}")
+        role_said = SPEAKERS[role_said]
+    more = {name: value for name, value in message.items() if name not in (role, content) and value is not None}
+    _check_text(more, label)
+    if "tool_calls" in more and message.get(content) is None:
+        return {"role": role_said, **more}
+    text = _text(message, content, label, empty=role_said != "assistant" or "tool_calls" in more)
+    return {"role": role_said, "content": text, **more}
+
+
+def _tools(tools: Any) -> list[Any] | None:
+    """The field `tools`: a list, or one written as JSON."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"field 'tools' is not JSON: {error}") from None
+    if not isinstance(tools, list | None):
+        raise DataError(f"field 'tools' must be a list, got {_short(tools)}")
+    _check_text(tools, "tools")
+    return tools or None
+
+
+def _template_options(options: Any) -> dict[str, Any]:
+    """The field `chat_template_kwargs`: variables of the template."""
+    if not isinstance(options, dict | None):
+        raise DataError(f"field 'chat_template_kwargs' must be an object, got {_short(options)}")
+    _check_text(options, "chat_template_kwargs")
+    return options or {}
+
+
+def _text(record: Mapping[str, Any], name: str, of: str = "", empty: bool = True) -> str:
+    """A field that is a string, of a record or of the message `of`; `empty`: it may be."""
+    label = f"{of}.{name}" if of else name
+    if record.get(name) is None:
+        if of:
+            expected = "role and content"
+        else:
+            expected = next(" and ".join(map(repr, shape)) for shape in SHAPES if name in shape)
+        raise DataError(f"field '{label}' is missing: expected {expected}, got {_listed(record)}")
     if not isinstance(record[name], str):
-        raise DataError(f"{where}: field '{label}' must be a string, got {_short(record[name])}")
-    try:
-        record[name].encode()
-    except UnicodeEncodeError as error:
-        surrogate = record[name][error.start]
-        raise DataError(
-            f"{where}: field '{label}' has half of a surrogate pair, {surrogate!r}, as character {error.start + 1}"
-        ) from None
+        raise DataError(f"field '{label}' must be a string, got {_short(record[name])}")
+    if not record[name] and not empty:
+        raise DataError(f"field '{label}', which is to be learnt, is empty")
+    _check_text(record[name], label)
     return str(record[name])
 
 
+def _check_text(value: Any, label: str) -> None:
+    """Refuse half of a surrogate pair, which JSON can hold and no tokenizer takes, anywhere in a value."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        where = f", as character {error.start + 1}" if isinstance(value, str) else ""
+        raise DataError(f"field '{label}' has half of a surrogate pair, {text[error.start]!r}{where}") from None
+
+
+def _listed(record: Mapping[str, Any]) -> str:
+    return ", ".join(map(repr, record)) or "no field"
+
+
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from .heads import (
     with_virtual_tokens,
 )
 from .histogram import TokenHistogram
+from .loading import LoadedRecords, load_for
 from .models import (
     ALWAYS_KEPT,
     auxiliary_loss,
@@ -44,6 +46,7 @@ from .models import (
     position_limit,
     vocabulary_size,
 )
+from .packing import check_borders, pack_records
 from .records import IGNORE_INDEX, check_same_tokenizer
 
 __all__ = ["AdaKDTrainer"]
@@ -90,8 +93,10 @@ class AdaKDTrainer(Trainer):
         data_collator: `AdaKDDataCollator` by default. Batches need `labels` aligned with `input_ids`; `logits_to_keep`
             is used where both models take it, and `id` in messages. Everything else goes to both models, and what one
             of them does not read is refused, as are ids and positions beyond the embeddings of one of them.
+        train_dataset: what `load_records` takes: a path, a data set, a list or a stream, of texts or token ids.
+        eval_dataset: likewise, or a dict of several by name. It is not packed, and its batches are padded.
         processing_class: the tokenizer; saved with the model.
-        **kwargs: everything else `Trainer` takes, such as `train_dataset`, `eval_dataset`, `callbacks`, `optimizers`.
+        **kwargs: everything else `Trainer` takes, such as `callbacks` and `optimizers`.
 
     Attributes:
         teacher: the frozen teacher; an `OwnBase` without weights where the student's own base teaches.
@@ -100,7 +105,9 @@ class AdaKDTrainer(Trainer):
 
     Raises:
         ImportError: `peft_config`, and peft is not installed.
-        TypeError: `args` is no `AdaKDConfig`, `peft_config` is none of peft's, or there is no teacher.
+        TypeError: `args` is no `AdaKDConfig`, `peft_config` is none of peft's, there is no teacher, or the data are
+            none that `load_records` takes.
+        DataError: data that cannot be read or trained on; of a stream, when it is read.
         ValueError: a model that is bidirectional, an encoder–decoder or without an output layer, special tokens beyond
             a vocabulary, shared parameters, several GPUs in one process, sequences split over processes, a second
             adapter, a base that is to teach but would not stay as it is or is split over processes, or
@@ -119,11 +126,20 @@ class AdaKDTrainer(Trainer):
         *,
         peft_config: Any = None,
         data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(args, AdaKDConfig):
             raise TypeError(f"args must be an AdaKDConfig, got {type(args).__name__}")
+        if args.padding_free and data_collator is not None:
+            raise ValueError("padding_free is an option of the default data_collator, but another one is given")
+        self._streams: list[LoadedRecords] = []
+        train_dataset = self._loaded(args, train_dataset, processing_class, "train_dataset")
+        if args.packing and train_dataset is not None:
+            train_dataset = pack_records(args, train_dataset)
+        eval_dataset = self._loaded(args, eval_dataset, processing_class, "eval_dataset")
         if isinstance(teacher, (str, Path)):
             _check_tokenizer_of(teacher, processing_class)
             teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype="auto")
@@ -139,9 +155,17 @@ class AdaKDTrainer(Trainer):
             pad = getattr(processing_class, "pad_token_id", None)
             # The backward of this form is a scatter-add, which torch may refuse under full_determinism.
             per_record = takes_positions_per_record(student, teacher) and not args.full_determinism
-            data_collator = AdaKDDataCollator(pad_token_id=0 if pad is None else pad, per_record=per_record)
+            data_collator = AdaKDDataCollator(
+                pad_token_id=0 if pad is None else pad, per_record=per_record, padding_free=args.padding_free
+            )
         super().__init__(
-            model=student, args=args, data_collator=data_collator, processing_class=processing_class, **kwargs
+            model=student,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
         )
         if args.n_gpu > 1:
             raise ValueError(
@@ -199,6 +223,9 @@ class AdaKDTrainer(Trainer):
             )
         check_causal("student", self.model, try_out=whole)
         check_causal("teacher", self.teacher, try_out=whole)
+        if whole and (self.args.packing or self.args.padding_free):
+            check_borders("student", self.model)
+            check_borders("teacher", self.teacher)
         for text in check_special_tokens(self.model, self.teacher, self.processing_class):
             self._say(logging.WARNING, text)
         self._head_options = self._choose_route()
@@ -295,17 +322,37 @@ class AdaKDTrainer(Trainer):
             keep_bytes=KEEP_BYTES,
         )
 
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer` has it; whatever collator makes the batches, both models have all their ids and positions."""
+    def _loaded(self, args: AdaKDConfig, data: Any, tokenizer: Any, name: str) -> Any:
+        """Data as records of token ids; says how many there are, or remembers a stream, whose number is known later."""
+        if data is None:
+            return None
+        if isinstance(data, dict) and name != "train_dataset":
+            return {key: self._loaded(args, each, tokenizer, f"{name}[{key!r}]") for key, each in data.items()}
+        loaded = load_for(args, data, tokenizer, name)
+        if loaded.counts.shape[0] > 1:
+            self._streams.append(loaded)
+        elif args.should_log and loaded.records is not data:
+            _report(loaded)
+        return loaded.records
+
+    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer` has it; whatever collator makes the batches, both models have all their ids and positions.
+
+        Data that come to an evaluation are tokenised, and its batches are padded, so that each row is one record.
+        """
         pair, collator = {"student": self.model, "teacher": self.teacher}, self.data_collator
+        own: Any = collator
+        if not kwargs.get("is_training"):
+            dataset = self._loaded(self.args, dataset, self.processing_class, f"{description.lower()} data")
+            own = replace(own, padding_free=False) if isinstance(own, AdaKDDataCollator) else own
         self.data_collator = CheckedCollator(
-            collator,
+            own,
             {role: vocabulary_size(model) for role, model in pair.items()},
             {role: position_limit(model) for role, model in pair.items()},
             self._decode,
         )
         try:
-            return super()._get_dataloader(*args, **kwargs)
+            return super()._get_dataloader(dataset, description, *args, **kwargs)
         finally:
             self.data_collator = collator
 
@@ -347,7 +394,11 @@ class AdaKDTrainer(Trainer):
                 raise ValueError(f"no complete checkpoint in {self.args.output_dir!r} to resume from")
         if resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint, self.model)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        for stream in self._streams:
+            if self.args.should_log:
+                _report(stream)
+        return output
 
     def compute_loss(
         self,
@@ -614,6 +665,11 @@ class AdaKDTrainer(Trainer):
                 logs[f"{name}_{suffix}"] = value
             histogram.reset()
         return logs
+
+
+def _report(loaded: LoadedRecords) -> None:
+    """Log how many records there are; what is cut or left out, so that it is seen."""
+    logger.log(logging.WARNING if loaded.truncated or loaded.dropped else logging.INFO, "AdaKDTrainer: %s", loaded)
 
 
 def _check_tokenizer_of(teacher: str | Path, tokenizer: Any) -> None:

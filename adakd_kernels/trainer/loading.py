@@ -1,0 +1,545 @@
+"""From what people have, files and data sets, to records of token ids: read, tokenised once, cached and counted."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import glob
+import json
+import logging
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets.fingerprint import Hasher
+from pyarrow.lib import ArrowException
+from torch import Tensor
+
+from .records import IGNORE_INDEX, DataError, tokenize_record
+
+__all__ = ["LONG_RECORDS", "LoadedRecords", "StreamOf", "cached_map", "load_for", "load_records", "progress_bars"]
+
+LONG_RECORDS = ("truncate", "drop", "refuse")
+FEATURES = datasets.Features(
+    input_ids=datasets.List(datasets.Value("int32")),
+    labels=datasets.List(datasets.Value("int32")),
+    id=datasets.Value("string"),
+    truncated=datasets.Value("bool"),
+)
+"""Of tokenised records; `truncated` leaves them when it has been counted."""
+TEXTS = datasets.Features(number=datasets.Value("int64"), json=datasets.Value("large_string"))
+"""Of records that are not parsed yet: their line or index, and their text."""
+STREAM_BATCH = 100
+"""Records of a stream that are tokenised together."""
+WORKERS = 256
+"""Processes that read one stream, each with counts of its own."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LoadedRecords:
+    """Tokenised records, and what was left out.
+
+    Attributes:
+        records: of each record `input_ids` and `labels`, −100 where nothing is to be learnt, and `id`: its own, or its
+            file and line. A `datasets.Dataset`, a stream that is tokenised as it is read, or what was tokenised before.
+        name: what messages call the data.
+    """
+
+    records: Any
+    name: str
+    counts: Tensor = field(default_factory=lambda: torch.zeros(1, 3, dtype=torch.long))  # read, truncated, dropped
+
+    @property
+    def read(self) -> int:
+        """How many records were read; of a stream, so far, by this process and its workers."""
+        return int(self.counts[:, 0].sum())
+
+    @property
+    def truncated(self) -> int:
+        """How many records lost their end."""
+        return int(self.counts[:, 1].sum())
+
+    @property
+    def dropped(self) -> int:
+        """How many records were left out, because nothing to be learnt is within `max_length`, or as too long."""
+        return int(self.counts[:, 2].sum())
+
+    def __str__(self) -> str:
+        parts = [f"{self.name}: {self.read - self.dropped} records"]
+        parts += [f"{self.truncated} of them cut at max_length"] if self.truncated else []
+        parts += [f"{self.dropped} more left out: nothing to learn within max_length"] if self.dropped else []
+        return "; ".join(parts)
+
+
+def load_records(
+    data: Any,
+    tokenizer: Any,
+    max_length: int = 1024,
+    *,
+    long_records: str = "truncate",
+    num_proc: int | None = None,
+    name: str = "data",
+) -> LoadedRecords:
+    """Tokenise records, from a file or a data set, to `input_ids` and `labels`.
+
+    The shapes of a record are those of `adakd_kernels.trainer.records`. Records that have `input_ids` already go
+    through as they are. What was tokenised once is read from the cache of `datasets` the next time, while file,
+    tokenizer and options are the same.
+
+    Args:
+        data: a path (JSON lines, JSON, Parquet, CSV, or a folder that `save_to_disk` made), a `datasets.Dataset`, a
+            list of records, a data set of torch, or a stream: a `datasets.IterableDataset`, or one of torch, which is
+            tokenised as it is read.
+        tokenizer: of both models; may be None where the records are tokenised.
+        max_length: tokens of a record at most.
+        long_records: what happens to a record that is longer. "truncate" cuts its end off, and leaves out a record that
+            has nothing left to learn; "drop" leaves it out; "refuse" raises an error.
+        num_proc: processes that tokenise; None: this one. A stream is tokenised where it is read.
+        name: what messages call data without a path.
+
+    Raises:
+        DataError: data that cannot be read or holds no record, a record that cannot be trained on, or one that is
+            too long and refused; the message names file, line or row, and field.
+        TypeError: `data` is something else, or several splits.
+    """
+    if long_records not in LONG_RECORDS:
+        raise ValueError(f"long_records must be one of {', '.join(LONG_RECORDS)}, got {long_records!r}")
+    make = _Tokenize(tokenizer, max_length, long_records)
+    if isinstance(data, (str, Path)):
+        return _from_file(Path(data), make, num_proc)
+    if isinstance(data, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        raise TypeError(f"{name} must be one data set, got the splits {', '.join(data)}: choose one, {name}[...]")
+    if isinstance(data, datasets.Dataset):
+        return _from_table(data, make.at(f"{name}[", "]"), name, num_proc)
+    if isinstance(data, (datasets.IterableDataset, torch.utils.data.IterableDataset)):
+        return _from_stream(data, make.at(f"{name}, row ", first=1), name)
+    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__") or isinstance(data, (Mapping, bytes)):
+        raise TypeError(
+            f"{name} must be a path, a datasets.Dataset, a list of records or another data set, got "
+            f"{type(data).__name__}"
+        )
+    if len(data) == 0 or not isinstance(data[0], Mapping) or "input_ids" in data[0] or tokenizer is None:
+        return LoadedRecords(data, name, torch.tensor([[len(data), 0, 0]]))
+    texts = tuple(json.dumps(data[index], default=_plain_value) for index in range(len(data)))
+    source = _cached_texts(_numbered, {"texts": texts}, [*texts], name)
+    return _from_texts(source, make.at(f"{name}[", "]"), name, num_proc)
+
+
+def load_for(args: Any, data: Any, tokenizer: Any, name: str) -> LoadedRecords:
+    """`load_records` with the options of an `AdaKDConfig`; on several ranks one goes first, the others read its cache.
+
+    Raises:
+        DataError, TypeError: see `load_records`.
+    """
+    with args.main_process_first(desc=f"tokenizing {name}"), progress_bars(not args.disable_tqdm):
+        return load_records(
+            data,
+            getattr(tokenizer, "tokenizer", tokenizer),
+            args.max_length,
+            long_records=args.long_records,
+            num_proc=args.dataset_num_proc,
+            name=name,
+        )
+
+
+@contextmanager
+def progress_bars(wanted: bool) -> Iterator[None]:
+    """Whether `datasets` shows how far it is."""
+    before = datasets.utils.are_progress_bars_disabled()
+    if not wanted:
+        datasets.utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not before:
+            datasets.utils.enable_progress_bars()
+
+
+@dataclass
+class _Tokenize:
+    """Rows to tokenised records, in this process or another.
+
+    Attributes:
+        before, after, first: around and at the least the number of a row, in what messages call it.
+        counts: where a stream counts, (WORKERS, 3) in memory that processes share.
+    """
+
+    tokenizer: Any
+    max_length: int
+    long_records: str
+    before: str = ""
+    after: str = ""
+    first: int = 0
+    counts: Tensor | None = None
+
+    def at(self, before: str, after: str = "", first: int = 0) -> _Tokenize:
+        """The same, for rows of that name."""
+        return _Tokenize(self.tokenizer, self.max_length, self.long_records, before, after, first)
+
+    def where(self, number: int) -> str:
+        return f"{self.before}{number + self.first}{self.after}"
+
+    def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        """A batch of `Dataset.map`: columns of rows, or of their texts."""
+        if batch.keys() == TEXTS.keys():
+            rows = [_parsed(text, self.where(n)) for n, text in zip(batch["number"], batch["json"], strict=True)]
+            indices = batch["number"]
+        else:
+            # A table fills up with None what other rows have.
+            rows = [_without_none(dict(zip(batch, row, strict=True))) for row in zip(*batch.values(), strict=True)]
+        return _columns(self.rows(rows, indices), list(FEATURES))
+
+    def rows(self, rows: Sequence[Mapping[str, Any]], numbers: Iterable[int]) -> list[dict[str, Any]]:
+        """The tokenised records of some rows, without those that are dropped."""
+        found = [self._record(row, self.where(number)) for row, number in zip(rows, numbers, strict=True)]
+        kept = [record for record in found if record is not None]
+        if self.counts is not None:
+            worker = torch.utils.data.get_worker_info()
+            counts = (len(found), sum(record["truncated"] for record in kept), len(found) - len(kept))
+            self.counts[worker.id % WORKERS if worker else 0] += torch.tensor(counts)
+        return kept
+
+    def _record(self, row: Mapping[str, Any], where: str) -> dict[str, Any] | None:
+        if "input_ids" in row:
+            raise DataError(f"{where}: has 'input_ids', which the first record has not: tokenise all records or none")
+        try:
+            ids, labels = tokenize_record(self.tokenizer, row)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+        limit, too_long = self.max_length, len(ids) > self.max_length
+        if too_long and self.long_records == "refuse":
+            raise DataError(
+                f"{where}: has {len(ids)} tokens, more than max_length={limit}: raise it, or set long_records to "
+                "'truncate' or 'drop'"
+            )
+        # Nothing predicts the first token.
+        nothing_left = all(label == IGNORE_INDEX for label in labels[1:limit])
+        if nothing_left or (too_long and self.long_records == "drop"):
+            return None
+        own = row.get("id")
+        return {
+            "input_ids": np.asarray(ids[:limit], dtype=np.int32),
+            "labels": np.asarray(labels[:limit], dtype=np.int32),
+            "id": where if own is None else str(own),
+            "truncated": too_long,
+        }
+
+
+@dataclass
+class _Check:
+    """Tokenised rows of a JSON file, checked and otherwise as they are."""
+
+    where: Callable[[int], str]
+    names: list[str]  # fields of the first record
+
+    def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        """A batch of `Dataset.map`, of texts."""
+        records = []
+        for number, text in zip(batch["number"], batch["json"], strict=True):
+            where = self.where(number)
+            record = _parsed(text, where)
+            for name in ("input_ids", "labels"):
+                values = record.get(name)
+                if not isinstance(values, list) or not values or not all(type(value) is int for value in values):
+                    raise DataError(f"{where}: field {name!r} must be a list of whole numbers, got {values!r:.60}")
+            if len(record["labels"]) != len(record["input_ids"]):
+                raise DataError(
+                    f"{where}: 'input_ids' and 'labels' must have one length, got {len(record['input_ids'])} and "
+                    f"{len(record['labels'])}"
+                )
+            for name in record.keys() - set(self.names):
+                raise DataError(f"{where}: field {name!r} is not in the first record: give it to all or none")
+            own = record.get("id")
+            records.append({**record, "id": where if own is None else str(own)})
+        return _columns(records, [*self.names, *(["id"] if "id" not in self.names else [])])
+
+
+def _columns(records: list[dict[str, Any]], names: list[str]) -> dict[str, list[Any]]:
+    return {name: [record.get(name) for record in records] for name in names}
+
+
+class StreamOf(torch.utils.data.IterableDataset[Any]):
+    """A stream of torch whose rows go through a function, `size` of them at a time; else it is the stream itself."""
+
+    def __init__(self, source: Any, function: Callable[[list[Any], list[int]], list[Any]], size: int = 1) -> None:
+        self.source, self.function, self.size = source, function, size
+
+    def __iter__(self) -> Iterator[Any]:
+        rows: list[Any] = []
+        number = -1
+        for number, row in enumerate(self.source):
+            rows.append(row)
+            if len(rows) == self.size:
+                yield from self.function(rows, list(range(number + 1 - len(rows), number + 1)))
+                rows = []
+        if rows:
+            yield from self.function(rows, list(range(number + 1 - len(rows), number + 1)))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "source" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.source, name)  # such as set_epoch
+
+
+def _from_file(path: Path, make: _Tokenize, num_proc: int | None) -> LoadedRecords:
+    name = str(path)
+    try:
+        if path.is_dir():
+            return _from_table(_from_folder(path), make.at(f"{name}, row ", first=1), name, num_proc)
+        with path.open("rb") as file:
+            begins_with = next((line.strip()[:1] for line in file if line.strip()), b"")
+        state = [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read: {error.strerror or error}") from None
+    if path.suffix.lower() == ".parquet":
+        # Escaped, because `datasets` takes a path for a pattern.
+        table = _read(name, datasets.load_dataset, "parquet", data_files=glob.escape(name), split="train")
+        return _from_table(table, make.at(f"{name}, row ", first=1), name, num_proc)
+    # All other files become texts in JSON, parsed a record at a time: no type is guessed, and the line is known.
+    if path.suffix.lower() == ".csv":
+        return _from_texts(_cached_texts(_csv_rows, {"path": path}, state, name), make.at(f"{name}:"), name, num_proc)
+    if begins_with == b"[":
+        source = _cached_texts(_json_array, {"path": path}, state, name)
+        return _from_texts(source, make.at(f"{name}, row "), name, num_proc)
+    return _from_texts(_cached_texts(_json_lines, {"path": path}, state, name), make.at(f"{name}:"), name, num_proc)
+
+
+def _from_folder(path: Path) -> datasets.Dataset:
+    """The data set that `save_to_disk` wrote, or the only split of several."""
+    found: Any = _read(str(path), datasets.load_from_disk, str(path))
+    if not isinstance(found, datasets.DatasetDict):
+        return found
+    if len(found) > 1:
+        raise DataError(
+            f"{path}: holds the splits {', '.join(found)}: give the folder of one, {path / next(iter(found))}"
+        )
+    return next(iter(found.values()))
+
+
+def _read(name: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """What a function of `datasets` reads; a `DataError` inside its own errors comes out."""
+    try:
+        return function(*args, **options)
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, DataError):
+                raise cause from None
+            if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise cause from None
+            last, cause = cause, cause.__cause__ or cause.__context__
+        raise DataError(f"{name}: cannot be read: {type(last).__name__}: {last}") from error
+
+
+def _from_table(source: Any, make: _Tokenize, name: str, num_proc: int | None) -> LoadedRecords:
+    """Records of a `datasets.Dataset`."""
+    if "input_ids" in source.column_names:
+        return LoadedRecords(source, name, torch.tensor([[len(source), 0, 0]]))
+    return _tokenized(source.with_format(None), make, FEATURES, name, num_proc)
+
+
+def _from_texts(source: Any, make: _Tokenize, name: str, num_proc: int | None) -> LoadedRecords:
+    """Records of texts in JSON; the first one says whether they are tokenised."""
+    try:
+        first = _parsed(source[0]["json"], "")
+    except DataError:
+        first = {}
+    if "input_ids" in first:
+        return _tokenized(source, _Check(make.where, list(first)), None, name, num_proc)
+    return _tokenized(source, make, FEATURES, name, num_proc)
+
+
+def _from_stream(source: Any, make: _Tokenize, name: str) -> LoadedRecords:
+    """Records of a stream, tokenised as they are read."""
+    columns = getattr(source, "column_names", None)
+    if columns is None:
+        if make.tokenizer is None or isinstance(source, StreamOf):
+            return LoadedRecords(source, name)
+        columns = list(next(iter(source), {}))
+    if "input_ids" in columns:
+        return LoadedRecords(source, name)
+    _check_tokenizer(make, name)
+    make.counts = torch.zeros(WORKERS, 3, dtype=torch.long).share_memory_()  # type: ignore[no-untyped-call]
+    if isinstance(source, datasets.IterableDataset):
+        # The processes that read the stream share the counts, so what counts is what they have in common.
+        options = {"batched": True, "batch_size": STREAM_BATCH, "with_indices": True, "remove_columns": columns}
+        records = source.map(make, features=FEATURES, **options).remove_columns("truncated")
+    else:
+        records = StreamOf(source, make.rows)
+    return LoadedRecords(records, name, make.counts)
+
+
+def _check_tokenizer(make: _Tokenize, name: str) -> None:
+    if make.tokenizer is None:
+        raise DataError(f"{name} has no 'input_ids': give the tokenizer as processing_class, or tokenised records")
+
+
+def _tokenized(source: Any, function: Any, features: Any, name: str, num_proc: int | None) -> LoadedRecords:
+    """All rows of a table through a function, counted."""
+    if not len(source):
+        raise DataError(f"{name}: nothing to train on: it has no records")
+    key: list[Any] = [name]
+    if isinstance(function, _Tokenize):
+        _check_tokenizer(function, name)
+        key += [_state(function.tokenizer), function.max_length, function.long_records, function.before]
+    records = cached_map(
+        source, function, key, name, with_indices=True, features=features, num_proc=num_proc, desc=f"Tokenizing {name}"
+    )
+    read, kept, truncated = len(source), len(records), 0
+    if not kept:
+        raise DataError(
+            f"{name}: nothing to train on: none of its {read} records has anything to learn within "
+            f"max_length={function.max_length}; raise it"
+        )
+    if "truncated" in records.column_names:
+        truncated = int(np.sum(records.with_format("numpy")["truncated"][:]))
+        records = records.remove_columns("truncated")
+    return LoadedRecords(records, name, torch.tensor([[read, truncated, read - kept]]))
+
+
+def cached_map(source: Any, function: Any, key: list[Any], name: str, **options: Any) -> Any:
+    """`Dataset.map` of whole batches, whose result is read from the cache of `datasets` the next time.
+
+    In a folder of its own: the cache of a data set in memory would be memory, and that of a folder the folder itself.
+
+    Args:
+        source: a `datasets.Dataset`.
+        function: from batch, and indices, to batch.
+        key: what the result depends on besides the source and the code.
+        name: what messages call the data.
+        **options: others of `Dataset.map`.
+    """
+    fingerprint = _hash([source._fingerprint, type(function).__name__, *key])
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "adakd"
+    folder.mkdir(parents=True, exist_ok=True)
+    num_proc = options.pop("num_proc", None) or 1
+    try:
+        return source.map(
+            function,
+            batched=True,
+            remove_columns=source.column_names,
+            cache_file_name=str(folder / f"{fingerprint}.arrow"),
+            new_fingerprint=fingerprint,
+            num_proc=min(num_proc, len(source)) if num_proc > 1 else None,
+            **options,
+        )
+    except ArrowException as error:
+        raise DataError(f"{name}: cannot be tokenised: its records differ in the type of a field: {error}") from error
+
+
+def _cached_texts(rows: Callable[..., Any], arguments: dict[str, Any], state: list[Any], name: str) -> Any:
+    """The texts that a generator gives, from the cache of `datasets` while `state`, which makes them, is the same."""
+    fingerprint = _hash([rows.__name__, *state])
+    return _read(
+        name,
+        datasets.Dataset.from_generator,
+        _one_at_least,
+        features=TEXTS,
+        gen_kwargs={"rows": rows, "name": name, **arguments},
+        fingerprint=fingerprint,
+    )
+
+
+def _one_at_least(rows: Callable[..., Any], name: str, **arguments: Any) -> Iterator[dict[str, Any]]:
+    """What `rows` gives; `datasets` has a message of its own for nothing."""
+    row = None
+    for row in rows(**arguments):
+        yield row
+    if row is None:
+        raise DataError(f"{name}: nothing to train on: it has no records")
+
+
+def _hash(parts: list[Any]) -> str:
+    """A fingerprint of values, and of the code that makes records of them."""
+    code = [Path(__file__).with_name(f"{module}.py").read_bytes() for module in ("records", "loading", "collator")]
+    return sha256(repr([*parts, *code]).encode()).hexdigest()[:32]
+
+
+def _state(tokenizer: Any) -> str:
+    """What the ids depend on; not padding and truncation, which a tokenizer changes as it is used."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    try:
+        if backend is None:
+            return str(Hasher.hash(tokenizer))
+        state = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
+        return repr([state, tokenizer.chat_template, tokenizer.special_tokens_map])
+    except Exception:  # it cannot be pickled, so nothing is read from the cache
+        return uuid.uuid4().hex
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a JSONL file; blank ones are skipped."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}:{number}: not JSON: {error}") from None
+            if text.strip():
+                yield {"number": number, "json": text}
+
+
+def _json_array(path: Path) -> Iterator[dict[str, Any]]:
+    """The elements of a JSON file that is one array."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON: {error}") from None
+    for number, row in enumerate(rows, 1):
+        yield {"number": number, "json": json.dumps(row)}
+
+
+def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a CSV file with a header, by the line on which they begin; all fields are texts."""
+    csv.field_size_limit(2**31 - 1)
+    number = 1
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            fields = reader.fieldnames or ()  # reads the header
+            number = reader.line_num + 1
+            for row in reader:
+                if None in row:
+                    raise DataError(f"{path}:{number}: has more fields than the header, {len(fields)}")
+                yield {"number": number, "json": json.dumps(row)}
+                number = reader.line_num + 1
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}:{number}: not CSV: {error}") from None
+
+
+def _numbered(texts: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    for number, text in enumerate(texts):
+        yield {"number": number, "json": text}
+
+
+def _parsed(text: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected a JSON object, got {type(record).__name__}")
+    return record
+
+
+def _plain_value(value: Any) -> Any:
+    """Of an array or a tensor, what JSON can hold."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return str(value)
+
+
+def _without_none(value: Any) -> Any:
+    """A value of a table without the fields that are None: those that other rows have, and this one has not."""
+    if isinstance(value, dict):
+        return {name: _without_none(inner) for name, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value] if isinstance(value, list) else value
