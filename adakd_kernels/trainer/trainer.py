@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
@@ -18,7 +17,7 @@ from .checkpoints import last_checkpoint
 from .collator import ID, AdaKDDataCollator, CheckedCollator
 from .config import AdaKDConfig
 from .evaluation import HeldOutSums, without_repeats
-from .finite import BeforeStepCallback, MicroBatch, NonFiniteLossError, loss_without_gradient
+from .finite import BeforeStepCallback, FiniteCheck, MicroBatch, loss_without_gradient
 from .focus_callback import FocusCallback
 from .heads import (
     HeadOptions,
@@ -150,11 +149,10 @@ class AdaKDTrainer(Trainer):
         self.eval_loss_fn = self._make_loss(focus=1.0)
         self._difficulty = TokenHistogram(args.device)
         self._temperature = TokenHistogram(args.device)
-        self._step: list[MicroBatch] = []
-        self._skipped, self._grad_norm = 0, None
+        self._finite = FiniteCheck(self)
         self._held_out: HeldOutSums | None = None
         self.add_callback(FocusCallback)
-        self.add_callback(BeforeStepCallback(self._check_step))
+        self.add_callback(BeforeStepCallback(self._finite.before_step))
 
     def _follow_models(self) -> bool:
         """Judge models and heads where they, or hooks on them, are others than at the last time; whether they were.
@@ -289,7 +287,7 @@ class AdaKDTrainer(Trainer):
         self._use_loss(self._training_loss(self.args.make_focus(max(1, num_training_steps))))
         self._difficulty.reset()
         self._temperature.reset()
-        self._step, self._skipped = [], 0
+        self._finite.reset()
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _use_loss(self, loss_fn: AdaKDLoss) -> None:
@@ -363,10 +361,7 @@ class AdaKDTrainer(Trainer):
         if model.training and self.is_in_train:
             keep = inputs.get("logits_to_keep")
             micro_batch = MicroBatch(loss.detach(), out.difficulty, out.token_loss.detach(), targets, keep, ids)
-            if self.args.on_nan == "raise":
-                self._step.append(micro_batch)
-            elif not loss.isfinite():
-                self._skip(micro_batch.at_fault(self._decode))
+            if not self._finite.takes(micro_batch):
                 loss = loss_without_gradient(model)
                 return (loss, outputs) if return_outputs else loss
         if model.training:
@@ -379,46 +374,10 @@ class AdaKDTrainer(Trainer):
         """The tokenizer's way from ids to text, or None."""
         return getattr(self.processing_class, "decode", None)
 
-    def _skip(self, reason: str) -> None:
-        self._skipped += 1
-        logger.warning("AdaKDTrainer: step %d: left out: %s", self.state.global_step + 1, reason)
-
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer` has it; the norm is kept for the check of the step."""
-        self._grad_norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[no-untyped-call]
-        return self._grad_norm
-
-    def _check_step(self) -> None:
-        """Stop, on all ranks alike, before an optimizer step on a loss or a gradient that is not finite.
-
-        Waits for the device once.
-
-        Raises:
-            NonFiniteLossError: with the step, the records, and the first token at fault.
-        """
-        micro_batches, self._step = self._step, []
-        norm, self._grad_norm = self._grad_norm, None
-        if norm is None or self.accelerator.scaler is not None:
-            norm = 0.0  # a gradient scaler leaves such steps out by itself
-        numbers = (norm, *(m.loss for m in micro_batches))
-        bad = torch.stack([~torch.as_tensor(number, device=self.args.device).isfinite() for number in numbers])
-        if not self.accelerator.reduce(bad.any().int()).item():
-            return
-        if self.args.on_nan == "skip":
-            self.model.zero_grad()
-            if self.is_world_process_zero():
-                self._skip(f"the gradient, whose norm is {float(norm)}")
-            return
-        count, rank = len(micro_batches), self.args.process_index
-        found = [
-            f"micro-batch {index} of {count}, rank {rank}: {micro_batch.at_fault(self._decode)}"
-            for index, micro_batch in enumerate(micro_batches, 1)
-            if not micro_batch.loss.isfinite()
-        ]
-        found = gather_object(found[:1]) or [f"the loss is finite, but the norm of its gradient is {float(norm)}"]
-        last = last_checkpoint(str(self.args.output_dir))
-        kept = f"the last checkpoint is {last}" if last else f"there is no checkpoint in {self.args.output_dir}"
-        raise NonFiniteLossError(f"step {self.state.global_step + 1}, {found[0]}; {kept}")
+        self._finite.grad_norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self._finite.grad_norm
 
     def _check_inputs(self, inputs: dict[str, Any]) -> None:
         """Refuse what one of the models would leave unread; looks only where a batch differs in kind from the last."""
@@ -569,7 +528,7 @@ class AdaKDTrainer(Trainer):
         else:
             logs["focus_ratio"] = float(focus)
         if self.args.on_nan == "skip":
-            skipped = torch.tensor(self._skipped, device=self.args.device)
+            skipped = torch.tensor(self._finite.skipped, device=self.args.device)
             logs["skipped_micro_batches"] = self.accelerator.reduce(skipped).item()
         for name, histogram in (("difficulty", self._difficulty), ("temperature", self._temperature)):
             histogram.counts = self.accelerator.reduce(histogram.counts)
