@@ -18,6 +18,7 @@ __all__ = ["AdaKDConfig"]
 
 ROUTES = ("auto", "logits", "hidden")
 ON_NAN = ("raise", "skip")
+SELECTIONS = ("micro_batch", "step")
 LOWER_IS_BETTER = ("forward_kl", "reverse_kl", "cross_entropy")
 """How names of an evaluation's metrics end that fall as the student gets better, beside those of a loss."""
 
@@ -64,6 +65,13 @@ class AdaKDConfig(TrainingArguments):
     focus_delta: float = field(default=0.05, metadata={"help": "Relative change of r."})
     focus_min_ratio: float = field(default=0.1, metadata={"help": "Lower bound of r."})
 
+    selection: str = field(
+        default="micro_batch",
+        metadata={
+            "help": "Among which tokens the hardest are selected: those of each 'micro_batch'; or those of the whole "
+            "optimizer 'step', all micro-batches and ranks, for one more forward of the student."
+        },
+    )
     logits_route: str = field(
         default="auto",
         metadata={
@@ -107,6 +115,8 @@ class AdaKDConfig(TrainingArguments):
             raise ValueError(f"logits_route must be one of {', '.join(ROUTES)}, got {self.logits_route!r}")
         if self.on_nan not in ON_NAN:
             raise ValueError(f"on_nan must be one of {', '.join(ON_NAN)}, got {self.on_nan!r}")
+        if self.selection not in SELECTIONS:
+            raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {self.selection!r}")
         # The functions check their own arguments, so a call on one token with two entries refuses every wrong option.
         token = torch.zeros(1, 1, 2)
         focus_ratio = 1.0 if self.focus_ratio is None else self.focus_ratio

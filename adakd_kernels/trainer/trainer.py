@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from ..adaptive import LossAdaptiveFocus
-from ..functional import AdaKDOutput
 from ..loss import AdaKDLoss
 from .checkpoints import last_checkpoint
 from .collator import ID, AdaKDDataCollator, CheckedCollator
@@ -43,6 +42,7 @@ from .models import (
     vocabulary_size,
 )
 from .records import IGNORE_INDEX, check_same_tokenizer
+from .step_selection import CHOSEN, Chosen, Measure, Measured, StepSelection, check_step_selection
 
 __all__ = ["AdaKDTrainer"]
 
@@ -136,6 +136,8 @@ class AdaKDTrainer(Trainer):
             )
         if self.get_cp_size() * self.get_sp_size() > 1:
             raise ValueError("AdaKDTrainer needs whole sequences: set cp_size and sp_size of parallelism_config to 1")
+        if args.selection == "step":
+            check_step_selection(self)
         # The loss is divided by num_items_in_batch here, so Trainer must count the items and not divide again.
         self.model_accepts_loss_kwargs = True
         self.teacher = teacher
@@ -150,6 +152,7 @@ class AdaKDTrainer(Trainer):
         self._difficulty = TokenHistogram(args.device)
         self._temperature = TokenHistogram(args.device)
         self._finite = FiniteCheck(self)
+        self._step_selection = StepSelection(self, [])
         self._held_out: HeldOutSums | None = None
         self.add_callback(FocusCallback)
         self.add_callback(BeforeStepCallback(self._finite.before_step))
@@ -310,6 +313,42 @@ class AdaKDTrainer(Trainer):
                 raise ValueError(f"no complete checkpoint in {self.args.output_dir!r} to resume from")
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer` has it; with `selection="step"`, these are the micro-batches that are chosen from."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        self._step_selection = StepSelection(self, batches)
+        return batches, num_items
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: int | Tensor | None = None
+    ) -> Tensor:
+        """As `Trainer` has it; with `selection="step"`, with what was chosen over the whole step."""
+        if self.args.selection == "step" and self.is_in_train:
+            inputs, num_items_in_batch = self._step_selection.next(model, inputs)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    @torch.no_grad()
+    def measure_micro_batch(self, model: nn.Module, batch: dict[str, Any]) -> Measured:
+        """The difficulties of a micro-batch, by the forward that its training will do again."""
+        inputs, targets, _ids = self._taken_apart(self._prepare_inputs(batch))
+        measure = Measure(self.loss_fn)
+        found: Measured
+        with self.compute_loss_context_manager():
+            if self._head_options is None:
+                found, _ = self._from_logits(measure, model, inputs, targets, None, False)
+            else:
+                found, _ = self._from_hidden(measure, model, inputs, targets, None)
+        return found
+
+    def _taken_apart(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor, Tensor | None]:
+        """What the models take of a batch, the token that each position predicts, and the records' ids."""
+        inputs = dict(inputs)
+        ids = inputs.pop(ID, None)
+        self._follow_heads()
+        targets = self._pop_targets(inputs)
+        self._check_inputs(inputs)
+        return inputs, targets, ids
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -333,19 +372,19 @@ class AdaKDTrainer(Trainer):
             ValueError: `inputs` has no labels.
         """
         inputs = dict(inputs)
-        skip_logits, ids = inputs.pop("skip_logits", False), inputs.pop(ID, None)
+        skip_logits, chosen = inputs.pop("skip_logits", False), inputs.pop(CHOSEN, None)
         logits_are_read = return_outputs and not skip_logits
-        self._follow_heads()
-        targets = self._pop_targets(inputs)
-        self._check_inputs(inputs)
+        inputs, targets, ids = self._taken_apart(inputs)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # The number is global, and gradients, logged losses and the adaptive share are means over the ranks.
             num_items_in_batch = num_items_in_batch / (self.accelerator.num_processes // self.get_tp_size())
         loss_fn = self.loss_fn if model.training else self.eval_loss_fn
         if self._head_options is None or logits_are_read:
-            out, outputs = self._from_logits(loss_fn, model, inputs, targets, num_items_in_batch, logits_are_read)
+            out, outputs = self._from_logits(
+                loss_fn, model, inputs, targets, num_items_in_batch, logits_are_read, chosen
+            )
         else:
-            out, outputs = self._from_hidden(loss_fn, model, inputs, targets, num_items_in_batch)
+            out, outputs = self._from_hidden(loss_fn, model, inputs, targets, num_items_in_batch, chosen)
         loss, balance = out.loss, auxiliary_loss(self.model, outputs)
         if balance is not None:
             # The mean over the micro-batches of a step; without a number of items `Trainer` takes it. The mean over the
@@ -401,14 +440,15 @@ class AdaKDTrainer(Trainer):
 
     def _from_logits(
         self,
-        loss_fn: AdaKDLoss,
+        loss_fn: AdaKDLoss | Measure,
         model: nn.Module,
         inputs: dict[str, Any],
         targets: Tensor,
         num_items: int | Tensor | None,
         logits_are_read: bool,
-    ) -> tuple[AdaKDOutput, Any]:
-        """The loss from the logits of both models, and the student's outputs."""
+        chosen: Chosen | None = None,
+    ) -> tuple[Any, Any]:
+        """What `loss_fn` gives from the logits of both models, and the student's outputs."""
         # The teacher first: its activations are gone before the student's are kept for the backward.
         with torch.no_grad():
             teacher_inputs = with_virtual_tokens(self.teacher, inputs)
@@ -420,26 +460,31 @@ class AdaKDTrainer(Trainer):
             self._held_out.add_logits(logits, teacher_logits, targets)
         if logits_are_read and loss_fn.inplace:
             logits = logits.clone()  # the gradient takes the place of the copy
-        return loss_fn(logits, teacher_logits, targets, num_items), outputs
+        choice = None if chosen is None else chosen.choice
+        return loss_fn(logits, teacher_logits, targets, num_items, choice=choice), outputs
 
     def _from_hidden(
         self,
-        loss_fn: AdaKDLoss,
+        loss_fn: AdaKDLoss | Measure,
         model: nn.Module,
         inputs: dict[str, Any],
         targets: Tensor,
         num_items: int | Tensor | None,
-    ) -> tuple[AdaKDOutput, Any]:
-        """The loss, computed where the student's forward calls its head; the outputs have no logits worth reading.
+        chosen: Chosen | None = None,
+    ) -> tuple[Any, Any]:
+        """What `loss_fn` gives where the student's forward calls its head; the outputs have no logits worth reading.
 
         Inside the forward, because what wraps a model (data parallelism, autocast) acts there, and the model itself
         chooses the positions that its head gets.
         """
         student_head, teacher_head = output_head(self.model), output_head(self.teacher)
-        with torch.no_grad():
-            teacher_hidden = hidden_states(self.teacher, with_virtual_tokens(self.teacher, inputs))
-            teacher_hidden = own_positions(teacher_hidden, targets.shape[1])  # (B, K, H)
-        results: list[AdaKDOutput] = []
+        if chosen is not None and chosen.teacher_hidden is not None:
+            teacher_hidden = chosen.teacher_hidden
+        else:
+            with torch.no_grad():
+                teacher_hidden = hidden_states(self.teacher, with_virtual_tokens(self.teacher, inputs))
+                teacher_hidden = own_positions(teacher_hidden, targets.shape[1])  # (B, K, H)
+        results: list[Any] = []
 
         def loss_of_hidden(hidden: Tensor) -> Tensor:
             out = loss_fn.from_hidden(
@@ -451,6 +496,7 @@ class AdaKDTrainer(Trainer):
                 num_items,
                 student_bias=student_head.bias,
                 teacher_bias=teacher_head.bias,
+                choice=None if chosen is None else chosen.choice,
             )
             results.append(out)
             if self._held_out is not None and self._head_options is not None:
