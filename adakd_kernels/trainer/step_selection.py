@@ -151,7 +151,7 @@ class StepSelection:
         Raises:
             RuntimeError: the micro-batches of the step are not known.
         """
-        if len(self.batches) == 1 and self.trainer.accelerator.num_processes == 1:
+        if self.trainer.args.gradient_accumulation_steps == self.trainer.accelerator.num_processes == 1:
             return inputs, None  # nothing else to choose from: (3)-(6) of this micro-batch
         if self.batches:
             self._choose(model)
