@@ -59,7 +59,7 @@ class AdaKDTrainer(Trainer):
     The teacher is put on the training device in evaluation mode with `requires_grad` off. It keeps its type, is not
     wrapped for distributed training, and is not part of a checkpoint. A token is valid where its label is not −100.
     `num_items_in_batch` of `Trainer` makes k micro-batches, and k ranks, add up to one big batch; difficulties,
-    selection and temperatures are those of each micro-batch.
+    selection and temperatures are those of each micro-batch or, with `selection="step"`, of the whole optimizer step.
 
     Logged besides `loss`: `focus_ratio` (the share r after the step), `loss_ema`, `loss_reference`, and p10, p50 and
     p90 of `difficulty` (valid tokens) and `temperature` (selected tokens) since the last log line, over all ranks.
@@ -96,8 +96,8 @@ class AdaKDTrainer(Trainer):
     Raises:
         TypeError: `args` is no `AdaKDConfig`.
         ValueError: a model that is bidirectional, an encoder–decoder or without an output layer, special tokens beyond
-            a vocabulary, shared parameters, several GPUs in one process, sequences split over processes, or
-            `logits_route="hidden"` where it cannot be taken.
+            a vocabulary, shared parameters, several GPUs in one process, sequences split over processes,
+            `logits_route="hidden"` where it cannot be taken, or `selection="step"` with what it does not go with.
         NonFiniteLossError: in `train`, a loss or a gradient that is NaN or infinite, before its step; see `on_nan`.
     """
 
