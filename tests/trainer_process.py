@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,12 @@ class KilledWhileSaving(AdaKDTrainer):
         super()._save_rng_state(output_dir)
 
 
+def evaluation_run(folder: Path, route: str) -> dict[str, float]:
+    """The metrics of `held_out_sets`."""
+    metrics: dict[str, float] = evaluated_trainer(folder, route).evaluate(held_out_sets())
+    return metrics
+
+
 def nan_run(folder: Path, on_nan: str, selection: str) -> dict[str, Any]:
     """A run with a loss of NaN on one of two ranks: what was raised, weights and logs."""
     options = {"on_nan": on_nan, "selection": selection, "gradient_accumulation_steps": 1, "save_strategy": "no"}
@@ -231,27 +238,14 @@ def experts_run(folder: Path) -> dict[str, Any]:
     return trainer.model.state_dict()
 
 
-SCENARIOS: dict[str, Callable[[Path], Any]] = {
-    **{
-        f"uneven-{route}-{selection}": lambda folder, route=route, selection=selection: uneven_run(
-            folder, route, selection
-        )[1]
-        for route in ("logits", "hidden")
-        for selection in ("micro_batch", "step")
-    },
-    **{
-        f"evaluation-{route}": lambda folder, route=route: evaluated_trainer(folder, route).evaluate(held_out_sets())
-        for route in ("logits", "hidden")
-    },
-    **{
-        f"nan-{on_nan}-{selection}": lambda folder, on_nan=on_nan, selection=selection: nan_run(
-            folder, on_nan, selection
-        )
-        for on_nan in ("raise", "skip")
-        for selection in ("micro_batch", "step")
-    },
-    "experts": experts_run,
-}
+SCENARIOS: dict[str, Callable[[Path], Any]] = {"experts": experts_run}
+for _route in ("logits", "hidden"):
+    SCENARIOS[f"evaluation-{_route}"] = partial(evaluation_run, route=_route)
+    for _selection in ("micro_batch", "step"):
+        SCENARIOS[f"uneven-{_route}-{_selection}"] = partial(uneven_run, route=_route, selection=_selection)
+for _on_nan in ("raise", "skip"):
+    for _selection in ("micro_batch", "step"):
+        SCENARIOS[f"nan-{_on_nan}-{_selection}"] = partial(nan_run, on_nan=_on_nan, selection=_selection)
 """What two ranks run, one after the other: two processes for all of it, because each takes seconds to start."""
 
 
