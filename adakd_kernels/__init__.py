@@ -15,8 +15,8 @@ from .divergences import (
     SkewReverseKL,
     TotalVariation,
 )
-from .functional import AdaKDOutput, adakd_loss, token_difficulty, token_divergence
-from .linear import linear_adakd_loss
+from .functional import AdaKDOutput, TokenChoice, adakd_loss, token_difficulty, token_divergence
+from .linear import linear_adakd_loss, linear_token_divergence
 from .loss import AdaKDLoss, LinearAdaKDLoss
 
 __version__ = version("adakd-kernels")
@@ -35,10 +35,12 @@ __all__ = [
     "ReverseKL",
     "SkewForwardKL",
     "SkewReverseKL",
+    "TokenChoice",
     "TotalVariation",
     "adakd_loss",
     "inverse_difficulty_temperature",
     "linear_adakd_loss",
+    "linear_token_divergence",
     "select_tokens",
     "token_difficulty",
     "token_divergence",

@@ -176,6 +176,17 @@ def check_labels(labels: Tensor, batch: torch.Size, student: Tensor, ignore_inde
     return labels.long()
 
 
+def check_temperature(temperature: Any, batch: torch.Size, student: Tensor) -> None:
+    """Refuse what is no temperature of a token, of all tokens, or of each of them."""
+    if not isinstance(temperature, Tensor):
+        check_range("temperature", temperature, 0.0, _INFINITY, "> 0", low_open=True, high_open=True)
+        return
+    if temperature.requires_grad:
+        raise ValueError("temperature requires grad, but it is a constant of the loss: pass temperature.detach()")
+    if temperature.dim() > 0:
+        check_token_tensor("temperature", temperature, batch, student)
+
+
 def check_mask(name: str, mask: Tensor, shape: torch.Size) -> None:
     """Refuse what is no bool tensor of one entry a token."""
     if not isinstance(mask, Tensor):

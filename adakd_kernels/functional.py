@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,19 +16,47 @@ from .checks import (
     check_device,
     check_difficulty,
     check_flag,
+    check_floating,
     check_inplace,
     check_labels,
     check_mask,
     check_no_transform,
     check_options,
     check_pair,
-    check_range,
+    check_temperature,
     check_token_tensor,
 )
 from .divergences import DIVERGENCES, Divergence, get_divergence
 from .reference import Normalizers
 
-__all__ = ["DIFFICULTIES", "AdaKDOutput", "adakd_loss", "token_difficulty", "token_divergence"]
+__all__ = ["DIFFICULTIES", "AdaKDOutput", "TokenChoice", "adakd_loss", "token_difficulty", "token_divergence"]
+
+
+class TokenChoice(NamedTuple):
+    """How the tokens of a batch enter the loss: what (3)-(6) make of the difficulties, of this batch or of more.
+
+    Attributes:
+        difficulty: (B, L) or (N,), of a floating type.
+        valid: (B, L) or (N,) bool, the tokens of the cross-entropy.
+        temperature: (B, L) or (N,), τ > 0 of the selected tokens.
+        selected: (B, L) or (N,) bool, the tokens whose divergences the loss adds up; all of them valid.
+        n: what the sum of the cross-entropies is divided by, a 0-d tensor > 0.
+        k: what the sum over the selected tokens is divided by, a 0-d tensor > 0.
+    """
+
+    difficulty: Tensor
+    valid: Tensor
+    temperature: Tensor
+    selected: Tensor
+    n: Tensor
+    k: Tensor
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> TokenChoice:
+        """The same of other tokens, or of these in another shape: `function` of what there is one of for each token."""
+        return TokenChoice(
+            function(self.difficulty), function(self.valid), function(self.temperature), function(self.selected),
+            self.n, self.k,
+        )  # fmt: skip
 
 
 class AdaKDOutput(NamedTuple):
@@ -63,6 +92,7 @@ def adakd_loss(
     ignore_index: int = -100,
     shift: bool = False,
     inplace: bool = False,
+    choice: TokenChoice | None = None,
 ) -> AdaKDOutput:
     """AdaKD's loss: the hardest tokens, each at its own temperature (equations (1)-(7); Xie et al., arXiv 2510.11615).
 
@@ -91,6 +121,8 @@ def adakd_loss(
         inplace: the backward writes the gradient over the student's logits instead of a new (B, L, Vˢ) tensor. They
             must not be needed afterwards, and there is no second backward. Refused where they require grad and are a
             leaf or a view of one, or where rows share memory. Ignored under `torch.compile`.
+        choice: how the tokens enter the loss, where it was decided on more than this batch. `focus_ratio`,
+            `temperature_scale`, `base_temperature`, `difficulty` and `num_items` are not read then.
 
     Returns:
         AdaKDOutput(loss, token_loss, difficulty, temperature, selected). With no valid token the loss is 0 and its
@@ -120,20 +152,28 @@ def adakd_loss(
     if shift:
         labels = next_labels(labels, ignore_index)
     labels = labels.reshape(student.shape[:2])
+    statistics = None
     with torch.no_grad():
-        statistics = token_statistics(student, teacher, labels != ignore_index, labels, difficulty)
-        selected = select_tokens(statistics.difficulty, focus_ratio, statistics.valid)
-        temperature = token_temperature(
-            statistics.difficulty, selected, statistics.valid, temperature_scale, base_temperature
-        )
+        if choice is None:
+            statistics = token_statistics(student, teacher, labels != ignore_index, labels, difficulty)
+            choice = choose_tokens(
+                statistics.difficulty, statistics.valid, focus_ratio, temperature_scale, base_temperature, num_items
+            )
+        else:
+            check_choice(choice, batch, student)
+            choice = choice.each(lambda values: values.reshape(student.shape[:2]))
+            choice = choice._replace(temperature=choice.temperature.to(reference.accumulation_dtype(student, teacher)))
+            if ce_weight:
+                statistics = token_statistics(student, teacher, choice.valid, None, "hellinger")
     ce_args: dict[str, Any] = {}
-    if ce_weight:
+    if ce_weight and statistics is not None:
         ce_args = {"labels": labels, "ce_mask": statistics.valid, "normalizers_1": statistics.normalizers_1}
-    token_div, token_ce = ops.token_losses(student, teacher, temperature, selected, div, inplace=inplace, **ce_args)
-    token_loss = temperature.square() * token_div
-    divisors = loss_divisors(statistics.valid, focus_ratio, num_items, token_loss.dtype)
-    loss = reduce_loss(token_loss, token_ce, ce_weight, divisors)
-    per_token = (token_loss, statistics.difficulty, temperature, selected)
+    token_div, token_ce = ops.token_losses(
+        student, teacher, choice.temperature, choice.selected, div, inplace=inplace, **ce_args
+    )
+    token_loss = choice.temperature.square() * token_div
+    loss = reduce_loss(token_loss, token_ce, ce_weight, choice)
+    per_token = (token_loss, choice.difficulty, choice.temperature, choice.selected)
     return AdaKDOutput(loss, *(values.view(batch) for values in per_token))
 
 
@@ -170,14 +210,16 @@ def token_difficulty(
     """
     student, teacher, batch = check_pair(student_logits, teacher_logits)
     check_difficulty(difficulty)
-    mask = _token_mask(mask, batch, student)
+    mask = token_mask(mask, batch, student)
     if difficulty == "cross_entropy":
         if labels is None:
             raise ValueError(
                 "labels must be given for difficulty='cross_entropy': the token that each position predicts"
             )
         labels = check_labels(labels, batch, student).reshape(student.shape[:2])
-    return token_statistics(student, teacher, mask, labels, difficulty).difficulty.view(batch)
+    return token_statistics(student, teacher, mask.reshape(student.shape[:2]), labels, difficulty).difficulty.view(
+        batch
+    )
 
 
 def token_divergence(
@@ -213,33 +255,35 @@ def token_divergence(
     check_no_transform("token_divergence", student_logits, teacher_logits, temperature)
     student, teacher, batch = check_pair(student_logits, teacher_logits)
     div = get_divergence(divergence)
-    mask = _token_mask(mask, batch, student)
+    mask = token_mask(mask, batch, student)
     check_flag("inplace", inplace)
     inplace = inplace and not torch.compiler.is_compiling()
     if inplace:
         check_inplace("student_logits", student_logits)
-    if isinstance(temperature, Tensor):
-        if temperature.requires_grad:
-            raise ValueError("temperature requires grad, but it is a constant of the loss: pass temperature.detach()")
-        if temperature.dim() > 0:
-            check_token_tensor("temperature", temperature, batch, student)
-            temperature = temperature.reshape(student.shape[:2])
-    else:
-        check_range("temperature", temperature, 0.0, float("inf"), "> 0", low_open=True, high_open=True)
-    dtype = reference.accumulation_dtype(student, teacher)
-    # Within these bounds 1/τ is a normal number, so that 0 and infinity give their finite limits.
-    temperature = clamped(temperature, 8.0 * torch.finfo(dtype).tiny, torch.finfo(dtype).max / 8.0, dtype)
-    temperature = tensor_on(temperature, student.device, dtype).expand(student.shape[:2])
-    return ops.token_losses(student, teacher, temperature, mask, div, inplace=inplace)[0].view(batch)
+    check_temperature(temperature, batch, student)
+    temperature = divergence_temperature(
+        temperature, batch, student.device, reference.accumulation_dtype(student, teacher)
+    )
+    shape = student.shape[:2]
+    d, _ = ops.token_losses(student, teacher, temperature.reshape(shape), mask.reshape(shape), div, inplace=inplace)
+    return d.view(batch)
 
 
-def _token_mask(mask: Tensor | None, batch: torch.Size, student: Tensor) -> Tensor:
-    """The mask as (B, L) bool."""
+def token_mask(mask: Tensor | None, batch: torch.Size, student: Tensor) -> Tensor:
+    """The mask of the tokens, or one of all of them."""
     if mask is None:
-        return torch.ones(student.shape[:2], dtype=torch.bool, device=student.device)
+        return torch.ones(batch, dtype=torch.bool, device=student.device)
     check_mask("mask", mask, batch)
     check_device("mask", mask, student)
-    return mask.reshape(student.shape[:2])
+    return mask
+
+
+def divergence_temperature(
+    temperature: float | Tensor, batch: torch.Size, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """τ of every token, so far from 0 and infinity that 1/τ is a normal number: these two give their finite limits."""
+    temperature = clamped(temperature, 8.0 * torch.finfo(dtype).tiny, torch.finfo(dtype).max / 8.0, dtype)
+    return tensor_on(temperature, device, dtype).expand(batch)
 
 
 def token_temperature(
@@ -300,28 +344,49 @@ def next_labels(labels: Tensor, ignore_index: int) -> Tensor:
     return torch.cat((labels[..., 1:], torch.full_like(labels[..., :1], ignore_index)), dim=-1)
 
 
-class Divisors(NamedTuple):
-    """What the sums over tokens are divided by, 0-d and never 0: n and k, or num_items and r·num_items."""
+def check_choice(choice: TokenChoice, batch: torch.Size, student: Tensor) -> None:
+    """Refuse a choice whose parts do not fit the tokens."""
+    if not isinstance(choice, TokenChoice):
+        raise TypeError(f"choice must be a TokenChoice, got {type(choice).__name__}")
+    for name in ("difficulty", "temperature"):
+        check_floating(f"choice.{name}", getattr(choice, name))
+        check_token_tensor(f"choice.{name}", getattr(choice, name), batch, student)
+        if getattr(choice, name).requires_grad:
+            raise ValueError(f"choice.{name} requires grad, but it is a constant of the loss: pass it detached")
+    for name in ("valid", "selected"):
+        check_mask(f"choice.{name}", getattr(choice, name), batch)
+        check_device(f"choice.{name}", getattr(choice, name), student)
+    for name in ("n", "k"):
+        value = getattr(choice, name)
+        if not isinstance(value, Tensor) or value.dim() != 0:
+            raise TypeError(f"choice.{name} must be a 0-d tensor, got {value!r}")
+        check_device(f"choice.{name}", value, student)
 
-    cross_entropy: Tensor
-    distillation: Tensor
 
-
-def loss_divisors(
-    valid: Tensor, focus_ratio: float | Tensor, num_items: float | Tensor | None, dtype: torch.dtype
-) -> Divisors:
-    """The divisors of a batch with these valid tokens, in a type."""
-    n = valid.sum()
+def choose_tokens(
+    difficulty: Tensor,
+    valid: Tensor,
+    focus_ratio: float | Tensor,
+    temperature_scale: float,
+    base_temperature: float,
+    num_items: float | Tensor | None = None,
+) -> TokenChoice:
+    """(3)-(6) over all of these tokens. The divisors are n and k, or num_items and r·num_items; none of them is 0."""
+    selected = select_tokens(difficulty, focus_ratio, valid)
+    temperature = token_temperature(difficulty, selected, valid, temperature_scale, base_temperature)
+    n, dtype = valid.sum(), difficulty.dtype
     if num_items is None:
-        return Divisors(n.clamp_min(1).to(dtype), focus_count(focus_ratio, n).to(dtype))
-    items = tensor_on(num_items, n.device)
-    items = torch.where(items == 0, 1, items)
-    return Divisors(items.to(dtype), (items.to(exact_dtype(items.device)) * focus_ratio).to(dtype))
+        items, count = n.clamp_min(1), focus_count(focus_ratio, n)
+    else:
+        items = tensor_on(num_items, n.device)
+        items = torch.where(items == 0, 1, items)
+        count = items.to(exact_dtype(items.device)) * focus_ratio
+    return TokenChoice(difficulty, valid, temperature, selected, items.to(dtype), count.to(dtype))
 
 
-def reduce_loss(token_loss: Tensor, cross_entropy: Tensor | None, ce_weight: float, divisors: Divisors) -> Tensor:
+def reduce_loss(token_loss: Tensor, cross_entropy: Tensor | None, ce_weight: float, choice: TokenChoice) -> Tensor:
     """Equation (7), or with the cross-entropy of every token (1−a)·L + a·CE."""
-    loss = token_loss.sum() / divisors.distillation
+    loss = token_loss.sum() / choice.k
     if cross_entropy is None:
         return loss
-    return (1.0 - ce_weight) * loss + ce_weight * (cross_entropy.sum() / divisors.cross_entropy)
+    return (1.0 - ce_weight) * loss + ce_weight * (cross_entropy.sum() / choice.n)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .adaptive import ExactModule, LossAdaptiveFocus
 from .checks import check_head_options, check_options
 from .divergences import Divergence
-from .functional import AdaKDOutput, adakd_loss, tensor_on
+from .functional import AdaKDOutput, TokenChoice, adakd_loss, tensor_on
 from .linear import linear_adakd_loss
 from .linear.heads import StudentHead, TeacherHead
 
@@ -29,9 +29,10 @@ class AdaKDLoss(ExactModule):
     """`adakd_loss` whose share r follows the loss (equations (8), (9)) from optimizer step to optimizer step.
 
     Call it on the logits of each micro-batch, or `from_hidden` on its hidden states, and `step()` once after each
-    optimizer step: `step` gives the focus the mean of the losses since the last one (their sum where `num_items` was
-    given), averaged over the ranks of `torch.distributed`. The training calls of one optimizer step either all give
-    `num_items` or none does; another call is refused, except under `torch.compile`, which does not see it.
+    optimizer step: `step` gives the focus the mean of the losses since the last one (their sum where `num_items` or a
+    `choice` was given), averaged over the ranks of `torch.distributed`. The training calls of one optimizer step either
+    all give `num_items` or a `choice` or none does; another call is refused, except under `torch.compile`, which does
+    not see it.
 
     Args:
         divergence: as in `adakd_loss`.
@@ -113,16 +114,28 @@ class AdaKDLoss(ExactModule):
         return self.focus.focus_ratio if isinstance(self.focus, LossAdaptiveFocus) else float(self.focus)
 
     def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, num_items: float | Tensor | None = None
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Tensor,
+        num_items: float | Tensor | None = None,
+        *,
+        choice: TokenChoice | None = None,
     ) -> AdaKDOutput:
         """`adakd_loss` of one micro-batch, at the current share. Shapes and errors are `adakd_loss`'s."""
-        self._check_num_items(num_items)
+        self._check_num_items(num_items, choice)
         focus_ratio = self._current_ratio(student_logits)
         options = self._options(*_LOSS_OPTIONS, "inplace")
         out = adakd_loss(
-            student_logits, teacher_logits, labels, focus_ratio=focus_ratio, num_items=num_items, **options
+            student_logits,
+            teacher_logits,
+            labels,
+            focus_ratio=focus_ratio,
+            num_items=num_items,
+            choice=choice,
+            **options,
         )
-        self._record(out, focus_ratio, num_items)
+        self._record(out, focus_ratio, num_items, choice)
         return out
 
     def from_hidden(
@@ -136,6 +149,7 @@ class AdaKDLoss(ExactModule):
         *,
         student_bias: Tensor | None = None,
         teacher_bias: Tensor | None = None,
+        choice: TokenChoice | None = None,
     ) -> AdaKDOutput:
         """`linear_adakd_loss` of one micro-batch, at the current share. Shapes and errors are its.
 
@@ -151,7 +165,7 @@ class AdaKDLoss(ExactModule):
             >>> tuple(hidden.grad.shape), tuple(head.weight.grad.shape)
             ((2, 5, 8), (100, 8))
         """
-        self._check_num_items(num_items)
+        self._check_num_items(num_items, choice)
         focus_ratio = self._current_ratio(student_hidden)
         out = linear_adakd_loss(
             student_hidden,
@@ -163,9 +177,10 @@ class AdaKDLoss(ExactModule):
             teacher_bias=teacher_bias,
             focus_ratio=focus_ratio,
             num_items=num_items,
+            choice=choice,
             **self._options(*_LOSS_OPTIONS, *_HEAD_OPTIONS),
         )
-        self._record(out, focus_ratio, num_items)
+        self._record(out, focus_ratio, num_items, choice)
         return out
 
     def _options(self, *names: str) -> dict[str, Any]:
@@ -184,8 +199,9 @@ class AdaKDLoss(ExactModule):
         """Whether a call belongs to an optimizer step, and is no evaluation."""
         return self.training and torch.is_grad_enabled()
 
-    def _check_num_items(self, num_items: float | Tensor | None) -> None:
+    def _check_num_items(self, num_items: float | Tensor | None, choice: TokenChoice | None) -> None:
         """Refuse a step of which some calls give `num_items` and others do not: it would mix sums and means."""
+        num_items = num_items if choice is None else choice.n
         if self._items_given is None or not self._in_optimizer_step() or torch.compiler.is_compiling():
             return
         if self._items_given != (num_items is not None):
@@ -195,15 +211,24 @@ class AdaKDLoss(ExactModule):
                 f"came {before} it, this one {now}; call step() after each optimizer step"
             )
 
-    def _record(self, out: AdaKDOutput, focus_ratio: Tensor | float, num_items: float | Tensor | None) -> None:
+    def _record(
+        self,
+        out: AdaKDOutput,
+        focus_ratio: Tensor | float,
+        num_items: float | Tensor | None,
+        choice: TokenChoice | None,
+    ) -> None:
         """Add the distillation loss of a micro-batch of training to what `step` reads."""
         if not self._in_optimizer_step():
             return
         # A compiled graph would have a guard on what is set here, and be compiled twice.
         if not torch.compiler.is_compiling():
-            self._items_given = num_items is not None
+            self._items_given = num_items is not None or choice is not None
         total = out.token_loss.detach().to(self._loss_sum.dtype).sum()
-        if num_items is None:
+        if choice is not None:
+            self._loss_sum += total / choice.k
+            self._loss_count.fill_(1.0)
+        elif num_items is None:
             self._loss_sum += total / out.selected.sum().clamp_min(1)
             self._loss_count += 1.0
         else:

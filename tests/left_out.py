@@ -73,6 +73,8 @@ IN_THE_INTERPRETER: dict[str, Callable[..., bool]] = {
     ),
     # The rows are the matter of test_contract.py.
     "test_linear.py::test_rows_that_are_empty_or_nan": every,
+    "test_linear_divergence.py::test_as_exact_as_from_logits": lambda dtype, options: dtype != BF16 or not options,
+    "test_linear_divergence.py::test_micro_batches_of_one_choice_add_up_to_the_batch": lambda ce_weight: not ce_weight,
     "test_bench_gpu.py::test_every_provider_is_gated_and_measured": every,
     # Which bytes are read and written depends on the sweeps of a divergence, not on its terms.
     "test_traffic.py::test_bytes_are_those_of_the_formula": lambda divergence, inplace, vocab: (

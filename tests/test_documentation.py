@@ -27,7 +27,15 @@ PAGES = {
 MATHS = "docs/maths.md"
 # Its commands: their start, a word of what they print, the environment that they are for.
 MEASUREMENTS = [("TRITON_INTERPRET=1 python", "plain", {"TRITON_INTERPRET": "1"}), ("python", "eager", {})]
-MODULES = ["adaptive", "functional", "linear.function", "loss", "trainer.collator", "trainer.histogram"]
+MODULES = [
+    "adaptive",
+    "functional",
+    "linear.function",
+    "linear.token_divergence",
+    "loss",
+    "trainer.collator",
+    "trainer.histogram",
+]
 
 
 def blocks(language: str, text: str) -> list[str]:

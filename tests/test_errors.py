@@ -17,6 +17,7 @@ from adakd_kernels import (
     adakd_loss,
     inverse_difficulty_temperature,
     linear_adakd_loss,
+    linear_token_divergence,
     select_tokens,
     token_difficulty,
     token_divergence,
@@ -378,6 +379,7 @@ def test_transformations_are_refused_by_name():
         "adakd_loss": (lambda s: adakd_loss(s, teacher, L).loss, student),
         "token_divergence": (lambda s: token_divergence(s, teacher).sum(), student),
         "linear_adakd_loss": (lambda h: linear_adakd_loss(h, weight, hidden, weight, L).loss, hidden),
+        "linear_token_divergence": (lambda h: linear_token_divergence(h, weight, hidden, weight).sum(), hidden),
     }
     for name, (function, x) in functions.items():
         message = f"adakd_kernels: {name} cannot be used inside torch.func"

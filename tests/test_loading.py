@@ -17,7 +17,7 @@ from adakd_kernels.integrations.transformers import AdaKDTrainer, DataError, loa
 from adakd_kernels.trainer import loading
 
 from .tiny_models import INSTRUCTIONS, tiny_model, tiny_tokenizer, token_records, write_jsonl
-from .trainer_process import Stream, config, run_two_ranks
+from .trainer_process import Stream, config, of_both_ranks
 
 pytestmark = pytest.mark.fast
 
@@ -239,10 +239,8 @@ def test_a_second_run_reads_the_cache(tmp_path: Path, kind: str, monkeypatch: py
         assert len(load_records(data, tokenizer, 60).records) == 3 and len(calls) == 19
 
 
-def test_one_rank_tokenises(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "train.jsonl")
-    run_two_ranks("data", str(tmp_path))
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+def test_one_rank_tokenises(two_ranks: Path) -> None:
+    ranks = of_both_ranks(two_ranks, "data")
     assert ranks[0]["records"] == ranks[1]["records"] and len(ranks[0]["records"]) == 3
     assert all(len(records) == 8 for records in ranks[0]["records"][:2])
     assert [rank["calls"] for rank in ranks] == [16, 0]  # of a file and of a list; the third is packed

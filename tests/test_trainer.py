@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import TrainerCallback, modeling_utils
+from transformers import modeling_utils
 
 from adakd_kernels import reference
 from adakd_kernels.integrations.transformers import (
@@ -20,21 +20,11 @@ from adakd_kernels.integrations.transformers import (
 )
 
 from .tiny_models import tiny_model, token_records
-from .trainer_process import config, train_logs
+from .trainer_process import Gradients, config, train_logs
 
 pytestmark = pytest.mark.fast
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}  # fp64 throughout: only rounding
-
-
-class Gradients(TrainerCallback):
-    """The gradient that each optimizer step is about to use."""
-
-    def __init__(self) -> None:
-        self.steps: list[dict[str, Tensor]] = []
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters()})
 
 
 def flat(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

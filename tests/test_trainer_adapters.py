@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from adakd_kernels.integrations.transformers import AdaKDDataCollator, AdaKDTrainer
 
 from .tiny_models import tiny_model, token_records
-from .trainer_process import RESUMED, adapted_trainer, config, run_two_ranks, train_logs
+from .trainer_process import RESUMED, adapted_trainer, config, of_both_ranks, train_logs
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
@@ -160,11 +160,10 @@ def test_checkpointing_of_activations(tmp_path: Path) -> None:
             assert value.any()
 
 
-def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    run_two_ranks("adapters", str(tmp_path))
+def test_two_ranks_equal_one(tmp_path: Path, two_ranks: Path) -> None:
     trainer = adapted_trainer(tmp_path)
     logs, evaluated = train_logs(trainer), trainer.evaluate()
-    for found in (torch.load(tmp_path / f"{route}{rank}.pt") for rank in (0, 1) for route in ("logits", "hidden")):
+    for found in (*of_both_ranks(two_ranks, "adapters-logits"), *of_both_ranks(two_ranks, "adapters-hidden")):
         for name, value in found["weights"].items():
             torch.testing.assert_close(trainer.model.state_dict()[name], value, **CLOSE)
             assert value.any()

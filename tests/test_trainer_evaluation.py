@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from adakd_kernels.trainer.evaluation import MEASURES, HeldOutSums
 from adakd_kernels.trainer.heads import HeadOptions
 
 from .tiny_models import tiny_model, token_records
-from .trainer_process import config, evaluated_trainer, held_out_sets, run_two_ranks
+from .trainer_process import config, evaluated_trainer, held_out_sets, of_both_ranks
 
 pytestmark = pytest.mark.fast
 
@@ -92,10 +91,9 @@ def test_eval_loss_is_a_mean_over_the_tokens(tmp_path: Path, route: str) -> None
 
 
 @pytest.mark.parametrize("route", ["logits", "hidden"])
-def test_two_ranks_equal_one(tmp_path: Path, route: str) -> None:
+def test_two_ranks_equal_one(tmp_path: Path, two_ranks: Path, route: str) -> None:
     """Sets that leave a part of the last batch, or a whole rank, to records that are repeated; maps and streams."""
-    run_two_ranks("evaluation", str(tmp_path), route)
-    found = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    found = of_both_ranks(two_ranks, f"evaluation-{route}")
     trainer = evaluated_trainer(tmp_path, route)
     expected = trainer.evaluate(held_out_sets())
     names = [f"eval_{data}_{name}" for data in held_out_sets() for name in ("loss", *MEASURES)]

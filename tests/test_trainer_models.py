@@ -22,7 +22,7 @@ from adakd_kernels import reference
 from adakd_kernels.integrations.transformers import AdaKDDataCollator, AdaKDTrainer, DataError
 
 from .tiny_models import save_pair, tiny_experts, tiny_model, tiny_tokenizer, token_records
-from .trainer_process import config, experts_trainer, run_two_ranks
+from .trainer_process import config, experts_trainer, of_both_ranks
 
 pytestmark = pytest.mark.fast
 
@@ -187,12 +187,11 @@ def test_auxiliary_loss_of_experts(tmp_path: Path, kind: str, route: str) -> Non
             assert own.any()
 
 
-def test_auxiliary_loss_is_the_mean_of_micro_batches_and_ranks(tmp_path: Path) -> None:
+def test_auxiliary_loss_is_the_mean_of_micro_batches_and_ranks(tmp_path: Path, two_ranks: Path) -> None:
     whole, parts = (experts_trainer(tmp_path, *sizes) for sizes in ((4, 1), (1, 4)))
     losses = [trainer.train().training_loss for trainer in (whole, parts)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-    run_two_ranks("experts", str(tmp_path))
-    for found in (parts.model.state_dict(), *(torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))):
+    for found in (parts.model.state_dict(), *of_both_ranks(two_ranks, "experts")):
         for name, value in whole.model.state_dict().items():
             torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-8)  # this loss is computed in fp32
 

@@ -13,16 +13,17 @@ from safetensors.torch import load_file
 from adakd_kernels.integrations.transformers import AdaKDDataCollator, AdaKDTrainer, NonFiniteLossError
 
 from .tiny_models import tiny_tokenizer
-from .trainer_process import nan_trainer, run_two_ranks, train_logs
+from .trainer_process import nan_trainer, of_both_ranks, train_logs
 
 pytestmark = pytest.mark.fast
 
 
 @pytest.mark.parametrize("route", ["logits", "hidden"])
 @pytest.mark.parametrize("per_record", [True, False])
-def test_the_run_stops_and_says_where(tmp_path: Path, per_record: bool, route: str) -> None:
+@pytest.mark.parametrize("selection", ["micro_batch", "step"])
+def test_the_run_stops_and_says_where(tmp_path: Path, selection: str, per_record: bool, route: str) -> None:
     """The teacher is NaN at the token 50, which record 9 has at index 2; batches of two, two of them a step."""
-    options = {"logits_route": route, "processing_class": tiny_tokenizer()}
+    options = {"logits_route": route, "selection": selection, "processing_class": tiny_tokenizer()}
     trainer = nan_trainer(tmp_path, data_collator=AdaKDDataCollator(per_record=per_record), **options)
     with pytest.raises(FloatingPointError) as raised:
         trainer.train()
@@ -69,6 +70,21 @@ def test_a_micro_batch_is_left_out_and_counted(tmp_path: Path, route: str, caplo
         torch.testing.assert_close(trainer.model.state_dict()[name], value, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("route", ["logits", "hidden"])
+def test_the_whole_step_is_chosen_without_it(tmp_path: Path, route: str) -> None:
+    """With selection="step", the other micro-batches go on as if the bad one had no labels."""
+    options = {"on_nan": "skip", "save_strategy": "no", "logits_route": route, "selection": "step",
+               "focus_ratio": 0.3, "learning_rate": 0.1}  # fmt: skip
+    trainer, other = (nan_trainer(tmp_path, **options) for _ in range(2))
+    for record in other.train_dataset[8:10]:
+        record["labels"] = [-100] * len(record["labels"])
+    logs, expected = train_logs(trainer), train_logs(other)
+    assert [log.pop("skipped_micro_batches") for log in logs] == [0, 0, 1, 1]
+    assert [log["loss"] for log in logs] == pytest.approx([log["loss"] for log in expected], rel=1e-6)
+    for name, value in other.model.state_dict().items():
+        torch.testing.assert_close(trainer.model.state_dict()[name], value, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
 @pytest.mark.parametrize("on_nan", ["raise", "skip"])
 def test_a_gradient_of_nan(tmp_path: Path, on_nan: str, max_grad_norm: float) -> None:
@@ -89,11 +105,11 @@ def test_a_gradient_of_nan(tmp_path: Path, on_nan: str, max_grad_norm: float) ->
         assert value.isfinite().all()
 
 
+@pytest.mark.parametrize("selection", ["micro_batch", "step"])
 @pytest.mark.parametrize("on_nan", ["raise", "skip"])
-def test_ranks_decide_alike(tmp_path: Path, on_nan: str) -> None:
+def test_ranks_decide_alike(two_ranks: Path, on_nan: str, selection: str) -> None:
     """One of two ranks has the bad record; both stop with one message, or both go on with equal weights."""
-    run_two_ranks("nan", str(tmp_path), on_nan)
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    first, second = of_both_ranks(two_ranks, f"nan-{on_nan}-{selection}")
     assert first["error"] == second["error"]
     if on_nan == "raise":
         assert first["error"].startswith(

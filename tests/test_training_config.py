@@ -64,6 +64,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         ({"focus_warmup_ratio": 2.0}, r"^focus_warmup_ratio must lie in \[0, 1\], got 2.0"),
         ({"focus_min_ratio": 0.0}, r"^focus_min_ratio must lie in \(0, 1\], got 0.0"),
         ({"logits_route": "both"}, "logits_route must be one of auto, logits, hidden, got 'both'"),
+        ({"selection": "batch"}, "selection must be one of micro_batch, step, got 'batch'"),
         ({"on_nan": "stop"}, "on_nan must be one of raise, skip, got 'stop'"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0, got 0.1"),
     ],

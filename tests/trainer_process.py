@@ -1,27 +1,31 @@
-"""What the trainer tests run, in their own process or not: `python -m tests.trainer_process MODE FOLDER [ROUTE]`."""
+"""What the trainer tests run, in their own process or not: `python -m tests.trainer_process killed|ranks FOLDER`."""
 
 from __future__ import annotations
 
 import gc
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import PartialState
+from torch import Tensor
 from torch.utils.data import IterableDataset
+from transformers import TrainerCallback
 
 from adakd_kernels.integrations.transformers import AdaKDConfig, AdaKDTrainer, NonFiniteLossError
 from adakd_kernels.trainer import loading
 from adakd_kernels.trainer.packing import pack_records
 
-from .tiny_models import INSTRUCTIONS, tiny_experts, tiny_model, tiny_tokenizer, token_records
+from .tiny_models import INSTRUCTIONS, tiny_experts, tiny_model, tiny_tokenizer, token_records, write_jsonl
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,22 +42,42 @@ RANKED = {
 """Plain gradient steps with all tokens at one temperature, where a batch may be split in any way."""
 
 
+class Gradients(TrainerCallback):
+    """The gradient that each optimizer step is about to use."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters()})
+
+
+PLAIN = {
+    "optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 0.0, "save_strategy": "no",
+    "train_sampling_strategy": "sequential",
+}  # fmt: skip
+"""Plain gradient steps on records in order."""
+
+MOVING = {"focus_warmup_ratio": 0.2, "focus_beta": 0.0, "focus_epsilon": 0.01, "focus_delta": 0.3}
+"""An adaptive share that moves after a few steps."""
+
+
 def config(folder: Path, **options: Any) -> AdaKDConfig:
     quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False}
     return AdaKDConfig(**{"output_dir": str(folder), "logging_steps": 1, "save_strategy": "steps", **quiet, **options})
 
 
-def resumed_trainer(folder: Path, cls: type[AdaKDTrainer] = AdaKDTrainer) -> AdaKDTrainer:
+def resumed_trainer(folder: Path, cls: type[AdaKDTrainer] = AdaKDTrainer, **options: Any) -> AdaKDTrainer:
     """A run with dropout, so that the random state matters too."""
     return cls(
         model=tiny_model("gpt2", dropout=0.2, seed=1),
         teacher=tiny_model("gpt2", layers=2, seed=2),
-        args=config(folder, **RESUMED),
+        args=config(folder, **RESUMED, **options),
         train_dataset=token_records(16),
     )
 
 
-def ranked_trainer(folder: Path, batch_size: int, accumulation: int, route: str = "auto") -> AdaKDTrainer:
+def ranked_trainer(folder: Path, batch_size: int, accumulation: int) -> AdaKDTrainer:
     """In fp64, so that only a wrong weight of a token makes a difference."""
     return AdaKDTrainer(
         model=tiny_model("llama", seed=1).double(),
@@ -63,13 +87,35 @@ def ranked_trainer(folder: Path, batch_size: int, accumulation: int, route: str 
             **RANKED,
             save_strategy="no",
             per_device_train_batch_size=batch_size,
-            per_device_eval_batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
-            logits_route=route,
         ),
         train_dataset=token_records(24),
-        eval_dataset=token_records(16, seed=7),
     )
+
+
+def uneven_records() -> list[dict[str, list[int]]]:
+    """Five steps of eight. In the second, two ranks of two micro-batches of two leave rank 1 without a label."""
+    records = token_records(40)
+    for index in (10, 11, 14, 15):
+        records[index]["labels"] = [-100] * len(records[index]["labels"])
+    return records
+
+
+def uneven_run(folder: Path, route: str, selection: str, batch_size: int = 2, accumulation: int = 2) -> dict[str, Any]:
+    """A run in fp64 under a share that moves; weights, log lines, and the gradient of each step."""
+    gradients = Gradients()
+    trainer = AdaKDTrainer(
+        model=tiny_model("llama", seed=1).double(),
+        teacher=tiny_model("llama", layers=2, seed=2).double(),
+        args=config(
+            folder, max_steps=5, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
+            logits_route=route, selection=selection, ce_weight=0.2, **PLAIN, **MOVING,
+        ),
+        train_dataset=uneven_records(),
+        callbacks=[gradients],
+    )  # fmt: skip
+    logs = train_logs(trainer)
+    return {"weights": trainer.model.state_dict(), "logs": logs, "gradients": gradients.steps}
 
 
 class Stream(IterableDataset):  # type: ignore[type-arg]
@@ -123,13 +169,13 @@ def nan_trainer(folder: Path, cls: type[AdaKDTrainer] = AdaKDTrainer, **options:
     )
 
 
-def experts_trainer(folder: Path, batch_size: int, accumulation: int) -> AdaKDTrainer:
+def experts_trainer(folder: Path, batch_size: int, accumulation: int, **options: Any) -> AdaKDTrainer:
     """One step of four times the same record, under a large auxiliary loss, equal for all parts of the batch."""
     sizes = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
     return AdaKDTrainer(
         model=tiny_experts("mixtral", output_router_logits=True, router_aux_loss_coef=5.0),
         teacher=tiny_model("llama", layers=2, seed=2).double(),
-        args=config(folder, **RANKED | {"max_steps": 1, "save_strategy": "no"}, **sizes),
+        args=config(folder, **RANKED | {"max_steps": 1, "save_strategy": "no"}, **sizes, **options),
         train_dataset=token_records(1) * 4,
     )
 
@@ -151,21 +197,26 @@ def adapted_trainer(folder: Path, batch_size: int = 8, route: str = "auto", **op
     )  # fmt: skip
 
 
-def run_two_ranks(*arguments: str) -> None:
-    """Run this module in two processes that find each other."""
+def run_two_ranks(folder: Path) -> None:
+    """Run `SCENARIOS` in two processes that find each other; each leaves a file of each scenario."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.trainer_process", *arguments]
+    command = [sys.executable, "-m", "tests.trainer_process", "ranks", str(folder)]
     ranks = [
         subprocess.Popen(
             command, cwd=ROOT, env={**shared, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
         )
         for rank in ("0", "1")
     ]
-    outputs = [process.communicate(timeout=120) for process in ranks]
+    outputs = [process.communicate(timeout=240) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], outputs
+
+
+def of_both_ranks(folder: Path, scenario: str) -> list[Any]:
+    """What the two ranks left of a scenario."""
+    return [torch.load(folder / f"{scenario}.rank{rank}.pt") for rank in (0, 1)]
 
 
 def train_logs(trainer: AdaKDTrainer) -> list[dict[str, float]]:
@@ -183,81 +234,76 @@ class KilledWhileSaving(AdaKDTrainer):
         super()._save_rng_state(output_dir)
 
 
-def main(mode: str, folder: Path, route: str = "auto") -> None:
-    if mode == "killed":
-        resumed_trainer(folder, KilledWhileSaving).train()
-    else:
-        modes = {
-            "rank": run_rank, "evaluation": run_evaluation_rank, "nan": run_nan_rank, "experts": run_experts_rank,
-            "adapters": run_adapters_rank,
-            "data": run_data_rank,
-        }  # fmt: skip
-        modes[mode](folder, route)
-        gc.collect()  # as in `adakd train`: the process group goes after the trainer
-        PartialState().destroy_process_group()
+def evaluation_run(folder: Path, route: str) -> dict[str, float]:
+    """The metrics of `held_out_sets`."""
+    metrics: dict[str, float] = evaluated_trainer(folder, route).evaluate(held_out_sets())
+    return metrics
 
 
-def run_rank(folder: Path, route: str) -> None:
-    """One of two ranks: train, evaluate, save weights and logs."""
-    trainer = ranked_trainer(folder, batch_size=4, accumulation=1, route=route)
-    trainer.train()
-    trainer.evaluate()
-    result = {"weights": trainer.model.state_dict(), "logs": trainer.state.log_history}
-    torch.save(result, folder / f"rank{os.environ['RANK']}.pt")
-
-
-def run_evaluation_rank(folder: Path, route: str) -> None:
-    """One of two ranks: evaluate, save the metrics."""
-    metrics = evaluated_trainer(folder, route).evaluate(held_out_sets())
-    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(metrics))
-
-
-def run_nan_rank(folder: Path, on_nan: str) -> None:
-    """One of two ranks of a run with a loss of NaN on one of them: save what was raised, weights and logs."""
-    trainer = nan_trainer(folder, on_nan=on_nan, gradient_accumulation_steps=1, save_strategy="no")
-    error = ""
+def nan_run(folder: Path, on_nan: str, selection: str) -> dict[str, Any]:
+    """A run with a loss of NaN on one of two ranks: what was raised, weights and logs."""
+    options = {"on_nan": on_nan, "selection": selection, "gradient_accumulation_steps": 1, "save_strategy": "no"}
+    trainer, error = nan_trainer(folder, **options), ""
     try:
         trainer.train()
     except NonFiniteLossError as raised:
         error = str(raised)
     logs = [log for log in trainer.state.log_history if "loss" in log]
-    result = {"weights": trainer.model.state_dict(), "logs": logs, "error": error}
-    torch.save(result, folder / f"rank{os.environ['RANK']}.pt")
+    return {"weights": trainer.model.state_dict(), "logs": logs, "error": error}
 
 
-def run_experts_rank(folder: Path, _: str) -> None:
-    """One of two ranks of a run of a mixture of experts: save its weights."""
+def experts_run(folder: Path) -> dict[str, Any]:
+    """The weights that a mixture of experts has after its step."""
     trainer = experts_trainer(folder, batch_size=1, accumulation=2)
     trainer.train()
-    torch.save(trainer.model.state_dict(), folder / f"rank{os.environ['RANK']}.pt")
+    return trainer.model.state_dict()
 
 
-def run_adapters_rank(folder: Path, _: str) -> None:
-    """One of two ranks of a student that is its own teacher, on each route: train, evaluate, save adapter and logs."""
-    for route in ("logits", "hidden"):
-        trainer = adapted_trainer(folder, batch_size=4, route=route)
-        trainer.train()
-        trainer.evaluate()
-        weights = {name: value for name, value in trainer.model.state_dict().items() if "lora" in name}
-        torch.save({"weights": weights, "logs": trainer.state.log_history}, folder / f"{route}{os.environ['RANK']}.pt")
+def adapters_run(folder: Path, route: str) -> dict[str, Any]:
+    """A student that is its own teacher: its adapter after the training, and the logs, with an evaluation's."""
+    trainer = adapted_trainer(folder, batch_size=4, route=route)
+    trainer.train()
+    trainer.evaluate()
+    weights = {name: value for name, value in trainer.model.state_dict().items() if "lora" in name}
+    return {"weights": weights, "logs": trainer.state.log_history}
 
 
-def run_data_rank(folder: Path, _: str) -> None:
-    """One of two ranks: load a file and a list, pack the file, save the records and how many this rank tokenised."""
-    calls, tokenize_record = [], loading.tokenize_record
-
-    def counted(*args: Any) -> Any:
-        calls.append(args)
-        return tokenize_record(*args)
-
-    loading.tokenize_record = counted  # type: ignore[assignment]
-    args = config(folder, packing=True, max_length=200)
+def data_run(folder: Path) -> dict[str, Any]:
+    """Records of a file and of a list, the file's packed, and how many records this rank tokenised."""
+    args, tokenizer = config(folder, packing=True, max_length=200), tiny_tokenizer()
     file, texts = folder / "train.jsonl", [{**record, "output": "b"} for record in INSTRUCTIONS]
-    tokenizer = tiny_tokenizer()
-    loaded = [loading.load_for(args, data, tokenizer, "train_dataset").records for data in (file, texts)]
-    found = [list(records) for records in (*loaded, pack_records(args, loaded[0]))]
-    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps({"records": found, "calls": len(calls)}))
+    if args.process_index == 0:
+        folder.mkdir(exist_ok=True)
+        write_jsonl(file)
+    PartialState().wait_for_everyone()
+    with patch.object(loading, "tokenize_record", wraps=loading.tokenize_record) as tokenize:
+        loaded = [loading.load_for(args, data, tokenizer, "train_dataset").records for data in (file, texts)]
+        found = [list(records) for records in (*loaded, pack_records(args, loaded[0]))]
+    return {"records": found, "calls": tokenize.call_count}
+
+
+SCENARIOS: dict[str, Callable[[Path], Any]] = {"experts": experts_run, "data": data_run}
+for _route in ("logits", "hidden"):
+    SCENARIOS[f"evaluation-{_route}"] = partial(evaluation_run, route=_route)
+    if find_spec("peft"):
+        SCENARIOS[f"adapters-{_route}"] = partial(adapters_run, route=_route)
+    for _selection in ("micro_batch", "step"):
+        SCENARIOS[f"uneven-{_route}-{_selection}"] = partial(uneven_run, route=_route, selection=_selection)
+for _on_nan in ("raise", "skip"):
+    for _selection in ("micro_batch", "step"):
+        SCENARIOS[f"nan-{_on_nan}-{_selection}"] = partial(nan_run, on_nan=_on_nan, selection=_selection)
+"""What two ranks run, one after the other: two processes for all of it, because each takes seconds to start."""
+
+
+def main(mode: str, folder: Path) -> None:
+    if mode == "killed":
+        resumed_trainer(folder, KilledWhileSaving).train()
+        return
+    for name, scenario in SCENARIOS.items():
+        torch.save(scenario(folder / name), folder / f"{name}.rank{os.environ['RANK']}.pt")
+        gc.collect()  # as in `adakd train`: the process group goes after the trainer
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -3,23 +3,24 @@
 The temperatures depend on all difficulties, so in general a token passes twice: phase 1 computes its logits and keeps a
 few numbers; phase 2 computes the logits of the selected tokens again, their divergence, and their gradient, which it
 writes over the logits and folds into the gradients of the head. Where every valid token is selected at one temperature,
-no token waits for the others, and one phase does both.
+no token waits for the others, and one phase does both; so it does where selection and temperatures are given.
 
 Per-token tensors are (1, n) over the n labelled tokens, the (B, L) of the ops.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import ops, reference
-from ..adaptive import descending, select_tokens
-from ..divergences import Divergence
-from ..functional import Divisors, loss_divisors, token_statistics, token_temperature
+from ..adaptive import descending
+from ..divergences import Divergence, ReverseKL
+from ..functional import TokenChoice, choose_tokens, token_statistics
 from ..ops.token_divergence import loud_weights
 from .heads import Head, spans
 
@@ -39,13 +40,13 @@ class Tokens(NamedTuple):
 class Objective(NamedTuple):
     """The options of the loss, as `adakd_loss` takes them."""
 
-    divergence: Divergence
-    difficulty: str
-    focus_ratio: float | Tensor
-    temperature_scale: float
-    base_temperature: float
-    ce_weight: float
-    num_items: float | Tensor | None
+    divergence: Divergence = ReverseKL()
+    difficulty: str = "hellinger"
+    focus_ratio: float | Tensor = 1.0
+    temperature_scale: float = 0.5
+    base_temperature: float = 1.0
+    ce_weight: float = 0.0
+    num_items: float | Tensor | None = None
 
     @property
     def selects_all_at_one_temperature(self) -> bool:
@@ -66,8 +67,8 @@ class Statistics(NamedTuple):
     cross_entropy: Tensor | None
 
 
-class Selection(NamedTuple):
-    """How the tokens enter the loss: temperature, selected, and the weights of divergence and cross-entropy."""
+class Weighted(NamedTuple):
+    """How the tokens enter the gradient: temperature, selected, and the weights of divergence and cross-entropy."""
 
     temperature: Tensor
     selected: Tensor
@@ -86,15 +87,14 @@ class Pair(NamedTuple):
 class TokenResults(NamedTuple):
     """What the phases leave of the labelled tokens. The gradients are in the student's head."""
 
-    statistics: Statistics
-    selection: Selection
+    choice: TokenChoice
+    cross_entropy: Tensor | None
     divergence: Tensor  # 0 for tokens that are not selected
-    divisors: Divisors
     gradient_scale: Tensor  # 0-d; gradients of the loss are this times those of the head
 
 
-def rows_of(values: Any, part: Tensor) -> Any:
-    """Statistics or a selection, of the tokens at `part` of the n labelled ones."""
+def rows_of(values: Any, part: Tensor | slice) -> Any:
+    """Statistics or weights, of the tokens at `part` of the n labelled ones."""
     return type(values)(*(None if x is None else x[..., part] for x in values))
 
 
@@ -129,22 +129,25 @@ class Chunks:
         self.dtype = reference.accumulation_dtype(self.raw_s, self.z_t)
         self.differentiates = student.differentiates
 
-    def divisors(self, valid: Tensor) -> Divisors:
-        """What the sums of a batch with these valid tokens are divided by."""
-        return loss_divisors(valid, self.objective.focus_ratio, self.objective.num_items, self.dtype)
-
-    def select(self, statistics: Statistics, divisors: Divisors) -> Selection:
-        """(3)-(6) over these tokens, and the weights of their gradients, scaled up by `_power_of_two`."""
-        objective, valid = self.objective, statistics.valid
-        selected = select_tokens(statistics.difficulty, objective.focus_ratio, valid)
-        temperature = token_temperature(
-            statistics.difficulty, selected, valid, objective.temperature_scale, objective.base_temperature
+    def choose(self, statistics: Statistics) -> TokenChoice:
+        """(3)-(6) over these tokens."""
+        of = self.objective
+        return choose_tokens(
+            statistics.difficulty,
+            statistics.valid,
+            of.focus_ratio,
+            of.temperature_scale,
+            of.base_temperature,
+            of.num_items,
         )
-        unit, ce_weight = _power_of_two(divisors.cross_entropy), None
-        weight = (unit * (1.0 - objective.ce_weight) / divisors.distillation) * temperature.square() * selected
-        if objective.ce_weight:
-            ce_weight = (unit * objective.ce_weight / divisors.cross_entropy) * valid
-        return Selection(temperature, selected, weight, ce_weight)
+
+    def weighted(self, choice: TokenChoice) -> Weighted:
+        """The weights of the tokens' gradients, scaled up by `power_of_two`."""
+        of, unit, ce_weight = self.objective, power_of_two(choice.n), None
+        weight = (unit * (1.0 - of.ce_weight) / choice.k) * choice.temperature.square() * choice.selected
+        if of.ce_weight:
+            ce_weight = (unit * of.ce_weight / choice.n) * choice.valid
+        return Weighted(choice.temperature, choice.selected, weight, ce_weight)
 
     def empty_statistics(self) -> Statistics:
         """Memory for the statistics of all labelled tokens."""
@@ -160,14 +163,29 @@ class Chunks:
         """The logits of some tokens from raw ones of the student and those of the teacher, both (rows, V)."""
         return Pair(raw, self.student.capped(raw, self.z_s[: len(raw)]).unsqueeze(0), teacher.unsqueeze(0))
 
+    def parts(self, *, fold: bool = False) -> Iterator[tuple[slice, Pair]]:
+        """Of each part in turn: which of the n tokens it has, and their logits.
+
+        With `fold`, what the caller leaves in `raw`, the gradient over x, goes to the gradients of the student's head.
+        """
+        positions = self.tokens.positions
+        for a, b in spans(0, self.n, self.chunk):
+            raw = self.raw_s[: b - a]
+            self.student.raw_logits(positions[a:b], raw, graph=fold)
+            for i, j in spans(a, b, self.part):
+                teacher = self.teacher_logits(positions[i:j], self.z_t[: j - i])
+                yield slice(i, j), self.pair(raw[i - a : j - a], teacher)
+            if fold:
+                self.student.fold(positions[a:b], raw)
+
     def teacher_logits(self, index: Tensor, out: Tensor) -> Tensor:
         """The teacher's logits of the tokens at `index` of the batch, (rows, V), in `out`."""
         self.teacher.raw_logits(index, out)
         return self.teacher.capped(out, out)
 
-    def measure(self, pair: Pair, start: int, stop: int, statistics: Statistics) -> Statistics:
-        """Statistics of the tokens from `start` to `stop`, and a copy of them in those of all tokens."""
-        labels = self.tokens.labels[:, start:stop]
+    def measure(self, pair: Pair, part: slice, statistics: Statistics) -> Statistics:
+        """Statistics of the tokens of a part, and a copy of them in those of all tokens."""
+        labels = self.tokens.labels[:, part]
         labelled = torch.ones_like(labels, dtype=torch.bool)
         measured = token_statistics(pair.student, pair.teacher, labelled, labels, self.objective.difficulty)
         ce = None
@@ -176,25 +194,44 @@ class Chunks:
         of_part = Statistics(*measured, ce)
         for whole, values in zip(statistics, of_part, strict=True):
             if whole is not None and values is not None:
-                whole[..., start:stop] = values
+                whole[..., part] = values
         return of_part
 
-    def divergence(self, pair: Pair, labels: Tensor, statistics: Statistics, selection: Selection) -> Tensor:
-        """D of some tokens (1, rows). A gradient that is asked for (of the loss over x) replaces `pair.raw`."""
-        name, parameters = self.objective.divergence.name, self.objective.divergence.parameters
-        student, teacher, temperature, weight = pair.student, pair.teacher, selection.temperature, selection.weight
-        d: Tensor
-        d, *saved = ops.token_divergence(student, teacher, temperature, selection.selected, name, *parameters)
-        if not self.differentiates:
-            return d
-        ce_args: tuple[Tensor | None, ...] = (None, None, None)
-        if selection.ce_weight is not None and statistics.cross_entropy is not None:
-            weight, ce_weight = loud_weights(weight, selection.ce_weight, statistics.cross_entropy)
-            ce_args = (labels, ce_weight, statistics.normalizers_1)
-        ops.token_divergence_backward_(student, teacher, temperature, weight, *saved, *ce_args, name, *parameters)
+    def sums(self, pair: Pair, temperature: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        """D of some tokens (1, rows), and what `gradient` needs of them."""
+        of = self.objective.divergence
+        sums: tuple[Tensor, ...] = ops.token_divergence(
+            pair.student, pair.teacher, temperature, mask, of.name, *of.parameters
+        )
+        return sums
+
+    def gradient(
+        self, pair: Pair, temperature: Tensor, weight: Tensor, saved: Sequence[Tensor],
+        ce_args: tuple[Tensor | None, ...] = (None, None, None),
+    ) -> None:  # fmt: skip
+        """Let the gradient over x of some tokens, of which D has this weight, replace `pair.raw`."""
+        of = self.objective.divergence
+        ops.token_divergence_backward_(
+            pair.student, pair.teacher, temperature, weight, *saved, *ce_args, of.name, *of.parameters
+        )
         if self.student.softcap is not None:
             # `student` holds dL/dz now, `raw` tanh(x/cap): dL/dx = dL/dz·(1 − tanh²).
-            torch.ops.aten.tanh_backward(student[0], pair.raw, grad_input=pair.raw)
+            torch.ops.aten.tanh_backward(pair.student[0], pair.raw, grad_input=pair.raw)
+
+    def divergence(self, pair: Pair, labels: Tensor, statistics: Statistics | None, weighted: Weighted) -> Tensor:
+        """D of some tokens (1, rows). A gradient that is asked for (of the loss over x) replaces `pair.raw`.
+
+        `statistics` are those of the cross-entropy, if the loss has one.
+        """
+        d, *saved = self.sums(pair, weighted.temperature, weighted.selected)
+        if not self.differentiates:
+            return d
+        weight = weighted.weight
+        ce_args: tuple[Tensor | None, ...] = (None, None, None)
+        if weighted.ce_weight is not None and statistics is not None and statistics.cross_entropy is not None:
+            weight, ce_weight = loud_weights(weight, weighted.ce_weight, statistics.cross_entropy)
+            ce_args = (labels, ce_weight, statistics.normalizers_1)
+        self.gradient(pair, weighted.temperature, weight, saved, ce_args)
         return d
 
 
@@ -237,33 +274,32 @@ class KeptLogits:
         self.tokens.index_copy_(0, row, torch.arange(start, stop, device=row.device))
 
 
-def one_phase(chunks: Chunks) -> TokenResults:
-    """Statistics, divergence and gradient of every token while its logits are there.
+def one_phase(chunks: Chunks, choice: TokenChoice | None = None) -> TokenResults:
+    """Divergence and gradient of every token while its logits are there, and the statistics that are still unknown.
 
-    The weight of a token's gradient depends on the number of valid tokens, which is known only when the rows of all
-    labelled tokens are. Until then all of them are taken for valid; `gradient_scale` corrects the gradients afterwards.
+    Without a `choice` of these tokens, all of them are selected at one temperature. The weight of a token's gradient
+    depends on the number of valid tokens, which is known only when the rows of all labelled tokens are. Until then all
+    of them are taken for valid; `gradient_scale` corrects the gradients afterwards.
     """
-    (positions, labels), student = chunks.tokens, chunks.student
-    assumed = chunks.divisors(torch.ones_like(labels, dtype=torch.bool))
+    labels = chunks.tokens.labels
     statistics = chunks.empty_statistics()
     divergence = chunks.empty_values(chunks.dtype)
-    for a, b in spans(0, chunks.n, chunks.chunk):
-        raw = chunks.raw_s[: b - a]
-        student.raw_logits(positions[a:b], raw, graph=chunks.differentiates)
-        for i, j in spans(a, b, chunks.part):
-            teacher = chunks.teacher_logits(positions[i:j], chunks.z_t[: j - i])
-            pair = chunks.pair(raw[i - a : j - a], teacher)
-            of_part = chunks.measure(pair, i, j, statistics)
-            selection = chunks.select(of_part, assumed)
-            divergence[:, i:j] = chunks.divergence(pair, labels[:, i:j], of_part, selection)
-        if chunks.differentiates:
-            student.fold(positions[a:b], raw)
-    divisors = chunks.divisors(statistics.valid)
-    selection = chunks.select(statistics, divisors)
-    gradient_scale = (
-        student.scale / _power_of_two(assumed.cross_entropy) * (assumed.distillation / divisors.distillation)
-    )
-    return TokenResults(statistics, selection, divergence, divisors, gradient_scale)
+    assumed = choice
+    if assumed is None:
+        ones = torch.ones_like(labels, dtype=chunks.dtype)
+        assumed = choose_tokens(ones, ones.bool(), 1.0, 0.0, 1.0, chunks.objective.num_items)
+    for part, pair in chunks.parts(fold=chunks.differentiates):
+        of_part = None
+        if choice is None or chunks.objective.ce_weight:
+            of_part = chunks.measure(pair, part, statistics)
+        if choice is None and of_part is not None:
+            own = chunks.choose(of_part)._replace(n=assumed.n, k=assumed.k)
+        else:
+            own = assumed.each(itemgetter((slice(None), part)))
+        divergence[:, part] = chunks.divergence(pair, labels[:, part], of_part, chunks.weighted(own))
+    known = chunks.choose(statistics) if choice is None else choice
+    gradient_scale = chunks.student.scale / power_of_two(assumed.n) * (assumed.k / known.k)
+    return TokenResults(known, statistics.cross_entropy, divergence, gradient_scale)
 
 
 def two_phases(chunks: Chunks, kept: KeptLogits, needed: int) -> TokenResults:
@@ -271,15 +307,14 @@ def two_phases(chunks: Chunks, kept: KeptLogits, needed: int) -> TokenResults:
 
     `needed` is the number of tokens that phase 2 takes: the hardest ones, or all.
     """
-    statistics = _phase_1(chunks, kept)
-    divisors = chunks.divisors(statistics.valid)
-    selection = chunks.select(statistics, divisors)
-    divergence = _phase_2(chunks, kept, needed, statistics, selection)
-    gradient_scale = chunks.student.scale / _power_of_two(divisors.cross_entropy)
-    return TokenResults(statistics, selection, divergence, divisors, gradient_scale)
+    statistics = phase_1(chunks, kept)
+    choice = chunks.choose(statistics)
+    divergence = _phase_2(chunks, kept, needed, statistics, chunks.weighted(choice))
+    gradient_scale = chunks.student.scale / power_of_two(choice.n)
+    return TokenResults(choice, statistics.cross_entropy, divergence, gradient_scale)
 
 
-def _phase_1(chunks: Chunks, kept: KeptLogits) -> Statistics:
+def phase_1(chunks: Chunks, kept: KeptLogits) -> Statistics:
     """The statistics of every labelled token. The first logits go to where they are kept, while there is room."""
     positions, statistics = chunks.tokens.positions, chunks.empty_statistics()
     for a, b in spans(0, kept.rows, chunks.chunk) + spans(kept.rows, chunks.n, chunks.chunk):
@@ -289,13 +324,13 @@ def _phase_1(chunks: Chunks, kept: KeptLogits) -> Statistics:
         for i, j in spans(a, b, chunks.part):
             out = kept.z_t[i:j] if keeps else chunks.z_t[: j - i]
             pair = chunks.pair(raw[i - a : j - a], chunks.teacher_logits(positions[i:j], out))
-            chunks.measure(pair, i, j, statistics)
+            chunks.measure(pair, slice(i, j), statistics)
             if kept.replaces and not keeps:
                 kept.replace(i, j, pair, statistics)
     return statistics
 
 
-def _phase_2(chunks: Chunks, kept: KeptLogits, needed: int, statistics: Statistics, selection: Selection) -> Tensor:
+def _phase_2(chunks: Chunks, kept: KeptLogits, needed: int, statistics: Statistics, weighted: Weighted) -> Tensor:
     """D of the selected tokens, 0 elsewhere; the gradients of the student's head if any is asked for."""
     (positions, labels), student = chunks.tokens, chunks.student
     result = torch.zeros_like(statistics.difficulty)
@@ -308,7 +343,7 @@ def _phase_2(chunks: Chunks, kept: KeptLogits, needed: int, statistics: Statisti
                 teacher = kept_teacher[i:j]
             pair = chunks.pair(raw[i:j], teacher)
             of_part = rows_of(statistics, part)
-            d = chunks.divergence(pair, labels[:, part], of_part, rows_of(selection, part))
+            d = chunks.divergence(pair, labels[:, part], of_part, rows_of(weighted, part))
             result.index_copy_(1, part, d)
         if chunks.differentiates:
             student.fold(positions[of], raw)
@@ -332,7 +367,7 @@ def _chunks_of_phase_2(
         yield of, raw, None
 
 
-def _power_of_two(items: Tensor) -> Tensor:
+def power_of_two(items: Tensor) -> Tensor:
     """A power of two near `items`, by which the gradients are scaled up until the backward.
 
     In fp16 the gradient of a mean over thousands of tokens would be 0 (below 6e-8); a power of two rounds nothing.

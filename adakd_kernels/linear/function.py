@@ -12,10 +12,17 @@ from torch import Tensor
 from ..adaptive import focus_count
 from ..checks import check_head, check_head_options, check_labels, check_no_transform, check_options, check_pair
 from ..divergences import Divergence
-from ..functional import AdaKDOutput, loss_temperature, next_labels, reduce_loss
+from ..functional import (
+    AdaKDOutput,
+    TokenChoice,
+    check_choice,
+    loss_temperature,
+    next_labels,
+    reduce_loss,
+)
 from ..ops.token_divergence import OnceDifferentiable
-from .chunks import Chunks, KeptLogits, Objective, Tokens, one_phase, two_phases
-from .heads import StudentHead, TeacherHead, blocks, make_head
+from .chunks import Chunks, KeptLogits, Objective, Tokens, one_phase, phase_1, two_phases
+from .heads import HeadInput, StudentHead, TeacherHead, blocks, make_heads
 
 __all__ = ["linear_adakd_loss"]
 
@@ -44,6 +51,7 @@ def linear_adakd_loss(
     num_items: float | Tensor | None = None,
     ignore_index: int = -100,
     shift: bool = False,
+    choice: TokenChoice | None = None,
 ) -> AdaKDOutput:
     """`adakd_loss` of logits z = cap·tanh(x/cap), x = scale·(hWᵀ + b), without the logits (or z = x without a cap).
 
@@ -71,6 +79,7 @@ def linear_adakd_loss(
             hardest tokens. Without effect where the student's head is a module that gets gradients.
         divergence, focus_ratio, temperature_scale, base_temperature, difficulty, ce_weight, num_items, ignore_index,
             shift: as in `adakd_loss`.
+        choice: as in `adakd_loss`. Each token that has a part in the loss goes through the heads once then.
 
     Returns:
         AdaKDOutput(loss, token_loss, difficulty, temperature, selected), as `adakd_loss`, but `loss` alone carries a
@@ -89,62 +98,104 @@ def linear_adakd_loss(
         >>> int(out.selected.sum()), tuple(hidden.grad.shape), tuple(weight.grad.shape)
         (5, (2, 5, 8), (100, 8))
     """
-    given = (student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias)
-    check_no_transform("linear_adakd_loss", *given)
-    check_pair(student_hidden, teacher_hidden, "hidden")
+    student_in = HeadInput(student_hidden, student_weight, student_bias, student_scale, student_softcap)
+    teacher_in = HeadInput(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
+    batch = check_heads("linear_adakd_loss", student_in, teacher_in)
     div = check_options(
         divergence, focus_ratio, temperature_scale, base_temperature, difficulty, ce_weight, ignore_index, num_items,
         shift=shift,
     )  # fmt: skip
-    batch = student_hidden.shape[:-1]
     labels = check_labels(labels, batch, student_hidden, ignore_index)
-    check_head("student", student_hidden, student_weight, student_bias)
-    check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
     check_head_options(student_softcap, teacher_softcap, student_scale, teacher_scale, chunk_tokens, keep_bytes)
+    if choice is not None:
+        check_choice(choice, batch, student_hidden)
+        choice = choice.each(torch.flatten)
     if shift:
         labels = next_labels(labels, ignore_index)
     labels = labels.flatten()
     objective = Objective(div, difficulty, focus_ratio, temperature_scale, base_temperature, ce_weight, num_items)
     differentiable = torch.is_grad_enabled()
-    # Entries that are not common have no part in the loss: their columns of the logits are not computed.
-    vocab = min([w.shape[0] for w in (student_weight, teacher_weight) if isinstance(w, Tensor)], default=0)
     with torch.no_grad():
-        student = make_head(
-            student_hidden, student_weight, student_bias, student_scale, student_softcap, vocab,
-            differentiable=differentiable,
-        )  # fmt: skip
-        teacher = make_head(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap, vocab)
+        student, teacher = make_heads(student_in, teacher_in, differentiable=differentiable)
         with torch.autocast(student_hidden.device.type, enabled=False):
             labelled = labels != ignore_index
+            if choice is not None:
+                labelled = choice.valid if ce_weight else choice.selected
             # The one wait: how many tokens are labelled, and how many of them can be selected.
             n, k = torch.stack((labelled.sum(), focus_count(focus_ratio, labelled.sum()))).tolist()
-            # The labelled tokens by a stable sort, because `nonzero` would wait again.
-            positions = (~labelled).to(torch.uint8).argsort(stable=True)[:n]
+            positions = masked_positions(labelled, n)
             tokens = Tokens(positions, labels[positions].unsqueeze(0))
-            if objective.selects_all_at_one_temperature:
-                results = one_phase(Chunks(student, teacher, tokens, objective, chunk_tokens))
+            if choice is not None or objective.selects_all_at_one_temperature:
+                chunks = Chunks(student, teacher, tokens, objective, chunk_tokens)
+                own = None
+                if choice is not None:
+                    own = choice.each(lambda values: values[positions].unsqueeze(0))
+                    own = own._replace(
+                        **{name: getattr(own, name).to(chunks.dtype) for name in ("temperature", "n", "k")}
+                    )
+                results = one_phase(chunks, own)
             else:
                 needed = n if ce_weight else min(k, n)
                 kept = KeptLogits(student, teacher, n, needed, keep_bytes)
                 chunks = Chunks(student, teacher, tokens, objective, chunk_tokens, kept.rows)
                 results = two_phases(chunks, kept, needed)
-            statistics, temperature = results.statistics, results.selection.temperature
-            token_loss = temperature.square() * results.divergence
-            loss = reduce_loss(token_loss, statistics.cross_entropy, ce_weight, results.divisors)
+            of_tokens = results.choice
+            token_loss = of_tokens.temperature.square() * results.divergence
+            loss = reduce_loss(token_loss, results.cross_entropy, ce_weight, of_tokens)
 
         def spread(values: Tensor, fill: float) -> Tensor:
             everywhere = torch.full(labels.shape, fill, dtype=values.dtype, device=values.device)
-            return everywhere.index_copy(0, positions, values[0]).view(batch)
+            return everywhere.index_copy(0, positions, values[0])
 
-        per_token = (
-            spread(token_loss, 0.0),
-            spread(statistics.difficulty, 0.0),
-            spread(temperature, loss_temperature(base_temperature, temperature.dtype)),
-            spread(results.selection.selected, False),
-        )
+        if choice is None:
+            choice = TokenChoice(
+                spread(of_tokens.difficulty, 0.0),
+                labelled,
+                spread(of_tokens.temperature, loss_temperature(base_temperature, of_tokens.temperature.dtype)),
+                spread(of_tokens.selected, False),
+                *of_tokens[4:],
+            )
+        per_token = (spread(token_loss, 0.0), choice.difficulty, choice.temperature, choice.selected)
     if student.differentiates:
         loss = _WithGradient.apply(loss, results.gradient_scale, student.gradients(), *student.inputs)  # type: ignore[no-untyped-call]
-    return AdaKDOutput(loss, *per_token)
+    return AdaKDOutput(loss, *(values.view(batch) for values in per_token))
+
+
+@torch.no_grad()
+def linear_token_statistics(
+    student: HeadInput, teacher: HeadInput, labels: Tensor, mask: Tensor, measure: str, chunk_tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Difficulty and validity of the tokens in the mask (B, L), as `token_statistics` has them, without their logits.
+
+    Waits for the device once.
+    """
+    heads = make_heads(student, teacher)
+    with torch.autocast(mask.device.type, enabled=False):
+        n = int(mask.sum())
+        positions = masked_positions(mask.flatten(), n)
+        tokens = Tokens(positions, labels.flatten()[positions].unsqueeze(0))
+        chunks = Chunks(*heads, tokens, Objective(difficulty=measure), chunk_tokens)
+        found = phase_1(chunks, KeptLogits(*heads, n, n, 0))
+    difficulty, valid = (
+        torch.zeros(mask.numel(), dtype=values.dtype, device=mask.device).index_copy(0, positions, values[0])
+        for values in (found.difficulty, found.valid)
+    )
+    return difficulty.view(mask.shape), valid.view(mask.shape)
+
+
+def masked_positions(mask: Tensor, n: int) -> Tensor:
+    """The indices of the n true entries of a mask (N,), in order."""
+    # By a stable sort, because `nonzero` would wait for the device.
+    return (~mask).to(torch.uint8).argsort(stable=True)[:n]
+
+
+def check_heads(function: str, student: HeadInput, teacher: HeadInput, *others: Any) -> torch.Size:
+    """Refuse hidden states and heads that do not fit; the shape of the tokens."""
+    check_no_transform(function, *student[:3], *teacher[:3], *others)
+    *_, batch = check_pair(student.hidden, teacher.hidden, "hidden")
+    check_head("student", student.hidden, student.weight, student.bias)
+    check_head("teacher", teacher.hidden, teacher.weight, teacher.bias)
+    return batch
 
 
 class _WithGradient(torch.autograd.Function):
@@ -162,17 +213,17 @@ class _WithGradient(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         factor, *gradients = ctx.saved_tensors
         with torch.no_grad():
-            scaled = [
-                None if grad is None else _scaled(grad, grad_loss * factor, *like)
+            grads = [
+                None if grad is None else scaled(grad, grad_loss * factor, *like)
                 for grad, like in zip(gradients, ctx.like, strict=True)
             ]
         if torch.is_grad_enabled():  # create_graph=True
             refuses = torch.zeros((), device=factor.device, requires_grad=True)
-            scaled = [None if x is None else OnceDifferentiable.apply(x, refuses, grad_loss) for x in scaled]  # type: ignore[no-untyped-call]
-        return None, None, None, *scaled
+            grads = [None if x is None else OnceDifferentiable.apply(x, refuses, grad_loss) for x in grads]  # type: ignore[no-untyped-call]
+        return None, None, None, *grads
 
 
-def _scaled(grad: Tensor, factor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def scaled(grad: Tensor, factor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """factor·grad in another type and with zeros behind it, rounded once, without a temporary of its size."""
     if grad.dim() == 0 or (grad.numel() == math.prod(shape) and grad.dtype == dtype):
         return (grad * factor).to(dtype).view(shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -198,14 +199,26 @@ def without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
             registered.update(kept)
 
 
-def make_head(
-    hidden: Tensor, weight: TeacherHead, bias: Tensor | None, scale: float, softcap: float | None, vocab: int, *,
-    differentiable: bool = False,
-) -> Head:  # fmt: skip
-    """The head that a weight, of which the first `vocab` rows are used, or a callable stands for."""
-    if isinstance(weight, Tensor):
-        return WeightHead(hidden, weight, bias, scale, softcap, vocab, differentiable)
-    return ModuleHead(hidden, weight, scale, softcap, differentiable)
+class HeadInput(NamedTuple):
+    """What a head is made of."""
+
+    hidden: Tensor  # (B, L, H) or (N, H)
+    weight: TeacherHead  # (V, H), or a callable; a module on the student's side
+    bias: Tensor | None  # (V,)
+    scale: float
+    softcap: float | None
+
+    def head(self, vocab: int, *, differentiable: bool = False) -> Head:
+        """The head that a weight, of which the first `vocab` rows are used, or a callable stands for."""
+        if isinstance(self.weight, Tensor):
+            return WeightHead(self.hidden, self.weight, self.bias, self.scale, self.softcap, vocab, differentiable)
+        return ModuleHead(self.hidden, self.weight, self.scale, self.softcap, differentiable)
+
+
+def make_heads(student: HeadInput, teacher: HeadInput, *, differentiable: bool = False) -> tuple[Head, Head]:
+    """Both heads, without the rows of a weight whose entries are not common, and gradients of the student's."""
+    vocab = min([len(side.weight) for side in (student, teacher) if isinstance(side.weight, Tensor)], default=0)
+    return student.head(vocab, differentiable=differentiable), teacher.head(vocab)
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:

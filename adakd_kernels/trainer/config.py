@@ -19,6 +19,7 @@ __all__ = ["DATA_OPTIONS", "AdaKDConfig"]
 
 ROUTES = ("auto", "logits", "hidden")
 ON_NAN = ("raise", "skip")
+SELECTIONS = ("micro_batch", "step")
 DATA_OPTIONS = ("max_length", "long_records", "packing", "padding_free", "dataset_num_proc")
 """Options of `AdaKDConfig` that say how data become records and batches."""
 LOWER_IS_BETTER = ("forward_kl", "reverse_kl", "cross_entropy")
@@ -67,6 +68,13 @@ class AdaKDConfig(TrainingArguments):
     focus_delta: float = field(default=0.05, metadata={"help": "Relative change of r."})
     focus_min_ratio: float = field(default=0.1, metadata={"help": "Lower bound of r."})
 
+    selection: str = field(
+        default="micro_batch",
+        metadata={
+            "help": "Among which tokens the hardest are selected: those of each 'micro_batch'; or those of the whole "
+            "optimizer 'step', all micro-batches and ranks, for one more forward of the student."
+        },
+    )
     logits_route: str = field(
         default="auto",
         metadata={
@@ -136,6 +144,8 @@ class AdaKDConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be {least} or more, got {value}")
+        if self.selection not in SELECTIONS:
+            raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {self.selection!r}")
         # The functions check their own arguments, so a call on one token with two entries refuses every wrong option.
         token = torch.zeros(1, 1, 2)
         focus_ratio = 1.0 if self.focus_ratio is None else self.focus_ratio

@@ -16,7 +16,7 @@ from ..adaptive import exact_dtype
 from ..divergences import ReverseKL
 from ..functional import token_statistics
 from ..linear.chunks import CHUNK_BYTES
-from ..linear.heads import make_head, spans
+from ..linear.heads import HeadInput, make_heads, spans
 from .heads import HeadOptions
 from .records import IGNORE_INDEX
 
@@ -75,13 +75,14 @@ class HeldOutSums:
         targets: Tensor,  # (B, K)
     ) -> None:
         """Add the tokens of a batch from what the heads get: one pass of the heads, the logits of a chunk at a time."""
-        vocab = min(len(student_head.weight), len(teacher_head.weight))
-        heads = [
-            make_head(hidden, head.weight, head.bias, after.scale, after.softcap, vocab)
-            for hidden, head, after in zip(
-                (student_hidden, teacher_hidden), (student_head, teacher_head), options, strict=True
+        heads = make_heads(
+            *(
+                HeadInput(hidden, head.weight, head.bias, after.scale, after.softcap)
+                for hidden, head, after in zip(
+                    (student_hidden, teacher_hidden), (student_head, teacher_head), options, strict=True
+                )
             )
-        ]
+        )
         targets = targets.flatten()
         positions = (targets != IGNORE_INDEX).nonzero().flatten()
         budget = CHUNK_BYTES.get(targets.device.type, 2**30)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from .checkpoints import last_checkpoint
 from .collator import record_ids
 from .records import IGNORE_INDEX
 
-__all__ = ["BeforeStepCallback", "MicroBatch", "NonFiniteLossError", "loss_without_gradient"]
+__all__ = ["BeforeStepCallback", "FiniteCheck", "MicroBatch", "NonFiniteLossError", "loss_without_gradient"]
+
+logger = logging.getLogger(__name__)
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -45,6 +51,84 @@ class MicroBatch(NamedTuple):
                     f"{text}; the first token at fault is input_ids[{position + 1}] of {names[row]}: id {token}{name}"
                 )
         return f"{text}; every token's divergence is finite, so it is cross-entropy or an auxiliary loss"
+
+
+class FiniteCheck:
+    """What `on_nan` asks for: the losses of an optimizer step and their gradient are looked at before it is taken.
+
+    Args:
+        trainer: the `AdaKDTrainer` whose steps these are.
+
+    Attributes:
+        grad_norm: the norm of the step's gradient, where `Trainer` computed it.
+        skipped: number of micro-batches, and of steps, that were left out in this run.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a run."""
+        self.grad_norm: Any = None
+        self.skipped = 0
+        self._step: list[MicroBatch] = []
+
+    def takes(self, micro_batch: MicroBatch) -> bool:
+        """Whether the gradient of a micro-batch counts. With 'raise' all do until `before_step`."""
+        if self._raises:
+            self._step.append(micro_batch)
+            return True
+        finite = bool(micro_batch.loss.isfinite())
+        if not finite:
+            self._skip(micro_batch.at_fault(self._decode))
+        return finite
+
+    def before_step(self) -> None:
+        """Stop, on all ranks alike, before an optimizer step on a loss or a gradient that is not finite.
+
+        Waits for the device once.
+
+        Raises:
+            NonFiniteLossError: with the step, the records, and the first token at fault.
+        """
+        trainer, args = self.trainer, self.trainer.args
+        micro_batches, self._step = self._step, []
+        norm, self.grad_norm = self.grad_norm, None
+        if norm is None or trainer.accelerator.scaler is not None:
+            norm = 0.0  # a gradient scaler leaves such steps out by itself
+        numbers = (norm, *(m.loss for m in micro_batches))
+        bad = torch.stack([~torch.as_tensor(number, device=args.device).isfinite() for number in numbers])
+        if not trainer.accelerator.reduce(bad.any().int()).item():
+            return
+        if not self._raises:
+            trainer.model.zero_grad()
+            if trainer.is_world_process_zero():
+                self._skip(f"the gradient, whose norm is {float(norm)}")
+            return
+        count, rank = len(micro_batches), args.process_index
+        found = [
+            f"micro-batch {index} of {count}, rank {rank}: {micro_batch.at_fault(self._decode)}"
+            for index, micro_batch in enumerate(micro_batches, 1)
+            if not micro_batch.loss.isfinite()
+        ]
+        found = gather_object(found[:1]) or [f"the loss is finite, but the norm of its gradient is {float(norm)}"]
+        last = last_checkpoint(str(args.output_dir))
+        kept = f"the last checkpoint is {last}" if last else f"there is no checkpoint in {args.output_dir}"
+        raise NonFiniteLossError(f"step {trainer.state.global_step + 1}, {found[0]}; {kept}")
+
+    @property
+    def _raises(self) -> bool:
+        return bool(self.trainer.args.on_nan == "raise")
+
+    @property
+    def _decode(self) -> Any:
+        """The tokenizer's way from ids to text, or None."""
+        return getattr(self.trainer.processing_class, "decode", None)
+
+    def _skip(self, reason: str) -> None:
+        self.skipped += 1
+        logger.warning("AdaKDTrainer: step %d: left out: %s", self.trainer.state.global_step + 1, reason)
 
 
 class BeforeStepCallback(TrainerCallback):

@@ -8,19 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
 
 from ..adaptive import LossAdaptiveFocus
-from ..functional import AdaKDOutput
 from ..loss import AdaKDLoss
 from .adapters import OwnBase, base_of_adapter, check_checkpoint, load_student, teacher_of, with_adapter
 from .checkpoints import last_checkpoint
 from .collator import ID, AdaKDDataCollator, CheckedCollator
 from .config import AdaKDConfig
 from .evaluation import HeldOutSums, without_repeats
-from .finite import BeforeStepCallback, MicroBatch, NonFiniteLossError, loss_without_gradient
+from .finite import BeforeStepCallback, FiniteCheck, MicroBatch, loss_without_gradient
 from .focus_callback import FocusCallback
 from .heads import (
     HeadOptions,
@@ -48,6 +46,7 @@ from .models import (
 )
 from .packing import check_borders, pack_records
 from .records import IGNORE_INDEX, check_same_tokenizer
+from .step_selection import CHOSEN, Chosen, Measure, Measured, StepSelection, check_step_selection
 
 __all__ = ["AdaKDTrainer"]
 
@@ -64,7 +63,7 @@ class AdaKDTrainer(Trainer):
     The teacher is put on the training device in evaluation mode with `requires_grad` off. It keeps its type, is not
     wrapped for distributed training, and is not part of a checkpoint. A token is valid where its label is not −100.
     `num_items_in_batch` of `Trainer` makes k micro-batches, and k ranks, add up to one big batch; difficulties,
-    selection and temperatures are those of each micro-batch.
+    selection and temperatures are those of each micro-batch or, with `selection="step"`, of the whole optimizer step.
 
     Logged besides `loss`: `focus_ratio` (the share r after the step), `loss_ema`, `loss_reference`, and p10, p50 and
     p90 of `difficulty` (valid tokens) and `temperature` (selected tokens) since the last log line, over all ranks.
@@ -110,8 +109,8 @@ class AdaKDTrainer(Trainer):
         DataError: data that cannot be read or trained on; of a stream, when it is read.
         ValueError: a model that is bidirectional, an encoder–decoder or without an output layer, special tokens beyond
             a vocabulary, shared parameters, several GPUs in one process, sequences split over processes, a second
-            adapter, a base that is to teach but would not stay as it is or is split over processes, or
-            `logits_route="hidden"` where it cannot be taken.
+            adapter, a base that is to teach but would not stay as it is or is split over processes,
+            `logits_route="hidden"` where it cannot be taken, or `selection="step"` with what it does not go with.
         NonFiniteLossError: in `train`, a loss or a gradient that is NaN or infinite, before its step; see `on_nan`.
     """
 
@@ -174,6 +173,8 @@ class AdaKDTrainer(Trainer):
             )
         if self.get_cp_size() * self.get_sp_size() > 1:
             raise ValueError("AdaKDTrainer needs whole sequences: set cp_size and sp_size of parallelism_config to 1")
+        if args.selection == "step":
+            check_step_selection(self)
         # The loss is divided by num_items_in_batch here, so Trainer must count the items and not divide again.
         self.model_accepts_loss_kwargs = True
         self.teacher: Any = teacher
@@ -194,11 +195,11 @@ class AdaKDTrainer(Trainer):
         self.eval_loss_fn = self._make_loss(focus=1.0)
         self._difficulty = TokenHistogram(args.device)
         self._temperature = TokenHistogram(args.device)
-        self._step: list[MicroBatch] = []
-        self._skipped, self._grad_norm = 0, None
+        self._finite = FiniteCheck(self)
+        self._step_selection = StepSelection(self, [])
         self._held_out: HeldOutSums | None = None
         self.add_callback(FocusCallback)
-        self.add_callback(BeforeStepCallback(self._check_step))
+        self.add_callback(BeforeStepCallback(self._finite.before_step))
 
     def _follow_models(self) -> bool:
         """Judge models and heads where they, or hooks on them, are others than at the last time; whether they were.
@@ -370,7 +371,7 @@ class AdaKDTrainer(Trainer):
         self._use_loss(self._training_loss(self.args.make_focus(max(1, num_training_steps))))
         self._difficulty.reset()
         self._temperature.reset()
-        self._step, self._skipped = [], 0
+        self._finite.reset()
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _use_loss(self, loss_fn: AdaKDLoss) -> None:
@@ -400,6 +401,42 @@ class AdaKDTrainer(Trainer):
                 _report(stream)
         return output
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer` has it; with `selection="step"`, these are the micro-batches that are chosen from."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        self._step_selection = StepSelection(self, batches)
+        return batches, num_items
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: int | Tensor | None = None
+    ) -> Tensor:
+        """As `Trainer` has it; with `selection="step"`, with what was chosen over the whole step."""
+        if self.args.selection == "step" and self.is_in_train:
+            inputs, num_items_in_batch = self._step_selection.next(model, inputs)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    @torch.no_grad()
+    def measure_micro_batch(self, model: nn.Module, batch: dict[str, Any]) -> Measured:
+        """The difficulties of a micro-batch, by the forward that its training will do again."""
+        inputs, targets, _ids = self._taken_apart(self._prepare_inputs(batch))
+        measure = Measure(self.loss_fn)
+        found: Measured
+        with self.compute_loss_context_manager():
+            if self._head_options is None:
+                found, _ = self._from_logits(measure, model, inputs, targets, None, False)
+            else:
+                found, _ = self._from_hidden(measure, model, inputs, targets, None)
+        return found
+
+    def _taken_apart(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor, Tensor | None]:
+        """What the models take of a batch, the token that each position predicts, and the records' ids."""
+        inputs = dict(inputs)
+        ids = inputs.pop(ID, None)
+        self._follow_heads()
+        targets = self._pop_targets(inputs)
+        self._check_inputs(inputs)
+        return inputs, targets, ids
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -423,19 +460,19 @@ class AdaKDTrainer(Trainer):
             ValueError: `inputs` has no labels.
         """
         inputs = dict(inputs)
-        skip_logits, ids = inputs.pop("skip_logits", False), inputs.pop(ID, None)
+        skip_logits, chosen = inputs.pop("skip_logits", False), inputs.pop(CHOSEN, None)
         logits_are_read = return_outputs and not skip_logits
-        self._follow_heads()
-        targets = self._pop_targets(inputs)
-        self._check_inputs(inputs)
+        inputs, targets, ids = self._taken_apart(inputs)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # The number is global, and gradients, logged losses and the adaptive share are means over the ranks.
             num_items_in_batch = num_items_in_batch / (self.accelerator.num_processes // self.get_tp_size())
         loss_fn = self.loss_fn if model.training else self.eval_loss_fn
         if self._head_options is None or logits_are_read:
-            out, outputs = self._from_logits(loss_fn, model, inputs, targets, num_items_in_batch, logits_are_read)
+            out, outputs = self._from_logits(
+                loss_fn, model, inputs, targets, num_items_in_batch, logits_are_read, chosen
+            )
         else:
-            out, outputs = self._from_hidden(loss_fn, model, inputs, targets, num_items_in_batch)
+            out, outputs = self._from_hidden(loss_fn, model, inputs, targets, num_items_in_batch, chosen)
         loss, balance = out.loss, auxiliary_loss(self.model, outputs)
         if balance is not None:
             # The mean over the micro-batches of a step; without a number of items `Trainer` takes it. The mean over the
@@ -451,10 +488,7 @@ class AdaKDTrainer(Trainer):
         if model.training and self.is_in_train:
             keep = inputs.get("logits_to_keep")
             micro_batch = MicroBatch(loss.detach(), out.difficulty, out.token_loss.detach(), targets, keep, ids)
-            if self.args.on_nan == "raise":
-                self._step.append(micro_batch)
-            elif not loss.isfinite():
-                self._skip(micro_batch.at_fault(self._decode))
+            if not self._finite.takes(micro_batch):
                 loss = loss_without_gradient(model)
                 return (loss, outputs) if return_outputs else loss
         if model.training:
@@ -467,46 +501,10 @@ class AdaKDTrainer(Trainer):
         """The tokenizer's way from ids to text, or None."""
         return getattr(self.processing_class, "decode", None)
 
-    def _skip(self, reason: str) -> None:
-        self._skipped += 1
-        logger.warning("AdaKDTrainer: step %d: left out: %s", self.state.global_step + 1, reason)
-
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer` has it; the norm is kept for the check of the step."""
-        self._grad_norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[no-untyped-call]
-        return self._grad_norm
-
-    def _check_step(self) -> None:
-        """Stop, on all ranks alike, before an optimizer step on a loss or a gradient that is not finite.
-
-        Waits for the device once.
-
-        Raises:
-            NonFiniteLossError: with the step, the records, and the first token at fault.
-        """
-        micro_batches, self._step = self._step, []
-        norm, self._grad_norm = self._grad_norm, None
-        if norm is None or self.accelerator.scaler is not None:
-            norm = 0.0  # a gradient scaler leaves such steps out by itself
-        numbers = (norm, *(m.loss for m in micro_batches))
-        bad = torch.stack([~torch.as_tensor(number, device=self.args.device).isfinite() for number in numbers])
-        if not self.accelerator.reduce(bad.any().int()).item():
-            return
-        if self.args.on_nan == "skip":
-            self.model.zero_grad()
-            if self.is_world_process_zero():
-                self._skip(f"the gradient, whose norm is {float(norm)}")
-            return
-        count, rank = len(micro_batches), self.args.process_index
-        found = [
-            f"micro-batch {index} of {count}, rank {rank}: {micro_batch.at_fault(self._decode)}"
-            for index, micro_batch in enumerate(micro_batches, 1)
-            if not micro_batch.loss.isfinite()
-        ]
-        found = gather_object(found[:1]) or [f"the loss is finite, but the norm of its gradient is {float(norm)}"]
-        last = last_checkpoint(str(self.args.output_dir))
-        kept = f"the last checkpoint is {last}" if last else f"there is no checkpoint in {self.args.output_dir}"
-        raise NonFiniteLossError(f"step {self.state.global_step + 1}, {found[0]}; {kept}")
+        self._finite.grad_norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self._finite.grad_norm
 
     def _check_inputs(self, inputs: dict[str, Any]) -> None:
         """Refuse what one of the models would leave unread; looks only where a batch differs in kind from the last."""
@@ -530,14 +528,15 @@ class AdaKDTrainer(Trainer):
 
     def _from_logits(
         self,
-        loss_fn: AdaKDLoss,
+        loss_fn: AdaKDLoss | Measure,
         model: nn.Module,
         inputs: dict[str, Any],
         targets: Tensor,
         num_items: int | Tensor | None,
         logits_are_read: bool,
-    ) -> tuple[AdaKDOutput, Any]:
-        """The loss from the logits of both models, and the student's outputs."""
+        chosen: Chosen | None = None,
+    ) -> tuple[Any, Any]:
+        """What `loss_fn` gives from the logits of both models, and the student's outputs."""
         # The teacher first: its activations are gone before the student's are kept for the backward.
         with torch.no_grad():
             teacher_inputs = with_virtual_tokens(self.teacher, inputs)
@@ -549,26 +548,31 @@ class AdaKDTrainer(Trainer):
             self._held_out.add_logits(logits, teacher_logits, targets)
         if logits_are_read and loss_fn.inplace:
             logits = logits.clone()  # the gradient takes the place of the copy
-        return loss_fn(logits, teacher_logits, targets, num_items), outputs
+        choice = None if chosen is None else chosen.choice
+        return loss_fn(logits, teacher_logits, targets, num_items, choice=choice), outputs
 
     def _from_hidden(
         self,
-        loss_fn: AdaKDLoss,
+        loss_fn: AdaKDLoss | Measure,
         model: nn.Module,
         inputs: dict[str, Any],
         targets: Tensor,
         num_items: int | Tensor | None,
-    ) -> tuple[AdaKDOutput, Any]:
-        """The loss, computed where the student's forward calls its head; the outputs have no logits worth reading.
+        chosen: Chosen | None = None,
+    ) -> tuple[Any, Any]:
+        """What `loss_fn` gives where the student's forward calls its head; the outputs have no logits worth reading.
 
         Inside the forward, because what wraps a model (data parallelism, autocast) acts there, and the model itself
         chooses the positions that its head gets.
         """
         student_head, teacher_head = output_head(self.model), output_head(self.teacher)
-        with torch.no_grad():
-            teacher_hidden = hidden_states(self.teacher, with_virtual_tokens(self.teacher, inputs))
-            teacher_hidden = own_positions(teacher_hidden, targets.shape[1])  # (B, K, H)
-        results: list[AdaKDOutput] = []
+        if chosen is not None and chosen.teacher_hidden is not None:
+            teacher_hidden = chosen.teacher_hidden
+        else:
+            with torch.no_grad():
+                teacher_hidden = hidden_states(self.teacher, with_virtual_tokens(self.teacher, inputs))
+                teacher_hidden = own_positions(teacher_hidden, targets.shape[1])  # (B, K, H)
+        results: list[Any] = []
 
         def loss_of_hidden(hidden: Tensor) -> Tensor:
             out = loss_fn.from_hidden(
@@ -580,6 +584,7 @@ class AdaKDTrainer(Trainer):
                 num_items,
                 student_bias=student_head.bias,
                 teacher_bias=teacher_head.bias,
+                choice=None if chosen is None else chosen.choice,
             )
             results.append(out)
             if self._held_out is not None and self._head_options is not None:
@@ -657,7 +662,7 @@ class AdaKDTrainer(Trainer):
         else:
             logs["focus_ratio"] = float(focus)
         if self.args.on_nan == "skip":
-            skipped = torch.tensor(self._skipped, device=self.args.device)
+            skipped = torch.tensor(self._finite.skipped, device=self.args.device)
             logs["skipped_micro_batches"] = self.accelerator.reduce(skipped).item()
         for name, histogram in (("difficulty", self._difficulty), ("temperature", self._temperature)):
             histogram.counts = self.accelerator.reduce(histogram.counts)
