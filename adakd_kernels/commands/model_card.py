@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..integrations.transformers import AdaKDConfig
+from ..trainer.citation import CITATION
 from .models import lines_to_try
 from .options import RunOptions, method_options
 
@@ -16,18 +17,6 @@ __all__ = ["write_model_card"]
 
 ROWS = 20
 """Log lines in the table of the share at most."""
-
-CITATION = """\
-```bibtex
-@article{xie2025adakd,
-  title   = {LLM-Oriented Token-Adaptive Knowledge Distillation},
-  author  = {Xurong Xie and Zhucun Xue and Jiafu Wu and Jian Li and Yabiao Wang and Xiaobin Hu and Yong Liu and
-             Jiangning Zhang},
-  journal = {arXiv preprint arXiv:2510.11615},
-  year    = {2025}
-}
-```
-"""
 
 
 def write_model_card(

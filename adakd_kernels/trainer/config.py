@@ -14,7 +14,7 @@ from ..divergences import DIVERGENCES, Divergence
 from ..functional import DIFFICULTIES, adakd_loss
 from ..loss import AdaKDLoss
 
-__all__ = ["AdaKDConfig"]
+__all__ = ["AdaKDConfig", "AdaKDOptions", "TrainerOptions"]
 
 ROUTES = ("auto", "logits", "hidden")
 ON_NAN = ("raise", "skip")
@@ -23,12 +23,8 @@ LOWER_IS_BETTER = ("forward_kl", "reverse_kl", "cross_entropy")
 
 
 @dataclass
-class AdaKDConfig(TrainingArguments):
-    """`TrainingArguments` and the options of AdaKD (Xie et al., arXiv 2510.11615); the equations are in docs/maths.md.
-
-    Three defaults differ from `TrainingArguments`: `logging_nan_inf_filter` is off, because it would wait for the
-    device on every micro-batch and hide a loss that is NaN; `logging_steps` is 10; and `greater_is_better` is off where
-    `metric_for_best_model` is a KL divergence or the cross-entropy, as it is for a loss.
+class AdaKDOptions:
+    """The options of the method, to stand in front of a class of `TrainingArguments`; equations in docs/maths.md.
 
     Raises:
         ValueError, TypeError: an option that is unknown or outside its range; the message starts with its name.
@@ -64,49 +60,13 @@ class AdaKDConfig(TrainingArguments):
     focus_delta: float = field(default=0.05, metadata={"help": "Relative change of r."})
     focus_min_ratio: float = field(default=0.1, metadata={"help": "Lower bound of r."})
 
-    logits_route: str = field(
-        default="auto",
-        metadata={
-            "help": "Where the loss comes from: 'logits'; 'hidden' states, without the logits of a batch; or 'auto', "
-            "hidden states where both models have a plain output layer."
-        },
-    )
-    on_nan: str = field(
-        default="raise",
-        metadata={
-            "help": "What a loss that is NaN or infinite does: 'raise' stops the run before the step; 'skip' leaves "
-            "the gradient of its micro-batch out and counts it, and waits for the device on every micro-batch."
-        },
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={"help": "Checkpoint that 'adakd train' resumes from: a folder, or 'last' in output_dir."},
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Replace a loss that is not finite in the logs; waits for the device."}
-    )
-    logging_steps: float = field(
-        default=10, metadata={"help": "Optimizer steps between two log lines; below 1, a part of all steps."}
-    )
-
     def __post_init__(self) -> None:
         if isinstance(self.divergence_kwargs, str):
             try:
                 self.divergence_kwargs = json.loads(self.divergence_kwargs)
             except ValueError as error:
                 raise ValueError(f"divergence_kwargs must be JSON, got {self.divergence_kwargs!r}: {error}") from None
-        if self.greater_is_better is None and str(self.metric_for_best_model).endswith(LOWER_IS_BETTER):
-            self.greater_is_better = False
-        super().__post_init__()  # type: ignore[no-untyped-call]
-        if self.label_smoothing_factor:
-            raise ValueError(
-                f"label_smoothing_factor must be 0, got {self.label_smoothing_factor!r}: the distillation loss does "
-                "not use it; ce_weight adds the plain cross-entropy"
-            )
-        if self.logits_route not in ROUTES:
-            raise ValueError(f"logits_route must be one of {', '.join(ROUTES)}, got {self.logits_route!r}")
-        if self.on_nan not in ON_NAN:
-            raise ValueError(f"on_nan must be one of {', '.join(ON_NAN)}, got {self.on_nan!r}")
+        super().__post_init__()  # type: ignore[misc]
         # The functions check their own arguments, so a call on one token with two entries refuses every wrong option.
         token = torch.zeros(1, 1, 2)
         focus_ratio = 1.0 if self.focus_ratio is None else self.focus_ratio
@@ -164,3 +124,62 @@ class AdaKDConfig(TrainingArguments):
         """The options that `adakd_loss` and `AdaKDLoss` both take, without the divergence."""
         names = ("temperature_scale", "base_temperature", "difficulty", "ce_weight")
         return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class TrainerOptions(AdaKDOptions):
+    """The options of the method and those of `AdaKDTrainer`, likewise."""
+
+    logits_route: str = field(
+        default="auto",
+        metadata={
+            "help": "Where the loss comes from: 'logits'; 'hidden' states, without the logits of a batch; or 'auto', "
+            "hidden states where both models have a plain output layer."
+        },
+    )
+    on_nan: str = field(
+        default="raise",
+        metadata={
+            "help": "What a loss that is NaN or infinite does: 'raise' stops the run before the step; 'skip' leaves "
+            "the gradient of its micro-batch out and counts it, and waits for the device on every micro-batch."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        args: Any = self
+        if args.greater_is_better is None and str(args.metric_for_best_model).endswith(LOWER_IS_BETTER):
+            args.greater_is_better = False
+        super().__post_init__()
+        if args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor must be 0, got {args.label_smoothing_factor!r}: the distillation loss does "
+                "not use it; ce_weight adds the plain cross-entropy"
+            )
+        if self.logits_route not in ROUTES:
+            raise ValueError(f"logits_route must be one of {', '.join(ROUTES)}, got {self.logits_route!r}")
+        if self.on_nan not in ON_NAN:
+            raise ValueError(f"on_nan must be one of {', '.join(ON_NAN)}, got {self.on_nan!r}")
+
+
+@dataclass
+class AdaKDConfig(TrainerOptions, TrainingArguments):
+    """`TrainingArguments` and the options of AdaKD (Xie et al., arXiv 2510.11615); the equations are in docs/maths.md.
+
+    Three defaults differ from `TrainingArguments`: `logging_nan_inf_filter` is off, because it would wait for the
+    device on every micro-batch and hide a loss that is NaN; `logging_steps` is 10; and `greater_is_better` is off where
+    `metric_for_best_model` is a KL divergence or the cross-entropy, as it is for a loss.
+
+    Raises:
+        ValueError, TypeError: an option that is unknown or outside its range; the message starts with its name.
+    """
+
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "Checkpoint that 'adakd train' resumes from: a folder, or 'last' in output_dir."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Replace a loss that is not finite in the logs; waits for the device."}
+    )
+    logging_steps: float = field(
+        default=10, metadata={"help": "Optimizer steps between two log lines; below 1, a part of all steps."}
+    )

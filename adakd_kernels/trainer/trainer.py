@@ -16,7 +16,7 @@ from ..functional import AdaKDOutput
 from ..loss import AdaKDLoss
 from .checkpoints import last_checkpoint
 from .collator import ID, AdaKDDataCollator, CheckedCollator
-from .config import AdaKDConfig
+from .config import AdaKDConfig, TrainerOptions
 from .evaluation import HeldOutSums, without_repeats
 from .finite import BeforeStepCallback, MicroBatch, NonFiniteLossError, loss_without_gradient
 from .focus_callback import FocusCallback
@@ -115,7 +115,7 @@ class AdaKDTrainer(Trainer):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(args, AdaKDConfig):
+        if not isinstance(args, TrainerOptions):
             raise TypeError(f"args must be an AdaKDConfig, got {type(args).__name__}")
         if teacher is None:
             raise TypeError("teacher must be a causal language model or the folder of one, got None")
@@ -123,10 +123,7 @@ class AdaKDTrainer(Trainer):
             _check_tokenizer_of(teacher, processing_class)
             teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype="auto")
         if data_collator is None:
-            pad = getattr(processing_class, "pad_token_id", None)
-            # The backward of this form is a scatter-add, which torch may refuse under full_determinism.
-            per_record = takes_positions_per_record(model, teacher) and not args.full_determinism
-            data_collator = AdaKDDataCollator(pad_token_id=0 if pad is None else pad, per_record=per_record)
+            data_collator = self._default_collator(model, teacher, args, processing_class)
         super().__init__(
             model=model, args=args, data_collator=data_collator, processing_class=processing_class, **kwargs
         )
@@ -155,6 +152,13 @@ class AdaKDTrainer(Trainer):
         self._held_out: HeldOutSums | None = None
         self.add_callback(FocusCallback)
         self.add_callback(BeforeStepCallback(self._check_step))
+
+    def _default_collator(self, model: Any, teacher: Any, args: AdaKDConfig, processing_class: Any) -> Any:
+        """What makes the batches where no `data_collator` is given."""
+        pad = getattr(processing_class, "pad_token_id", None)
+        # The backward of this form is a scatter-add, which torch may refuse under full_determinism.
+        per_record = takes_positions_per_record(model, teacher) and not args.full_determinism
+        return AdaKDDataCollator(pad_token_id=0 if pad is None else pad, per_record=per_record)
 
     def _follow_models(self) -> bool:
         """Judge models and heads where they, or hooks on them, are others than at the last time; whether they were.
@@ -568,7 +572,7 @@ class AdaKDTrainer(Trainer):
             logs = dict(zip(names, values, strict=True))
         else:
             logs["focus_ratio"] = float(focus)
-        if self.args.on_nan == "skip":
+        if getattr(self.args, "on_nan", None) == "skip":
             skipped = torch.tensor(self._skipped, device=self.args.device)
             logs["skipped_micro_batches"] = self.accelerator.reduce(skipped).item()
         for name, histogram in (("difficulty", self._difficulty), ("temperature", self._temperature)):

@@ -1,0 +1,196 @@
+"""`AdaKDDistillationTrainer`: TRL's `DistillationTrainer`, on the student's own completions, with AdaKD's loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from trl.trainer.distillation_config import DistillationConfig
+from trl.trainer.distillation_trainer import DistillationTrainer
+
+from ...adaptive import LossAdaptiveFocus
+from ...divergences import DIVERGENCES, Divergence, ForwardKL, JensenShannon, ReverseKL
+from ...functional import AdaKDOutput
+from ...loss import AdaKDLoss
+from ...trainer.citation import CITATION, PAPER_ID, PAPER_TITLE
+from ...trainer.config import AdaKDOptions
+from ...trainer.focus_callback import FocusCallback
+from ...trainer.heads import HeadOptions
+from ...trainer.histogram import TokenHistogram
+from ...trainer.records import IGNORE_INDEX
+from ...trainer.trainer import KEEP_BYTES, AdaKDTrainer
+from .heads import entropy_sum, head_options, whole_heads
+
+__all__ = ["AdaKDDistillationConfig", "AdaKDDistillationTrainer", "divergence_of_beta"]
+
+IMAGE_INPUTS = (
+    "pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes", "token_type_ids",
+    "mm_token_type_ids", "image_position_ids",
+)  # fmt: skip
+"""What a batch of a vision-language model has besides tokens."""
+
+
+def divergence_of_beta(beta: float) -> Divergence:
+    """The divergence that TRL's β stands for: 0 forward KL, 1 reverse KL, else the generalised Jensen–Shannon."""
+    return ForwardKL() if beta == 0.0 else ReverseKL() if beta == 1.0 else JensenShannon(beta=beta)
+
+
+@dataclass
+class AdaKDDistillationConfig(AdaKDOptions, DistillationConfig):
+    """TRL's `DistillationConfig` and the options of AdaKD (Xie et al., arXiv 2510.11615).
+
+    TRL's `beta` chooses the divergence, unless `divergence` names one. TRL's `temperature` samples the completions and
+    does not scale the loss: `base_temperature` does, with the factor τ² that TRL's loss leaves out.
+
+    Raises:
+        ValueError, TypeError: an option that is unknown or outside its range; the message starts with its name.
+    """
+
+    divergence: str | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": f"Divergence instead of the one that beta stands for: {', '.join(DIVERGENCES)}."},
+    )
+
+    def make_divergence(self) -> Divergence:
+        """The divergence that `divergence` and `divergence_kwargs` name, or that `beta` stands for.
+
+        Raises:
+            ValueError: unknown name or parameter, or a parameter outside its range.
+        """
+        if self.divergence is not None:
+            return super().make_divergence()
+        if self.divergence_kwargs:
+            raise ValueError(f"divergence_kwargs {self.divergence_kwargs!r} need a divergence; without one beta counts")
+        return divergence_of_beta(self.beta)
+
+
+class AdaKDDistillationTrainer(DistillationTrainer):
+    """TRL's `DistillationTrainer` with AdaKD's loss on the completions that the student samples.
+
+    Generation, data, PEFT, vLLM and the distributed modes are TRL's. A token is valid where the student made it: not in
+    the prompt, not padding, not the answer of a tool; the end-of-text that ends a completion is valid. The loss comes
+    from the hidden states of both models; no logits of a batch exist. Difficulties, selection and temperatures are
+    those of each micro-batch.
+
+    Logged besides what TRL logs (`entropy` of the student too): `focus_ratio` (the share r after the step),
+    `loss_ema`, `loss_reference`, and p10, p50 and p90 of `difficulty` (valid tokens) and `temperature` (selected
+    tokens). `eval_loss` is the loss with every valid token selected (r = 1).
+
+    Args:
+        model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers, quantization_config,
+            peft_config, tools: as `DistillationTrainer` takes them, `args` an `AdaKDDistillationConfig`.
+        teacher_model: a model or the name of one, with the student's vocabulary.
+
+    Attributes:
+        loss_fn: the loss of the training micro-batches; each `train` makes a new one, with the share of its run.
+        eval_loss_fn: the loss of the evaluation batches, r = 1.
+
+    Raises:
+        TypeError: `args` is no `AdaKDDistillationConfig`, or there is no teacher.
+        ValueError: what TRL refuses, or a model whose logits are not those of a plain output layer.
+    """
+
+    args: AdaKDDistillationConfig
+    model: nn.Module
+
+    _tag_names = ["trl", "distillation", "adakd"]  # noqa: RUF012
+    _name = "AdaKD"
+    _paper = {"title": PAPER_TITLE, "id": PAPER_ID, "citation": CITATION}  # noqa: RUF012
+
+    # What AdaKDTrainer does with its loss and with its numbers is done here too; the two share no base of their own.
+    _use_loss: Any = AdaKDTrainer._use_loss
+    _adakd_logs: Any = AdaKDTrainer._adakd_logs
+
+    def __init__(
+        self, model: Any, teacher_model: Any = None, args: AdaKDDistillationConfig | None = None, **kwargs: Any
+    ) -> None:
+        if not isinstance(args, AdaKDDistillationConfig):
+            raise TypeError(f"args must be an AdaKDDistillationConfig, got {type(args).__name__}")
+        if teacher_model is None:
+            raise TypeError("teacher_model must be a causal language model or the name of one, got None")
+        super().__init__(model, teacher_model, args, **kwargs)
+        # A model that is split over processes, or that wants an image, is not tried out.
+        whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1 or self._is_vlm)
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        self._head_options: tuple[HeadOptions, HeadOptions] = (
+            head_options("model", self.model, try_out=whole),
+            head_options("teacher_model", teacher, try_out=whole),
+        )
+        # r = 1 until `create_scheduler` knows how many steps the run has.
+        self.loss_fn, self.eval_loss_fn = self._make_loss(focus=1.0), self._make_loss(focus=1.0)
+        self._difficulty, self._temperature = TokenHistogram(args.device), TokenHistogram(args.device)
+        self.add_callback(FocusCallback)
+
+    def _make_loss(self, focus: LossAdaptiveFocus | float) -> AdaKDLoss:
+        """The loss of the options with the given share, and with what follows the heads."""
+        student, teacher = self._head_options
+        loss: AdaKDLoss = self.args.make_loss(
+            focus,
+            student_scale=student.scale,
+            student_softcap=student.softcap,
+            teacher_scale=teacher.scale,
+            teacher_softcap=teacher.softcap,
+            keep_bytes=KEEP_BYTES,
+        )
+        return loss.to(self.args.device)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As `Trainer.create_scheduler`; the number of steps of the run also sets up the adaptive share."""
+        self._use_loss(self._make_loss(self.args.make_focus(max(1, num_training_steps))))
+        self._difficulty.reset()
+        self._temperature.reset()
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _compute_loss(
+        self, unwrapped_student: Any, inputs: dict[str, Any], num_items_in_batch: int | Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of one micro-batch, the sum of the student's entropies, and the number of valid tokens.
+
+        Runs inside the forward of what wraps the student, as `DistillationTrainer._compute_loss` does.
+        """
+        labels = self._labels(inputs)
+        tokens = [torch.cat((inputs[f"prompt_{x}"], inputs[f"completion_{x}"]), dim=1) for x in ("ids", "mask")]
+        images = {name: inputs[name] for name in IMAGE_INPUTS if name in inputs}
+        hidden = self._get_last_hidden_state(unwrapped_student, *tokens, labels.shape[1], **images)
+        self.teacher_model.eval()
+        unwrapped_teacher = self.accelerator.unwrap_model(self.teacher_model)
+        with torch.no_grad():
+            teacher_hidden = self._forward_redirection(
+                self.teacher_model, unwrapped_teacher, self._get_last_hidden_state, unwrapped_teacher, *tokens,
+                labels.shape[1], **images,
+            )  # fmt: skip
+        head, teacher_head = unwrapped_student.get_output_embeddings(), unwrapped_teacher.get_output_embeddings()
+        # Split over devices, a model may end on another one than its head.
+        hidden, labels = hidden.to(head.weight.device), labels.to(head.weight.device)
+        teacher_hidden = teacher_hidden.to(head.weight.device)
+        loss_fn = self.loss_fn if self.model.training else self.eval_loss_fn
+        with whole_heads((hidden, head), (teacher_hidden, teacher_head)) as (student, teacher):
+            out: AdaKDOutput = loss_fn.from_hidden(
+                hidden, student.weight, teacher_hidden, teacher.weight.detach(), labels, num_items_in_batch,
+                student_bias=student.bias, teacher_bias=None if teacher.bias is None else teacher.bias.detach(),
+            )  # fmt: skip
+            entropy = entropy_sum(hidden, student, self._head_options[0], labels)
+        valid = labels != IGNORE_INDEX
+        if self.model.training:
+            self._difficulty.add(out.difficulty, valid)
+            self._temperature.add(out.temperature, out.selected)
+        return out.loss, entropy, valid.sum()
+
+    @staticmethod
+    def _labels(inputs: dict[str, Any]) -> Tensor:
+        """The token that each position of a completion predicts, (B, C); −100 on padding and on answers of tools.
+
+        Position i of the hidden states is the one in front of token i of the completion, so the labels are the
+        completion itself, its end-of-text too.
+        """
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        labels: Tensor = inputs["completion_ids"].masked_fill(mask == 0, IGNORE_INDEX)
+        return labels
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `DistillationTrainer.log`, with the share and the quantiles added to a training log line."""
+        if self.is_in_train and "loss" in logs:
+            logs.update(self._adakd_logs())
+        super().log(logs, start_time)
