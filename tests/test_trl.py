@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import math
-import subprocess
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from trl.trainer import distillation_trainer
 from trl.trainer.distillation_config import DistillationConfig
 from trl.trainer.distillation_trainer import DistillationTrainer
 
+import adakd_kernels
 from adakd_kernels import reference
 from adakd_kernels.integrations.transformers import AdaKDTrainer
 from adakd_kernels.integrations.trl import (
@@ -28,6 +30,7 @@ from adakd_kernels.integrations.trl import (
     AdaKDDistillationTrainer,
     AdaKDSFTConfig,
     AdaKDSFTTrainer,
+    patch_distillation_loss,
 )
 
 from .tiny_models import INSTRUCTIONS, tiny_model, tiny_tokenizer, token_records
@@ -228,20 +231,58 @@ def test_a_head_that_is_split_over_processes_is_put_together(tmp_path: Path) -> 
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    from adakd_kernels.integrations.trl.heads import whole_heads
+    from adakd_kernels.integrations.trl.loss import Side, loss_and_entropy
+    from adakd_kernels.loss import AdaKDLoss
+    from adakd_kernels.trainer.heads import HeadOptions
+
+    def weights(split: bool) -> tuple[Any, Any]:
+        whole = [torch.randn(9, 4, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in (0, 1)]
+        mesh = init_device_mesh("cpu", (1,))
+        parts = [distribute_tensor(weight, mesh, [Shard(0)]) if split else weight for weight in whole]
+        return torch.nn.Parameter(parts[0]), parts[1]
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
-        head, hidden = torch.nn.Linear(4, 9, dtype=torch.bfloat16), torch.randn(3, 4)
-        head.weight = torch.nn.Parameter(
-            distribute_tensor(head.weight.detach(), init_device_mesh("cpu", (1,)), [Shard(0)])
-        )
-        with whole_heads((hidden, head)) as (whole,):
-            assert type(whole.weight) is Tensor and whole.weight.dtype == whole.bias.dtype == torch.float32
-            whole.weight.square().sum().backward()
-        torch.testing.assert_close(head.weight.grad.full_tensor(), 2 * head.weight.full_tensor())
+        hidden, labels, results = torch.randn(1, 3, 4), torch.tensor([[1, 2, -100]]), []
+        for split in (False, True):
+            student, teacher = weights(split)
+            sides = [Side(hidden, weight, None, HeadOptions()) for weight in (student, teacher)]
+            out, entropy = loss_and_entropy(AdaKDLoss(focus=1.0), *sides, labels, None)
+            out.loss.backward()
+            gradient = student.grad.full_tensor() if split else student.grad
+            results.append((out.loss.detach(), entropy, gradient))
+        torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+        assert results[0][2].abs().max() > 0
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("options", [OFF, {"focus_ratio": 0.5, "temperature_scale": 0.5}])
+def test_a_patched_trainer_of_trl_has_the_losses_of_ours(tmp_path: Path, options: dict[str, float]) -> None:
+    ours = logs(on_policy(tmp_path, True, pair("gemma2"), beta=0.3, **options))
+    stock = distillation_trainer._chunked_divergence_loss
+    with patch_distillation_loss(**options):
+        assert distillation_trainer._chunked_divergence_loss is not stock
+        patched = logs(on_policy(tmp_path, False, pair("gemma2"), beta=0.3))
+    assert distillation_trainer._chunked_divergence_loss is stock
+    for got, expected in zip(patched, ours, strict=True):
+        for name in ("loss", "entropy", "grad_norm"):
+            assert got[name] == pytest.approx(expected[name], rel=1e-6), name
+
+
+def test_a_patch_can_be_undone_without_a_block_and_refuses_another_trl(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = distillation_trainer._chunked_divergence_loss
+    patch = patch_distillation_loss()
+    assert distillation_trainer._chunked_divergence_loss == patch._loss
+    patch.undo()
+    patch.undo()
+    assert distillation_trainer._chunked_divergence_loss is stock
+    with pytest.raises(ValueError, match=r"focus_ratio must be in \(0, 1\], got 2.0"):
+        patch_distillation_loss(focus_ratio=2.0)
+    assert distillation_trainer._chunked_divergence_loss is stock
+    monkeypatch.setattr(distillation_trainer, "_chunked_divergence_loss", lambda hidden: hidden)
+    with pytest.raises(RuntimeError, match=r"install trl>=1\.16,<1\.17"):
+        patch_distillation_loss()
 
 
 @pytest.mark.parametrize(
@@ -277,18 +318,16 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         AdaKDSFTTrainer(student, teacher, AdaKDSFTConfig(output_dir=str(tmp_path), **QUIET), compute_loss_func=max)
 
 
-def test_trl_is_asked_for_by_name_and_nothing_else_needs_it() -> None:
-    code = """
-import sys
-sys.modules["trl"] = None
-import adakd_kernels.integrations.transformers
-try:
-    import adakd_kernels.integrations.trl
-except ImportError as error:
-    print(error)
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.startswith("adakd_kernels.integrations.trl needs trl 1.16 and transformers: pip install")
+def test_trl_is_asked_for_by_name_and_nothing_else_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = "adakd_kernels.integrations.trl"
+    for name in [name for name in sys.modules if name.startswith((ours, "trl."))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(ImportError, match=r"needs trl 1\.16 and transformers: pip install 'adakd-kernels\[trl\]'"):
+        importlib.import_module(ours)
+    package = Path(adakd_kernels.__file__).parent
+    users = {path for path in package.rglob("*.py") if re.search(r"^ *(from|import) trl\b", path.read_text(), re.M)}
+    assert users and {path.parent for path in users} == {package / "integrations" / "trl"}
 
 
 def sft(folder: Path, dataset: Dataset, models: tuple[Any, Any, Any] | None = None, **options: Any) -> Any:

@@ -22,6 +22,14 @@ except ImportError as error:
     ) from error
 
 from .distillation import AdaKDDistillationConfig, AdaKDDistillationTrainer
+from .patch import PatchedLoss, patch_distillation_loss
 from .sft import AdaKDSFTConfig, AdaKDSFTTrainer
 
-__all__ = ["AdaKDDistillationConfig", "AdaKDDistillationTrainer", "AdaKDSFTConfig", "AdaKDSFTTrainer"]
+__all__ = [
+    "AdaKDDistillationConfig",
+    "AdaKDDistillationTrainer",
+    "AdaKDSFTConfig",
+    "AdaKDSFTTrainer",
+    "PatchedLoss",
+    "patch_distillation_loss",
+]

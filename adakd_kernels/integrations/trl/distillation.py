@@ -12,7 +12,6 @@ from trl.trainer.distillation_trainer import DistillationTrainer
 
 from ...adaptive import LossAdaptiveFocus
 from ...divergences import DIVERGENCES, Divergence, ForwardKL, JensenShannon, ReverseKL
-from ...functional import AdaKDOutput
 from ...loss import AdaKDLoss
 from ...trainer.citation import CITATION, PAPER_ID, PAPER_TITLE
 from ...trainer.config import AdaKDOptions
@@ -20,8 +19,8 @@ from ...trainer.focus_callback import FocusCallback
 from ...trainer.heads import HeadOptions
 from ...trainer.histogram import TokenHistogram
 from ...trainer.records import IGNORE_INDEX
-from ...trainer.trainer import KEEP_BYTES, AdaKDTrainer
-from .heads import entropy_sum, head_options, whole_heads
+from ...trainer.trainer import AdaKDTrainer
+from .loss import Side, head_options, loss_and_entropy, make_loss
 
 __all__ = ["AdaKDDistillationConfig", "AdaKDDistillationTrainer", "divergence_of_beta"]
 
@@ -126,15 +125,7 @@ class AdaKDDistillationTrainer(DistillationTrainer):
     def _make_loss(self, focus: LossAdaptiveFocus | float) -> AdaKDLoss:
         """The loss of the options with the given share, and with what follows the heads."""
         student, teacher = self._head_options
-        loss: AdaKDLoss = self.args.make_loss(
-            focus,
-            student_scale=student.scale,
-            student_softcap=student.softcap,
-            teacher_scale=teacher.scale,
-            teacher_softcap=teacher.softcap,
-            keep_bytes=KEEP_BYTES,
-        )
-        return loss.to(self.args.device)
+        return make_loss(self.args.make_loss, student, teacher, focus=focus).to(self.args.device)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As `Trainer.create_scheduler`; the number of steps of the run also sets up the adaptive share."""
@@ -166,12 +157,14 @@ class AdaKDDistillationTrainer(DistillationTrainer):
         hidden, labels = hidden.to(head.weight.device), labels.to(head.weight.device)
         teacher_hidden = teacher_hidden.to(head.weight.device)
         loss_fn = self.loss_fn if self.model.training else self.eval_loss_fn
-        with whole_heads((hidden, head), (teacher_hidden, teacher_head)) as (student, teacher):
-            out: AdaKDOutput = loss_fn.from_hidden(
-                hidden, student.weight, teacher_hidden, teacher.weight.detach(), labels, num_items_in_batch,
-                student_bias=student.bias, teacher_bias=None if teacher.bias is None else teacher.bias.detach(),
-            )  # fmt: skip
-            entropy = entropy_sum(hidden, student, self._head_options[0], labels)
+        of_student, of_teacher = self._head_options
+        out, entropy = loss_and_entropy(
+            loss_fn,
+            Side(hidden, head.weight, head.bias, of_student),
+            Side(teacher_hidden, teacher_head.weight, teacher_head.bias, of_teacher),
+            labels,
+            num_items_in_batch,
+        )
         valid = labels != IGNORE_INDEX
         if self.model.training:
             self._difficulty.add(out.difficulty, valid)
