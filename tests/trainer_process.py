@@ -132,13 +132,13 @@ def experts_trainer(folder: Path, batch_size: int, accumulation: int) -> AdaKDTr
     )
 
 
-def run_two_ranks(*arguments: str) -> None:
-    """Run this module in two processes that find each other."""
+def run_two_ranks(*arguments: str, module: str = "tests.trainer_process") -> None:
+    """Run this module, or another one, in two processes that find each other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.trainer_process", *arguments]
+    command = [sys.executable, "-m", module, *arguments]
     ranks = [
         subprocess.Popen(
             command, cwd=ROOT, env={**shared, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from trl.trainer.distillation_config import DistillationConfig
 from trl.trainer.distillation_trainer import DistillationTrainer
@@ -21,6 +23,7 @@ from ...trainer.histogram import TokenHistogram
 from ...trainer.records import IGNORE_INDEX
 from ...trainer.trainer import AdaKDTrainer
 from .loss import Side, head_options, loss_and_entropy, make_loss
+from .policies import PolicyCallback, ReplayBuffer, Source, choose_source, completion_of_data
 
 __all__ = ["AdaKDDistillationConfig", "AdaKDDistillationTrainer", "divergence_of_beta"]
 
@@ -43,6 +46,10 @@ class AdaKDDistillationConfig(AdaKDOptions, DistillationConfig):
     TRL's `beta` chooses the divergence, unless `divergence` names one. TRL's `temperature` samples the completions and
     does not scale the loss: `base_temperature` does, with the factor τ² that TRL's loss leaves out.
 
+    `lmbda`, `replay_capacity` and `adaptive_lmbda` mix the student's completions with those of the data: GKD
+    (arXiv 2306.13649) has `lmbda=0.5`; DistiLLM (arXiv 2402.03898) has `lmbda=0.0, replay_capacity=1000,
+    adaptive_lmbda=True`.
+
     Raises:
         ValueError, TypeError: an option that is unknown or outside its range; the message starts with its name.
     """
@@ -51,6 +58,32 @@ class AdaKDDistillationConfig(AdaKDOptions, DistillationConfig):
         default=None,
         metadata={"help": f"Divergence instead of the one that beta stands for: {', '.join(DIVERGENCES)}."},
     )
+    lmbda: float = field(
+        default=1.0,
+        metadata={"help": "Probability that a step learns from the student's completions and not from the data's."},
+    )
+    replay_capacity: int = field(
+        default=0,
+        metadata={
+            "help": "Completions of the student that each process keeps, from which more and more of the steps that "
+            "learn from the student take theirs; 0: none."
+        },
+    )
+    adaptive_lmbda: bool = field(
+        default=False,
+        metadata={"help": "Raise lmbda by 0.1 at each evaluation whose loss has risen by 0.1 or more."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.lmbda <= 1.0:
+            raise ValueError(f"lmbda must be in [0, 1], got {self.lmbda!r}")
+        if self.replay_capacity < 0:
+            raise ValueError(f"replay_capacity must be 0 or more, got {self.replay_capacity!r}")
+        if self.adaptive_lmbda and self.eval_strategy == "no":
+            raise ValueError("adaptive_lmbda follows the loss of evaluations, but there are none: set eval_strategy")
+        if self.adaptive_lmbda and self.lmbda == 1.0:
+            raise ValueError("adaptive_lmbda raises lmbda, which is 1 already: set lmbda to where it begins, such as 0")
 
     def make_divergence(self) -> Divergence:
         """The divergence that `divergence` and `divergence_kwargs` name, or that `beta` stands for.
@@ -121,6 +154,15 @@ class AdaKDDistillationTrainer(DistillationTrainer):
         self.loss_fn, self.eval_loss_fn = self._make_loss(focus=1.0), self._make_loss(focus=1.0)
         self._difficulty, self._temperature = TokenHistogram(args.device), TokenHistogram(args.device)
         self.add_callback(FocusCallback)
+        self._mixes = args.lmbda < 1.0 or args.replay_capacity > 0
+        self._buffer = ReplayBuffer(args.replay_capacity)
+        self._source = Source.STUDENT
+        self._rows: list[dict[str, Any]] = []
+        self._replayed: list[tuple[list[int], list[int]]] = []
+        if self._mixes and (self.tools or self._is_vlm):
+            raise ValueError("lmbda must be 1 and replay_capacity 0 with tools and with vision-language models")
+        if self._mixes:
+            self.add_callback(PolicyCallback(args.lmbda, args.adaptive_lmbda))
 
     def _make_loss(self, focus: LossAdaptiveFocus | float) -> AdaKDLoss:
         """The loss of the options with the given share, and with what follows the heads."""
@@ -181,6 +223,71 @@ class AdaKDDistillationTrainer(DistillationTrainer):
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         labels: Tensor = inputs["completion_ids"].masked_fill(mask == 0, IGNORE_INDEX)
         return labels
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """As `DistillationTrainer` has it; a completion that the data has is kept."""
+        super()._set_signature_columns_if_needed()  # type: ignore[no-untyped-call]
+        columns: Any = self._signature_columns
+        columns += [] if "completion" in columns else ["completion"]
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """As `DistillationTrainer` has it, with completions from where this step takes them."""
+        self._rows, self._source = inputs, self._choose_source(inputs)
+        if self._source is Source.REPLAY:
+            rng = random.Random(f"{self.args.seed} {self.state.global_step} {self.args.process_index}")
+            self._replayed = self._buffer.sample(len(inputs), rng)
+        return super()._generate_and_score_completions(inputs)
+
+    def _choose_source(self, rows: list[dict[str, Any]]) -> Source:
+        """The source of this step, the same on all ranks: to sample together, they must all sample."""
+        if not self._mixes:
+            return Source.STUDENT
+        if not self.model.training:
+            # A loss that compares evaluations, and does not depend on what is sampled.
+            return Source.DATA if "completion" in rows[0] else Source.STUDENT
+        step = self.state.global_step
+        (policy,) = [c for c in self.callback_handler.callbacks if isinstance(c, PolicyCallback)]
+        # A generator of its own, so that the sampling of the student does not depend on it; by the step, so that a
+        # resumed run goes on with the same draws.
+        draw = random.Random(f"{self.args.seed} {step}").random()
+        source = choose_source(
+            draw, policy.lmbda, step / max(1, self.state.max_steps), self.args.replay_capacity > 0, self._buffer.full
+        )
+        drawn = [source]
+        broadcast_object_list(drawn)
+        (source,) = drawn
+        metrics = self._metrics["train"]
+        for each in Source:
+            metrics[f"source/{each.value}"].append(float(each is source))
+        metrics["lmbda"].append(policy.lmbda)
+        return source
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], Any, dict[str, Any]]:
+        """As `DistillationTrainer` has it, or the prompts of the completions that are taken from the buffer."""
+        if self._source is Source.REPLAY:
+            return [prompt for prompt, _ in self._replayed], None, {}
+        tokenized: tuple[list[list[int]], Any, dict[str, Any]] = super()._tokenize_prompts(prompts)
+        return tokenized
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
+        """As `DistillationTrainer` has it, or completions that nobody has to sample."""
+        if self._source is Source.REPLAY:
+            return [completion for _, completion in self._replayed]
+        if self._source is Source.DATA:
+            template: Any = self.chat_template_kwargs
+            return [
+                completion_of_data(
+                    row, ids, self.processing_class, self.eos_token_ids, self.max_completion_length,
+                    chat_template=self.chat_template, **template,
+                )
+                for row, ids in zip(self._rows, prompt_ids, strict=True)
+            ]  # fmt: skip
+        completions: list[list[int]] = super()._generate_single_turn(  # type: ignore[no-untyped-call]
+            prompt_ids, *args, **kwargs
+        )
+        if self.args.replay_capacity and self.model.training:
+            self._buffer.add(prompt_ids, completions)
+        return completions
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `DistillationTrainer.log`, with the share and the quantiles added to a training log line."""
