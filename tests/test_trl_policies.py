@@ -106,10 +106,11 @@ def test_completions_of_the_data_keep_their_end_and_lose_what_is_behind_it(datas
 def test_without_own_completions_the_losses_are_those_of_the_trainer_on_the_data(tmp_path: Path) -> None:
     """λ = 0 is off-policy: AdaKDTrainer has the same losses, so labels, end-of-text and number of items are the same.
 
-    A label one position late, as in the code released with the paper, would change every loss.
+    Labels one position late, as in the code released with the paper, would change every loss.
     """
     student, teacher, tokenizer = pair()
-    options = {"focus_ratio": 0.5, "max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+    options = {"focus_ratio": 0.5, "ce_weight": 0.2,
+               "max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
                "learning_rate": 1e-2, "lr_scheduler_type": "constant"}  # fmt: skip
     trainer = on_policy(tmp_path, True, lmbda=0.0, train_dataset=PAIRS, max_completion_length=64, **options)
     kept = recorded(trainer)
