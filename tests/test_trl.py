@@ -24,7 +24,7 @@ from trl.trainer.distillation_trainer import DistillationTrainer
 
 import adakd_kernels
 from adakd_kernels import reference
-from adakd_kernels.integrations.transformers import AdaKDTrainer
+from adakd_kernels.integrations.transformers import AdaKDTrainer, NonFiniteLossError
 from adakd_kernels.integrations.trl import (
     AdaKDDistillationConfig,
     AdaKDDistillationTrainer,
@@ -77,8 +77,9 @@ def logs(trainer: Any) -> list[dict[str, float]]:
     return [log for log in trainer.state.log_history if "loss" in log]
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+@pytest.mark.parametrize(
+    ("architecture", "beta"), [("llama", 0.0), ("llama", 0.5), ("llama", 1.0), ("gemma2", 0.3), ("granite", 1.0)]
+)
 def test_without_adakd_the_losses_are_those_of_trl(tmp_path: Path, architecture: str, beta: float) -> None:
     """Loss, entropy, gradient and completions of three steps: the second and third depend on the gradients before."""
     theirs = logs(on_policy(tmp_path, False, pair(architecture), beta=beta))
@@ -192,6 +193,16 @@ def test_share_entropy_and_log_lines(tmp_path: Path) -> None:
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] > 0 and metrics["eval_entropy"] > 0
     assert trainer.loss_fn.focus_ratio == share  # an evaluation leaves it alone
+
+
+def test_a_loss_of_nan_ends_the_run_before_its_step(tmp_path: Path) -> None:
+    student, teacher, tokenizer = pair()
+    with torch.no_grad():
+        teacher.lm_head.weight[7, 0] = float("nan")
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(NonFiniteLossError, match=r"step 1: the losses of its micro-batches are \[nan, nan\] on rank 0"):
+        on_policy(tmp_path, True, (student, teacher, tokenizer)).train()
+    assert all(torch.equal(student.state_dict()[name], value) for name, value in before.items())
 
 
 def test_resumption_goes_on_with_the_share(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def test_own_and_given_completions_alternate_and_old_ones_come_back(tmp_path: Pa
 
 def test_sampling_does_not_depend_on_adakd(tmp_path: Path) -> None:
     """At a learning rate of 0, both runs learn from the same completions in the same order, from every source."""
-    still = {"lmbda": 0.7, "replay_capacity": 4, "max_steps": 8, "learning_rate": 0.0}
+    still = {"lmbda": 0.7, "replay_capacity": 4, "max_steps": 6, "learning_rate": 0.0}
     (_, plain), (_, adakd) = run(tmp_path, **still, **OFF), run(tmp_path, **still, focus_ratio=0.5)
     for first, second in zip(plain, adakd, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

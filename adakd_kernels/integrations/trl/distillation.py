@@ -17,6 +17,7 @@ from ...divergences import DIVERGENCES, Divergence, ForwardKL, JensenShannon, Re
 from ...loss import AdaKDLoss
 from ...trainer.citation import CITATION, PAPER_ID, PAPER_TITLE
 from ...trainer.config import AdaKDOptions
+from ...trainer.finite import BeforeStepCallback, NonFiniteLossError
 from ...trainer.focus_callback import FocusCallback
 from ...trainer.heads import HeadOptions
 from ...trainer.histogram import TokenHistogram
@@ -122,6 +123,7 @@ class AdaKDDistillationTrainer(DistillationTrainer):
     Raises:
         TypeError: `args` is no `AdaKDDistillationConfig`, or there is no teacher.
         ValueError: what TRL refuses, or a model whose logits are not those of a plain output layer.
+        NonFiniteLossError: in `train`, a loss that is NaN or infinite, before its step.
     """
 
     args: AdaKDDistillationConfig
@@ -153,7 +155,9 @@ class AdaKDDistillationTrainer(DistillationTrainer):
         # r = 1 until `create_scheduler` knows how many steps the run has.
         self.loss_fn, self.eval_loss_fn = self._make_loss(focus=1.0), self._make_loss(focus=1.0)
         self._difficulty, self._temperature = TokenHistogram(args.device), TokenHistogram(args.device)
+        self._losses: list[Tensor] = []
         self.add_callback(FocusCallback)
+        self.add_callback(BeforeStepCallback(self._check_step))
         self._mixes = args.lmbda < 1.0 or args.replay_capacity > 0
         self._buffer = ReplayBuffer(args.replay_capacity)
         self._source = Source.STUDENT
@@ -174,6 +178,7 @@ class AdaKDDistillationTrainer(DistillationTrainer):
         self._use_loss(self._make_loss(self.args.make_focus(max(1, num_training_steps))))
         self._difficulty.reset()
         self._temperature.reset()
+        self._losses.clear()
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _compute_loss(
@@ -209,9 +214,23 @@ class AdaKDDistillationTrainer(DistillationTrainer):
         )
         valid = labels != IGNORE_INDEX
         if self.model.training:
+            self._losses.append(out.loss.detach())
             self._difficulty.add(out.difficulty, valid)
             self._temperature.add(out.temperature, out.selected)
         return out.loss, entropy, valid.sum()
+
+    def _check_step(self) -> None:
+        """Stop, on all ranks alike, before an optimizer step on a loss that is not finite.
+
+        Raises:
+            NonFiniteLossError: with the step and the losses of its micro-batches.
+        """
+        losses, self._losses = torch.stack(self._losses), []
+        if self.accelerator.reduce((~losses.isfinite()).sum()).item():
+            raise NonFiniteLossError(
+                f"step {self.state.global_step + 1}: the losses of its micro-batches are {losses.tolist()} on rank "
+                f"{self.args.process_index}"
+            )
 
     @staticmethod
     def _labels(inputs: dict[str, Any]) -> Tensor:
