@@ -191,12 +191,12 @@ FAR: dict[str, RowCase] = {
 }
 
 
-def _drifting(shift: float, student: bool, teacher: bool) -> RowCase:
-    """Each block is shifted against the one before it, in one row or both, so that the maxima move at every border."""
+def _drifting(shift: float, student: bool, teacher: bool, width: int = BLOCK) -> RowCase:
+    """Every `width` entries are shifted against those before, in one row or both: the maxima move at every border."""
 
     def case(vocab: int, dtype: torch.dtype) -> Row:
         row = _ordinary(vocab, dtype, seed=210)
-        steps = shift * torch.arange(vocab).div(BLOCK, rounding_mode="floor").to(dtype)
+        steps = shift * torch.arange(vocab).div(width, rounding_mode="floor").to(dtype)
         return Row(row.student + steps if student else row.student, row.teacher - steps if teacher else row.teacher)
 
     return case
@@ -208,6 +208,11 @@ DRIFTING: dict[str, RowCase] = {
     )
     for who, sign in (("student", 1.0), ("teacher", -1.0), ("both", 1.0))
     for shift in (0.5, -0.5, 3.0, -3.0, 40.0, -40.0, 1000.0, -1000.0)
+} | {
+    # Several times within a block, and within the 256 to 512 entries that the C++ kernels add up at once.
+    f"{who} up by 3 every {width} entries": _drifting(sign * 3.0, who != "teacher", who != "student", width)
+    for who, sign in (("student", 1.0), ("teacher", -1.0), ("both", 1.0))
+    for width in (100, 600)
 }
 
 

@@ -399,6 +399,16 @@ def test_sft_takes_messages_packs_them_and_masks_what_the_assistant_did_not_say(
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_sft_loads_a_student_by_name_as_trl_does(tmp_path: Path) -> None:
+    student, teacher, tokenizer = pair()
+    student.save_pretrained(tmp_path / "student")
+    name, records = str(tmp_path / "student"), Dataset.from_list(token_records(4))
+    for options, dtype in (({}, torch.float32), ({"model_init_kwargs": {"dtype": torch.bfloat16}}, torch.bfloat16)):
+        trainer = sft(tmp_path, records, (name, teacher, tokenizer), **options)
+        assert trainer.model.dtype == dtype
+        torch.testing.assert_close(trainer.model.lm_head.weight, student.lm_head.weight.to(dtype))
+
+
 def test_sft_trains_adapters_and_evaluates(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)

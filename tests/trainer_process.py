@@ -132,6 +132,23 @@ def experts_trainer(folder: Path, batch_size: int, accumulation: int) -> AdaKDTr
     )
 
 
+def adapted_trainer(folder: Path, batch_size: int = 8, route: str = "auto", **options: Any) -> AdaKDTrainer:
+    """A new adapter, with dropout in front of it or not, on a student that has dropout and teaches itself."""
+    import peft
+
+    dropout = options.pop("dropout", 0.0)
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, lora_dropout=dropout, target_modules=["c_attn", "c_fc"])
+    sizes = {"per_device_train_batch_size": batch_size, "per_device_eval_batch_size": batch_size}
+    given = {"save_strategy": "no", "ce_weight": 0.5, "logits_route": route, **sizes, **options}
+    return AdaKDTrainer(
+        model=tiny_model("gpt2", layers=2, dropout=dropout, seed=1).double(),
+        args=config(folder, **RANKED | given),
+        peft_config=lora,
+        train_dataset=token_records(24),
+        eval_dataset=token_records(16, seed=7),
+    )  # fmt: skip
+
+
 def run_two_ranks(*arguments: str, module: str = "tests.trainer_process") -> None:
     """Run this module, or another one, in two processes that find each other."""
     with socket.socket() as free:
@@ -170,6 +187,7 @@ def main(mode: str, folder: Path, route: str = "auto") -> None:
     else:
         modes = {
             "rank": run_rank, "evaluation": run_evaluation_rank, "nan": run_nan_rank, "experts": run_experts_rank,
+            "adapters": run_adapters_rank,
         }  # fmt: skip
         modes[mode](folder, route)
         gc.collect()  # as in `adakd train`: the process group goes after the trainer
@@ -209,6 +227,16 @@ def run_experts_rank(folder: Path, _: str) -> None:
     trainer = experts_trainer(folder, batch_size=1, accumulation=2)
     trainer.train()
     torch.save(trainer.model.state_dict(), folder / f"rank{os.environ['RANK']}.pt")
+
+
+def run_adapters_rank(folder: Path, _: str) -> None:
+    """One of two ranks of a student that is its own teacher, on each route: train, evaluate, save adapter and logs."""
+    for route in ("logits", "hidden"):
+        trainer = adapted_trainer(folder, batch_size=4, route=route)
+        trainer.train()
+        trainer.evaluate()
+        weights = {name: value for name, value in trainer.model.state_dict().items() if "lora" in name}
+        torch.save({"weights": weights, "logs": trainer.state.log_history}, folder / f"{route}{os.environ['RANK']}.pt")
 
 
 if __name__ == "__main__":

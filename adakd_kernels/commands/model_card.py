@@ -9,9 +9,10 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..integrations.transformers import AdaKDConfig
+from ..trainer.adapters import is_adapter_folder
 from ..trainer.citation import CITATION
-from .models import lines_to_try
-from .options import RunOptions, method_options
+from .models import RunModels, lines_to_try
+from .options import ADAPTERS, RunOptions, method_options
 
 __all__ = ["write_model_card"]
 
@@ -20,23 +21,31 @@ ROWS = 20
 
 
 def write_model_card(
-    options: RunOptions, config: AdaKDConfig, tokenizer: Any, logs: Sequence[dict[str, float]], records: int
+    options: RunOptions,
+    models: RunModels,
+    config: AdaKDConfig,
+    tokenizer: Any,
+    logs: Sequence[dict[str, float]],
+    records: int,
 ) -> None:
     """Write README.md into `output_dir`.
 
     Args:
         options: models and data of the run.
+        models: which of these models it took.
         config: its other options.
         tokenizer: of both models.
         logs: the log history of the trainer.
         records: number of records that were trained on.
     """
     path = Path(str(config.output_dir)) / "README.md"
+    adapter = is_adapter_folder(path.parent)
+    trained_on = str(models.base or options.student)
     data = ModelCardData(
-        library_name="peft" if (path.parent / "adapter_config.json").is_file() else "transformers",
+        library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         # The hub accepts names of its own only.
-        base_model=None if Path(str(options.student)).is_dir() else options.student,
+        base_model=None if Path(trained_on).is_dir() else trained_on,
         tags=["knowledge-distillation", "adakd", "generated_from_trainer"],
     )
     method = {name: getattr(config, name) for name in method_options()}
@@ -45,6 +54,7 @@ def write_model_card(
         for name in ("learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps",
                      "world_size", "seed")
     }  # fmt: skip
+    lora = {name: value for name in ADAPTERS if (value := getattr(options, name))}
     train = [log for log in logs if "loss" in log and "focus_ratio" in log]
     last = next((log for log in reversed(logs) if "eval_loss" in log), {})
     evaluated = {
@@ -54,18 +64,28 @@ def write_model_card(
     }
     sections = [
         f"# {path.parent.resolve().name}",
-        f"`{options.student}`, distilled from `{options.teacher}` with token-adaptive knowledge distillation (AdaKD, "
+        f"{_subject(options, models, adapter)} with token-adaptive knowledge distillation (AdaKD, "
         "[arXiv 2510.11615](https://arxiv.org/abs/2510.11615)) by `adakd train`.",
         f"```python\n{lines_to_try(str(config.output_dir), tokenizer)}```",
         f"## Data\n\n`{options.train_file}`: {records} records of at most {options.max_length} tokens."
         + (f" Evaluated on `{options.eval_file}`." if options.eval_file else ""),
         "## Loss\n\n" + _list(method),
+        *(["## Adapter\n\n" + _list(lora)] if lora else []),
         f"## Training\n\n{_list({'steps': logs[-1]['step'] if logs else 0, **training})}",
         "## Share of the tokens that are selected\n\n" + _table(train),
         "## Evaluation\n\n" + (_list(evaluated) if evaluated else "None: no eval_file was given."),
-        "## Citation\n\n" + CITATION,
+        f"## Citation\n\n```bibtex\n{CITATION}```\n",
     ]
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections)).save(path)
+
+
+def _subject(options: RunOptions, models: RunModels, adapter: bool) -> str:
+    """What was distilled from what."""
+    base = f"`{models.base or options.student}`"
+    student = f"An adapter for {base}" if adapter else f"{base} with an adapter merged in" if models.adapted else base
+    began = "" if models.base is None else f" that began as `{options.student}`"
+    teacher = f"{base} itself" if models.teacher is None else f"`{options.teacher}`"
+    return f"{student}{began}, distilled from {teacher}"
 
 
 def _list(values: dict[str, Any]) -> str:
@@ -81,6 +101,6 @@ def _table(logs: Sequence[dict[str, float]]) -> str:
 
 def _shown(value: Any) -> str:
     value = getattr(value, "value", value)  # an enumeration
-    return (
-        f"{value:.6g}" if isinstance(value, float) else f"`{value}`" if isinstance(value, (str, dict)) else str(value)
-    )
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return f"`{value}`" if isinstance(value, (str, dict, list)) else str(value)

@@ -13,9 +13,10 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..integrations.transformers import AdaKDConfig
+from ..trainer.adapters import is_adapter_folder
 from . import CommandError, CommandParser, did_you_mean
 
-__all__ = ["RunOptions", "method_options", "parse"]
+__all__ = ["RunOptions", "method_options", "parse", "same_model"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 USUAL = (
@@ -24,14 +25,24 @@ USUAL = (
     "save_total_limit", "resume_from_checkpoint", "report_to", "seed", "use_cpu",
 )  # fmt: skip
 """Options of the transformers Trainer that `--help` shows; `--help-all` shows all of them."""
+ADAPTERS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "merge_adapter", "load_in_4bit",
+            "load_in_8bit")  # fmt: skip
+"""Options of `RunOptions` that need an adapter."""
 
 
 @dataclass
 class RunOptions:
     """Models and data of a run."""
 
-    student: str | None = field(default=None, metadata={"help": "Folder or hub name of the model to train. Required."})
-    teacher: str | None = field(default=None, metadata={"help": "Folder or hub name of the teacher. Required."})
+    student: str | None = field(
+        default=None,
+        metadata={"help": "Folder or hub name of the model, or of the adapter, to train. Required."},
+    )
+    teacher: str | None = field(
+        default=None,
+        metadata={"help": "Folder or hub name of the teacher. Required, unless an adapter is trained: left out, or the "
+                  "model that the adapter is on, this model teaches without the adapter, from one copy."},
+    )  # fmt: skip
     train_file: str | None = field(
         default=None, metadata={"help": "JSONL with instruction, input, output, or with messages. Required."}
     )
@@ -46,21 +57,74 @@ class RunOptions:
         default=None, metadata={"help": "Attention of both models, such as sdpa or flash_attention_2."}
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that comes with a model."})
+    lora_r: int | None = field(
+        default=None, metadata={"help": "Train an adapter (LoRA) of this rank alone; left out, all weights."}
+    )
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "The adapter counts lora_alpha / lora_r times; left out, 2 times."}
+    )
+    lora_dropout: float | None = field(
+        default=None, metadata={"help": "Dropout in front of the adapter; left out, 0.05."}
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the layers that get an adapter, such as q_proj v_proj; left out, all-linear: all "
+                  "linear layers but the head."},
+    )  # fmt: skip
+    merge_adapter: bool = field(
+        default=False, metadata={"help": "Merge the adapter at the end, so that output_dir holds a plain model."}
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Keep the model under the adapter in 4 bits (nf4); needs bitsandbytes."}
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "The same in 8 bits."})
 
     def __post_init__(self) -> None:
-        for name in ("student", "teacher", "train_file"):
+        # Whether a name of the hub is an adapter is found out later.
+        adapted = self.lora_r is not None or (bool(self.student) and is_adapter_folder(str(self.student)))
+        for name in ("student", "train_file") if adapted else ("student", "teacher", "train_file"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing: give --{name}, or {name} in the --config file")
-        if Path(str(self.student)).resolve() == Path(str(self.teacher)).resolve():
+        if not adapted and same_model(self.student, self.teacher):
             raise ValueError(
                 f"student and teacher are the same model, {self.student}: a student learns nothing from itself; "
-                "give another student or teacher"
+                "give another student or teacher, or train an adapter with --lora_r"
             )
+        self._check_adapter()
+        if self.lora_r is not None:
+            self.lora_alpha = 2 * self.lora_r if self.lora_alpha is None else self.lora_alpha
+            self.lora_dropout = 0.05 if self.lora_dropout is None else self.lora_dropout
+            self.lora_target_modules = self.lora_target_modules or ["all-linear"]
         for name in ("student_dtype", "teacher_dtype"):
             if getattr(self, name) not in DTYPES:
                 raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {getattr(self, name)!r}")
         if self.max_length < 2:
             raise ValueError(f"max_length must be 2 or more, got {self.max_length}")
+
+    def _check_adapter(self) -> None:
+        """Refuse options of an adapter that have no effect or do not go together."""
+        given = [name for name in ADAPTERS[1:4] if getattr(self, name) is not None]
+        if given and self.lora_r is None:
+            raise ValueError(f"{given[0]} needs lora_r: without it no new adapter is made")
+        if self.lora_r is not None and self.lora_r < 1:
+            raise ValueError(f"lora_r must be 1 or more, got {self.lora_r}")
+        if self.lora_alpha is not None and self.lora_alpha < 1:
+            raise ValueError(f"lora_alpha must be 1 or more, got {self.lora_alpha}")
+        if self.lora_dropout is not None and not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
+        bits = [name for name in ADAPTERS[5:] if getattr(self, name)]
+        if len(bits) == 2:
+            raise ValueError("load_in_4bit and load_in_8bit exclude each other: give one")
+        if bits and self.merge_adapter:
+            raise ValueError(
+                f"merge_adapter does not go with {bits[0]}: the merged weights would be rounded; merge the adapter "
+                "afterwards into the model in full precision"
+            )
+
+
+def same_model(one: str | None, other: str | None) -> bool:
+    """Whether two folders or names of the hub are the same."""
+    return bool(one) and bool(other) and Path(str(one)).resolve() == Path(str(other)).resolve()
 
 
 def method_options() -> list[str]:
@@ -74,7 +138,8 @@ class _Parser(CommandParser, HfArgumentParser):
 
     def __init__(self, show_all: bool) -> None:
         self.show_all = show_all
-        self.names = {"method": set(method_options()), "run": {option.name for option in fields(RunOptions)}}
+        run = {option.name for option in fields(RunOptions)}
+        self.names = {"method": set(method_options()), "adapters": set(ADAPTERS), "run": run.difference(ADAPTERS)}
         super().__init__(
             (AdaKDConfig, RunOptions),  # type: ignore[arg-type]
             prog="adakd train",
@@ -92,11 +157,13 @@ class _Parser(CommandParser, HfArgumentParser):
         """The groups of options in the order of the help."""
         method = self.add_argument_group("the method (docs/maths.md has the equations)")
         run = self.add_argument_group("models and data")
+        adapters = self.add_argument_group("adapters (need peft)")
         training = self.add_argument_group(
             "training",
             None if self.show_all else "The transformers Trainer has many more options: --help-all lists them.",
         )
-        return {"method": method, "run": run, "training": training, "help": self.add_argument_group("help")}
+        last = self.add_argument_group("help")
+        return {"method": method, "run": run, "adapters": adapters, "training": training, "help": last}
 
     def add_argument(self, *flags: Any, **options: Any) -> argparse.Action:
         """As `ArgumentParser.add_argument`, in the group of the option."""

@@ -39,9 +39,10 @@ from transformers.integrations.integration_utils import (
     get_reporting_integration_callbacks,
 )
 
+from ..trainer.adapters import check_checkpoint, is_adapter_folder, load_student, save_merged
 from .interruption import Interruption
 from .model_card import write_model_card
-from .models import lines_to_try, load, locate
+from .models import RunModels, lines_to_try, load, lora_config, quantization
 from .options import RunOptions, parse
 
 STATE = "trainer_state.json"
@@ -69,11 +70,12 @@ def _train(options: RunOptions, config: AdaKDConfig) -> int:
     resume = _checkpoint(config)
     _check_output_dir(config)
     finished = _finished(resume, config)
-    if finished is not None and _steps_saved(config) >= finished.global_step:
+    merge_now = options.merge_adapter and is_adapter_folder(str(config.output_dir))
+    if finished is not None and _steps_saved(config) >= finished.global_step and not merge_now:
         _say(config, f"nothing to do: the run in {config.output_dir} has all its {finished.global_step} steps")
         return 0
-    # A run that was stopped between its last checkpoint and its end has its model there.
-    trainer = _trainer(options if finished is None else replace(options, student=resume), config)
+    models = RunModels.find(options)
+    trainer = _trainer(options, models, config, resume, finished is not None)
     interruption = Interruption(config.world_size)
     try:
         if finished is None:
@@ -83,7 +85,7 @@ def _train(options: RunOptions, config: AdaKDConfig) -> int:
         else:
             finished.is_world_process_zero = trainer.is_world_process_zero()
             trainer.state, metrics = finished, {}
-        _finish(trainer, options, config, metrics)
+        _finish(trainer, options, models, config, metrics)
     except KeyboardInterrupt:
         return _interrupted(config)
     except Exception as error:
@@ -113,21 +115,26 @@ def _fit(trainer: AdaKDTrainer, interruption: Interruption, resume: str | None) 
     return {"focus_ratio": float(trainer.loss_fn.focus_ratio), **result.metrics}
 
 
-def _finish(trainer: AdaKDTrainer, options: RunOptions, config: AdaKDConfig, metrics: dict[str, Any]) -> None:
+def _finish(
+    trainer: AdaKDTrainer, options: RunOptions, models: RunModels, config: AdaKDConfig, metrics: dict[str, Any]
+) -> None:
     """Save the model first, then evaluate, and say what there is and how to use it."""
     trainer.save_model()
     if options.eval_file:
         metrics = {**metrics, **trainer.evaluate()}
     trainer.save_metrics("all", metrics, combined=False)
+    if options.merge_adapter and trainer.is_world_process_zero():
+        save_merged(trainer.model, str(config.output_dir))  # last, because the trainer's student is gone afterwards
     if trainer.is_world_process_zero():
         data: Any = trainer.train_dataset
-        write_model_card(options, config, trainer.processing_class, trainer.state.log_history, len(data))
+        write_model_card(options, models, config, trainer.processing_class, trainer.state.log_history, len(data))
     trainer.save_state()
     if trainer.is_world_process_zero():
         print(json.dumps({"output_dir": config.output_dir, "steps": trainer.state.global_step, **metrics}))
+    what = "adapter" if is_adapter_folder(str(config.output_dir)) else "model"
     _say(
         config,
-        f"the model is in {config.output_dir}. To try it:\n\n"
+        f"the {what} is in {config.output_dir}. To try it:\n\n"
         + lines_to_try(str(config.output_dir), trainer.processing_class),
     )
 
@@ -246,13 +253,27 @@ def _check_loggers(config: AdaKDConfig) -> None:
         raise CommandError(f"report_to: {error}") from error
 
 
-def _trainer(options: RunOptions, config: AdaKDConfig) -> AdaKDTrainer:
-    """The trainer with everything loaded: tokenizers and records first, because loading the models takes longest."""
-    names = {role: locate(role, str(getattr(options, role))) for role in ("student", "teacher")}
-    hub = {"trust_remote_code": options.trust_remote_code}
+def _trainer(
+    options: RunOptions, models: RunModels, config: AdaKDConfig, resume: str | None, finished: bool
+) -> AdaKDTrainer:
+    """The trainer with everything loaded: tokenizers and records first, because loading the models takes longest.
+
+    A run that was stopped between its last checkpoint and its end, so that it has `finished`, has its model there.
+    """
+    adapter, bits = lora_config(options), quantization(options, config)
+    try:
+        if resume is not None:
+            check_checkpoint(resume, models.adapted)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    if resume is not None and finished:
+        base = (models.base or models.student) if models.adapted else None
+        models, adapter = replace(models, student=resume, base=base), None
+    names = {role: name for role in ("student", "teacher") if (name := getattr(models, role)) is not None}
+    hub: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     tokenizers = {role: load(role, name, AutoTokenizer.from_pretrained, **hub) for role, name in names.items()}
     try:
-        check_same_tokenizer(tokenizers["student"], tokenizers["teacher"])
+        check_same_tokenizer(tokenizers["student"], tokenizers.get("teacher", tokenizers["student"]))
         train = load_records(str(options.train_file), tokenizers["student"], options.max_length)
         held_out = (
             load_records(options.eval_file, tokenizers["student"], options.max_length) if options.eval_file else None
@@ -262,23 +283,21 @@ def _trainer(options: RunOptions, config: AdaKDConfig) -> AdaKDTrainer:
     if config.should_log:
         _report(options.train_file, train, options.max_length)
         _report(options.eval_file, held_out, options.max_length)
-    dtypes = {"student": options.student_dtype, "teacher": options.teacher_dtype}
-    models = {
-        role: load(
-            role,
-            name,
-            AutoModelForCausalLM.from_pretrained,
-            dtype=dtypes[role],
-            attn_implementation=options.attn_implementation,
-            **hub,
+    hub["attn_implementation"] = options.attn_implementation
+    student = load(
+        "student", models.student, load_student, base=models.base, dtype=options.student_dtype, **hub, **bits
+    )
+    teacher = None
+    if models.teacher is not None:
+        teacher = load(
+            "teacher", models.teacher, AutoModelForCausalLM.from_pretrained, dtype=options.teacher_dtype, **hub
         )
-        for role, name in names.items()
-    }
     try:
         return AdaKDTrainer(
-            model=models["student"],
-            teacher=models["teacher"],
+            model=student,
+            teacher=teacher,
             args=config,
+            peft_config=adapter,
             train_dataset=train.records,
             eval_dataset=held_out.records if held_out else None,
             processing_class=tokenizers["student"],

@@ -41,7 +41,7 @@ def check_causal(role: str, model: nn.Module, try_out: bool = True) -> None:
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder–decoder, whose logits are not those of its input's next tokens: {cure}")
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = next((parameter.device for parameter in base_model(model).parameters()), torch.device("cpu"))
     outputs: list[Any] = []
     if not try_out:
         return

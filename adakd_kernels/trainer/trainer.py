@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
 
 from ..adaptive import LossAdaptiveFocus
 from ..functional import AdaKDOutput
 from ..loss import AdaKDLoss
+from .adapters import OwnBase, base_of_adapter, check_checkpoint, load_student, teacher_of, with_adapter
 from .checkpoints import last_checkpoint
 from .collator import ID, AdaKDDataCollator, CheckedCollator
 from .config import AdaKDConfig, TrainerOptions
@@ -79,10 +80,13 @@ class AdaKDTrainer(Trainer):
     `torch_compile` it gets memory of its own.
 
     Args:
-        model: the student, a causal language model.
+        model: the student, a causal language model, or the folder or name that `from_pretrained` loads one from, in
+            fp32. An adapter that lies there is trained further.
         teacher: a causal language model with the same tokenizer, or the folder or name that `from_pretrained` loads one
-            from, in the type it was saved in.
+            from, in the type it was saved in. None, or the very model that the student's adapter is on: that model
+            teaches with the adapter off, and no second copy of its weights is made.
         args: the options.
+        peft_config: a configuration of peft; the student gets a new adapter, and nothing else is trained.
         data_collator: `AdaKDDataCollator` by default. Batches need `labels` aligned with `input_ids`; `logits_to_keep`
             is used where both models take it, and `id` in messages. Everything else goes to both models, and what one
             of them does not read is refused, as are ids and positions beyond the embeddings of one of them.
@@ -90,14 +94,16 @@ class AdaKDTrainer(Trainer):
         **kwargs: everything else `Trainer` takes, such as `train_dataset`, `eval_dataset`, `callbacks`, `optimizers`.
 
     Attributes:
-        teacher: the frozen teacher.
+        teacher: the frozen teacher; an `OwnBase` without weights where the student's own base teaches.
         loss_fn: the loss of the training micro-batches; each `train` makes a new one, with the share of its run.
         eval_loss_fn: the loss of the evaluation batches, r = 1.
 
     Raises:
-        TypeError: `args` is no `AdaKDConfig`.
+        ImportError: `peft_config`, and peft is not installed.
+        TypeError: `args` is no `AdaKDConfig`, `peft_config` is none of peft's, or there is no teacher.
         ValueError: a model that is bidirectional, an encoder–decoder or without an output layer, special tokens beyond
-            a vocabulary, shared parameters, several GPUs in one process, sequences split over processes, or
+            a vocabulary, shared parameters, several GPUs in one process, sequences split over processes, a second
+            adapter, a base that is to teach but would not stay as it is or is split over processes, or
             `logits_route="hidden"` where it cannot be taken.
         NonFiniteLossError: in `train`, a loss or a gradient that is NaN or infinite, before its step; see `on_nan`.
     """
@@ -107,25 +113,32 @@ class AdaKDTrainer(Trainer):
 
     def __init__(
         self,
-        model: nn.Module | None = None,
+        model: nn.Module | str | Path | None = None,
         teacher: nn.Module | str | Path | None = None,
         args: AdaKDConfig | None = None,
         *,
+        peft_config: Any = None,
         data_collator: Any = None,
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(args, TrainerOptions):
             raise TypeError(f"args must be an AdaKDConfig, got {type(args).__name__}")
-        if teacher is None:
-            raise TypeError("teacher must be a causal language model or the folder of one, got None")
         if isinstance(teacher, (str, Path)):
             _check_tokenizer_of(teacher, processing_class)
             teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype="auto")
+        if isinstance(model, (str, Path)):
+            model = load_student(model, base_of_adapter(model), dtype=torch.float32)
+        self._peft_config = peft_config
+        student: Any = model
+        if model is not None:
+            set_seed(args.seed)  # as `Trainer` does next, but the adapter comes before
+            student = with_adapter(model, peft_config)
+            teacher = self._teacher_of(student, teacher)
         if data_collator is None:
-            data_collator = self._default_collator(model, teacher, args, processing_class)
+            data_collator = self._default_collator(student, teacher, args, processing_class)
         super().__init__(
-            model=model, args=args, data_collator=data_collator, processing_class=processing_class, **kwargs
+            model=student, args=args, data_collator=data_collator, processing_class=processing_class, **kwargs
         )
         if args.n_gpu > 1:
             raise ValueError(
@@ -136,12 +149,19 @@ class AdaKDTrainer(Trainer):
             raise ValueError("AdaKDTrainer needs whole sequences: set cp_size and sp_size of parallelism_config to 1")
         # The loss is divided by num_items_in_batch here, so Trainer must count the items and not divide again.
         self.model_accepts_loss_kwargs = True
-        self.teacher = teacher
+        self.teacher: Any = teacher
         self._traits: Any = None
         self._head_options: tuple[HeadOptions, HeadOptions] | None = None
         self._said: set[str] = set()
         self._checked_inputs: tuple[Any, ...] = ()
         self._follow_models()
+        starts_at_zero = getattr(peft_config, "init_lora_weights", None) is True
+        if isinstance(self.teacher, OwnBase) and starts_at_zero and not args.ce_weight:
+            self._say(
+                logging.WARNING,
+                "the student begins as its own teacher, from which it has nothing to learn: give another teacher, or a "
+                "ce_weight above 0 to learn the labels and stay near the teacher",
+            )
         # r = 1 until `create_scheduler` knows how many steps the run has.
         self.loss_fn = self._training_loss(focus=1.0)
         self.eval_loss_fn = self._make_loss(focus=1.0)
@@ -166,6 +186,7 @@ class AdaKDTrainer(Trainer):
         Raises:
             ValueError: models that do not fit, or the hidden route is asked for and cannot be taken.
         """
+        self.teacher = self._teacher_of(self.model, self.teacher)
         traits = [head_traits(model) for model in (self.model, self.teacher)]
         if traits == self._traits:
             return False
@@ -175,6 +196,11 @@ class AdaKDTrainer(Trainer):
             )
         self.teacher = self._frozen(self.teacher)
         whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1)
+        if isinstance(self.teacher, OwnBase) and not whole:
+            raise ValueError(
+                "the student's own base cannot teach where the student is split over processes (FSDP, DeepSpeed or "
+                "tensor parallelism): give a teacher of its own, such as the folder of the base"
+            )
         check_causal("student", self.model, try_out=whole)
         check_causal("teacher", self.teacher, try_out=whole)
         for text in check_special_tokens(self.model, self.teacher, self.processing_class):
@@ -192,6 +218,14 @@ class AdaKDTrainer(Trainer):
         for name, buffer in before.named_buffers(recurse=False):  # the losses of the optimizer step so far
             self.loss_fn.get_buffer(name).copy_(buffer)
         self.eval_loss_fn = self._make_loss(focus=1.0)
+
+    def _teacher_of(self, student: Any, teacher: Any) -> Any:
+        """`teacher`, or the student's own base where this is meant."""
+        return teacher_of(student, teacher, lambda: self.accelerator.autocast())
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """As `Trainer` has it, with the adapter of `peft_config`."""
+        return with_adapter(super().call_model_init(trial), self._peft_config)
 
     def _frozen(self, teacher: nn.Module) -> nn.Module:
         """The teacher in evaluation mode, without gradients, on the training device unless it is placed already."""
@@ -308,12 +342,15 @@ class AdaKDTrainer(Trainer):
         """As `Trainer.train`; True resumes from the last checkpoint that was written to its end.
 
         Raises:
-            ValueError: True, and there is no checkpoint.
+            ValueError: True, and there is no checkpoint; or one of a whole model where an adapter is trained, the other
+                way round, or one of another adapter.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ValueError(f"no complete checkpoint in {self.args.output_dir!r} to resume from")
+        if resume_from_checkpoint:
+            check_checkpoint(resume_from_checkpoint, self.model)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(

@@ -22,14 +22,16 @@ template <bool kGradient> struct HellingerFold {
   double distance = 0.0;  // s² of the entries so far, as if they were the row
   double both = 0.0;      // Σab
   Peak peak{};
-  double passing = -kInfinity;  // the student's largest logit in a block that was refused for a new peak
+  NewPeak new_peak{};
 
   explicit HellingerFold(double scale) : half(0.5 * scale) {}
 
-  // The sums of one block: Σa², Σb², Σd², Σdb and Σab.
+  // The sums of a block's first `added` entries: Σa², Σb², Σd², Σdb and Σab. The maxima are those of one chain more,
+  // where that one has a logit beyond the peak's limit.
   struct Sums {
     double l_s, l_t, dd, db, both;
     Maxima max;
+    int added;
     bool all_finite() const { return std::isfinite(l_s + l_t + dd + db); }
   };
 
@@ -44,13 +46,13 @@ template <bool kGradient> struct HellingerFold {
     const V h = broadcast<V>(static_cast<Scalar<V>>(half));
     const V m_s = broadcast<V>(static_cast<Scalar<V>>(student.origin() * (kFused<V> ? half : 1.0)));
     const V m_t = broadcast<V>(static_cast<Scalar<V>>(teacher.origin() * (kFused<V> ? half : 1.0)));
-    const V minus_kappa = broadcast<V>(-kappa);
+    const V minus_kappa = broadcast<V>(-kappa), limit = broadcast<V>(peak.template limit<Scalar<V>>(2.0 * half));
     Total<V> l_s, l_t, dd, db, both;
     LaneSums<V> first, second;
     V max_s = broadcast<V>(-kInfinity), max_t = max_s;
     const auto entry = [&](V s, V t, LaneSums<V>& sum) ADAKD_INLINE_LAMBDA {
-      max_s = max(max_s, s);
-      max_t = max(max_t, t);
+      max_s = max(s, max_s);
+      max_t = max(t, max_t);
       const V a = exp2(kFused<V> ? fma(s, h, -m_s) : (s - m_s) * h);
       const V b = exp2(kFused<V> ? fma(t, h, -m_t) : (t - m_t) * h);
       const V d = fma(minus_kappa, b, a);
@@ -60,21 +62,23 @@ template <bool kGradient> struct HellingerFold {
       sum.db = fma(d, b, sum.db);
       if (kGradient) sum.both = fma(a, b, sum.both);
     };
-    for_each_pair<V>(
+    const int added = for_each_pair<V>(
         block,
         [&](const Pair<V>& s, const Pair<V>& t) ADAKD_INLINE_LAMBDA {
           entry(s.first, t.first, first);
           entry(s.second, t.second, second);
         },
         [&]() ADAKD_INLINE_LAMBDA {
+          if (kGradient && any(max_s > limit)) return false;
           l_s.take(first.l_s, second.l_s);
           l_t.take(first.l_t, second.l_t);
           dd.take(first.dd, second.dd);
           db.take(first.db, second.db);
           if (kGradient) both.take(first.both, second.both);
+          return true;
         });
     return {l_s.value(), l_t.value(), dd.value(), db.value(), kGradient ? both.value() : 0.0,
-            {max_lanes(max_s), max_lanes(max_t)}};
+            {max_lanes(max_s), max_lanes(max_t)}, added};
   }
 
   // The distance within a block, as if it were the row, from its sums around κ. Where most of Σd² cancels, it takes the
@@ -89,20 +93,21 @@ template <bool kGradient> struct HellingerFold {
     return x.l_s > 0.0 && x.l_t > 0.0 ? 0.5 * squares / x.l_s : 0.0;
   }
 
-  // Adds a block, unless it does not suit this type or has a new peak. An entry at -inf has a = 0 or b = 0 and needs no
+  // Adds a block, up to a new peak, unless it does not suit this type. An entry at -inf has a = 0 or b = 0 and needs no
   // guard. Anchors and κ are guessed from what came before, so most blocks are read once.
   template <bool kGuarded, class V, class T> Added add(const Block<T>& block) {
     if (student.anchor == -kInfinity || teacher.anchor == -kInfinity) {
-      const Maxima first = block_maxima<V>(block);
+      const Maxima first = block_maxima<V>(block.template head<V>());
       raise<V>(first);
-      if (passes(first.s)) return Added::kNewPeak;
+      if (kGradient && first.s > peak.template limit<Scalar<V>>(2.0 * half)) {
+        new_peak = {0, first.s};
+        return Added::kNewPeak;
+      }
     }
     if (!holds_anchors<V>()) return Added::kRetry;
     Scalar<V> kappa = ratio<V>(student.l, teacher.l);
     Sums x = sums<V>(block, kappa);
-    const bool raised = raise<V>(x.max);
-    if (passes(x.max.s)) return Added::kNewPeak;
-    if (raised) {
+    if (raise<V>(x.max)) {
       if (!holds_anchors<V>()) return Added::kRetry;
       kappa = ratio<V>(student.l, teacher.l);
       x = sums<V>(block, kappa);
@@ -114,7 +119,8 @@ template <bool kGradient> struct HellingerFold {
     both += x.both;
     student.include(x.max.s);
     teacher.include(x.max.t);
-    return Added::kYes;
+    new_peak = {x.added, x.max.s};
+    return x.added < block.n ? Added::kNewPeak : Added::kYes;
   }
 
   // √(l_s/l_t), or 1 where one of them is 0. It is bounded, because its square has to stay in the type's range; a κ so
@@ -149,13 +155,6 @@ template <bool kGradient> struct HellingerFold {
   }
 
   bool has_no_mass(double logit) const { return student.has_no_mass(logit, half) && teacher.has_no_mass(logit, half); }
-
-  // Whether a block with this student maximum has to be refused for a new peak. Notes the logit of that peak.
-  bool passes(double logit) {
-    if (!kGradient || !peak.passed_by(logit, 2.0 * half)) return false;
-    passing = logit;
-    return true;
-  }
 
   // Makes `next` the peak and the student's anchor. The former peak joins the other entries.
   void take_peak(const Peak& next) {

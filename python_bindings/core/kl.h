@@ -20,7 +20,7 @@ template <bool kForward, bool kReverse> struct KLFold {
   // (s - student.anchor) - (t - teacher.anchor), so that log2(q/p) is scale·gap plus a constant of the row.
   double gap_s = 0.0, gap_t = 0.0;
   Peak peak{};
-  double passing = -kInfinity;  // the student's largest logit in a block that was refused for a new peak
+  NewPeak new_peak{};
 
   // What a row has at its peak and in all, known after the sweep.
   struct PeakMasses {
@@ -34,10 +34,12 @@ template <bool kForward, bool kReverse> struct KLFold {
 
   explicit KLFold(double scale) : scale(scale) {}
 
-  // The sums of one block, as above.
+  // The sums of a block's first `added` entries, as above. The maxima are those of one chain more, where that one has a
+  // logit beyond the peak's limit.
   struct Sums {
     double l_s, l_t, keep_s, keep_t, gap_s, gap_t;
     Maxima max;
+    int added;
     // Not so where an entry at -inf met no guard, or a number left the type's range.
     bool all_finite() const { return std::isfinite(l_s + l_t + gap_s + gap_t); }
   };
@@ -49,13 +51,14 @@ template <bool kForward, bool kReverse> struct KLFold {
 
   template <bool kGuarded, class V, class T> Sums sums(const Block<T>& block) const {
     const V k = constant<V>(scale), m_s = constant<V>(student.origin()), m_t = constant<V>(teacher.origin());
+    const V limit = broadcast<V>(peak.template limit<Scalar<V>>(scale));
     const V minus_infinity = broadcast<V>(-kInfinity), zero = V{}, one = constant<V>(1.0);
     Total<V> l_s, l_t, gap_s, gap_t, keep_s, keep_t;
     LaneSums<V> first, second;
     V max_s = minus_infinity, max_t = minus_infinity;
     const auto entry = [&](V s, V t, LaneSums<V>& sum) ADAKD_INLINE_LAMBDA {
-      max_s = max(max_s, s);
-      max_t = max(max_t, t);
+      max_s = max(s, max_s);
+      max_t = max(t, max_t);
       const V x = below<kGuarded>(s, m_s), y = below<kGuarded>(t, m_t);
       const V a = exp2(x * k), b = exp2(y * k);
       // Multiply-adds by 1 instead of additions: exp2 keeps AMD's units for additions busy with its rounding and
@@ -76,39 +79,43 @@ template <bool kForward, bool kReverse> struct KLFold {
         if (kForward) sum.gap_t = fma(b, gap, sum.gap_t);
       }
     };
-    for_each_pair<V>(
+    const int added = for_each_pair<V>(
         block,
         [&](const Pair<V>& s, const Pair<V>& t) ADAKD_INLINE_LAMBDA {
           entry(s.first, t.first, first);
           entry(s.second, t.second, second);
         },
         [&]() ADAKD_INLINE_LAMBDA {
+          if (any(max_s > limit)) return false;
           l_s.take(first.l_s, second.l_s);
           l_t.take(first.l_t, second.l_t);
           if (kReverse || (kGaps && kGuarded)) gap_s.take(first.gap_s, second.gap_s);
           if (kForward || (kGaps && kGuarded)) gap_t.take(first.gap_t, second.gap_t);
           if (kGaps && kGuarded) keep_s.take(first.keep_s, second.keep_s);
           if (kGaps && kGuarded) keep_t.take(first.keep_t, second.keep_t);
+          return true;
         });
-    Sums x{l_s.value(), l_t.value(), 0.0, 0.0, gap_s.value(), gap_t.value(), {max_lanes(max_s), max_lanes(max_t)}};
+    Sums x{l_s.value(),   l_t.value(), 0.0, 0.0, gap_s.value(), gap_t.value(), {max_lanes(max_s), max_lanes(max_t)},
+           added};
     // Without guards every entry is finite, or the block is folded again.
     x.keep_s = kGaps && kGuarded ? keep_s.value() : x.l_s;
     x.keep_t = kGaps && kGuarded ? keep_t.value() : x.l_t;
     return x;
   }
 
-  // Adds a block, unless it needs guards or has a new peak. The anchors are guessed from what came before, so most
-  // blocks are read once. A block whose teacher passes the guess by far is read again with a new anchor.
+  // Adds a block, up to a new peak, unless it needs guards. The anchors are guessed from what came before, so most blocks
+  // are read once. A block whose teacher passes the guess by far is read again with a new anchor.
   template <bool kGuarded, class V, class T> Added add(const Block<T>& block) {
     if (!peak.exists() || teacher.anchor == -kInfinity) {
-      const Maxima first = block_maxima<V>(block);
+      const Maxima first = block_maxima<V>(block.template head<V>());
       raise_teacher(first.t);
-      if (passes(first.s)) return Added::kNewPeak;
+      if (first.s > peak.template limit<Scalar<V>>(scale)) {
+        new_peak = {0, first.s};
+        return Added::kNewPeak;
+      }
     }
     Sums x = sums<kGuarded, V>(block);
-    const bool raised = raise_teacher(x.max.t);
-    if (passes(x.max.s)) return Added::kNewPeak;
-    if (raised) x = sums<kGuarded, V>(block);
+    if (raise_teacher(x.max.t)) x = sums<kGuarded, V>(block);
     // There is no way after the guarded one in double: NaN then comes from the logits and is added.
     if (!(kGuarded && kIsDouble<V>) && !x.all_finite()) return Added::kRetry;
     student.l += x.l_s;
@@ -119,18 +126,12 @@ template <bool kForward, bool kReverse> struct KLFold {
     gap_t += x.gap_t;
     student.include(x.max.s);
     teacher.include(x.max.t);
-    return Added::kYes;
+    new_peak = {x.added, x.max.s};
+    return x.added < block.n ? Added::kNewPeak : Added::kYes;
   }
 
   bool has_no_mass(double logit) const {
     return student.has_no_mass(logit, scale) && teacher.has_no_mass(logit, scale);
-  }
-
-  // Whether a block with this student maximum has to be refused for a new peak. Notes the logit of that peak.
-  bool passes(double logit) {
-    if (!peak.passed_by(logit, scale)) return false;
-    passing = logit;
-    return true;
   }
 
   // Moves the teacher's anchor to this logit if it is too low for it. Returns whether it moved.

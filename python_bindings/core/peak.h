@@ -19,11 +19,9 @@ struct Peak {
   // Whether the teacher has a mass there too. Else the peak is no entry of D, only of the student's normaliser.
   bool finite() const { return exists() && t != -kInfinity; }
 
-  // Whether an entry with this student logit has to become the peak. One that lies at most 3 powers of two higher does
-  // not: beside this peak it has at most 8/9 of the mass, and nothing cancels.
-  bool passed_by(double logit, double scale) const {
-    return logit > s && (!exists() || !((logit - s) * scale <= 3.0));
-  }
+  // An entry with a larger student logit has to become the peak. One that lies at most 3 powers of two higher does not:
+  // beside this peak it has at most 8/9 of the mass, and nothing cancels. S: the type that the logits are compared in.
+  template <class S> S limit(double scale) const { return exists() ? saturated<S>(s + 3.0 / scale) : -kInfinity; }
 };
 
 // What a row gives besides its normalisers.

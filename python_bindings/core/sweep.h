@@ -4,7 +4,7 @@
 //   add<kGuarded, V>(block), which adds a block and says what became of it (`Added`), and
 //   has_no_mass(logit), whether that logit's mass is 0 in both rows;
 // a fold with a peak (kPeak) has
-//   passing, the logit that made it refuse a block, and
+//   new_peak, where it stopped in a block and for which logit, and
 //   take_peak(peak), which makes that entry the peak.
 #pragma once
 
@@ -19,8 +19,18 @@ namespace ADAKD_ISA {
 enum class Added {
   kYes,
   kRetry,    // not added: a sum is not finite, or the block does not suit this type; the next way of folding may do
-  kNewPeak,  // not added: its largest student logit has to become the peak first
+  kNewPeak,  // added up to an entry beyond which the block has a logit that has to become the peak first (`NewPeak`)
 };
+
+// Where a fold stopped within a block: `logit`, the largest of the student in the chain behind the first `added` entries,
+// has to become the peak.
+struct NewPeak {
+  int added = 0;
+  double logit = -kInfinity;
+};
+
+// Entries of a chain: 16 pairs of vectors, whose sums in fp32 are few and short enough to stay accurate (see Total).
+template <class V> constexpr int kChain = 16 * 2 * kLanes<V>;
 
 // n consecutive entries of both rows, a whole number of pairs of vectors. To leave the peak out, the pair of vectors
 // that begins at entry `patch` is read from a copy instead.
@@ -29,6 +39,13 @@ template <class T> struct Block {
   int n;
   int patch = -1;
   const T *patch_s = nullptr, *patch_t = nullptr;
+
+  // Its first entries, as many as one chain of sums has.
+  template <class V> Block head() const {
+    Block x = *this;
+    if (x.n > kChain<V>) x.n = kChain<V>;
+    return x;
+  }
 
   const T* s_at(int i) const { return i == patch ? patch_s : s + i; }
   const T* t_at(int i) const { return i == patch ? patch_t : t + i; }
@@ -48,7 +65,13 @@ template <class V, class Fold> class Sweep {
       Added added = n < kStep ? Added::kRetry : stored(start, n, peak);
       if (added == Added::kRetry) added = widened(start, n, peak);
       if constexpr (Fold::kPeak) {
-        if (added == Added::kNewPeak) with_new_peak(start, n);
+        if (added == Added::kNewPeak) {
+          const NewPeak& next = fold_.new_peak;
+          start += next.added;
+          peak = find(start, n - next.added, next.logit);
+          fold_.take_peak(Peak{peak, entry_of(s_, peak), entry_of(t_, peak)});
+          continue;
+        }
       }
       start += n;
     }
@@ -107,16 +130,9 @@ template <class V, class Fold> class Sweep {
     return fold_.template add<true, W>(Block<Scalar<W>>{wide_s, wide_t, padded});
   }
 
-  // Makes the block's largest student logit the peak and folds the block again, now without that entry.
-  void with_new_peak(int64_t start, int n) {
-    const int64_t index = start + find(start, n, fold_.passing);
-    fold_.take_peak(Peak{index, entry_of(s_, index), entry_of(t_, index)});
-    range(start, start + n, index);
-  }
-
-  // The first place of a student logit in a block that has it: by vectors where they can be loaded, then entry by
-  // entry.
-  int find(int64_t start, int n, double logit) const {
+  // The first entry with this student logit, which one of the n entries from `start` on has: by vectors where they can
+  // be loaded, then entry by entry.
+  int64_t find(int64_t start, int n, double logit) const {
     int from = 0;
     as_stored<V>(s_, s_, 0, [&](auto entry) {
       using T = decltype(entry);
@@ -129,27 +145,27 @@ template <class V, class Fold> class Sweep {
       return 0;
     });
     while (from < n - 1 && entry_of(s_, start + from) != logit) ++from;
-    return from;
+    return start + from;
   }
 
   const Row &s_, &t_;
   Fold& fold_;
 };
 
-// Calls step(s, t) with every pair of vectors of a block, and flush() after every 16 of them. Between two flushes, step
-// adds to sums that are few and short enough to stay accurate (see Total).
+// Calls step(s, t) with every pair of vectors of a block, and flush() after every chain of them, which takes the chain's
+// sums and returns true, or leaves them and returns false. Returns the number of entries whose sums were taken.
 template <class V, class T, class Step, class Flush>
-ADAKD_INLINE void for_each_pair(const Block<T>& block, Step step, Flush flush) {
-  constexpr int kStep = 2 * kLanes<V>, kChain = 16 * kStep;
+ADAKD_INLINE int for_each_pair(const Block<T>& block, Step step, Flush flush) {
   const Block<T> x = block;  // a copy that the compiler can keep in registers
-  for (int begin = 0; begin < x.n; begin += kChain) {
-    const int end = begin + kChain < x.n ? begin + kChain : x.n;
-    for (int i = begin; i < end; i += kStep) step(load_pair(x.s_at(i)), load_pair(x.t_at(i)));
-    flush();
+  for (int begin = 0; begin < x.n; begin += kChain<V>) {
+    const int end = begin + kChain<V> < x.n ? begin + kChain<V> : x.n;
+    for (int i = begin; i < end; i += 2 * kLanes<V>) step(load_pair(x.s_at(i)), load_pair(x.t_at(i)));
+    if (!flush()) return begin;
   }
+  return x.n;
 }
 
-// The largest logit of a block in each row. Where the block holds NaN it may be any, and the sums show the NaN.
+// The largest logit of a block in each row, but for NaN, which the sums show.
 struct Maxima {
   double s, t;
 };
@@ -157,8 +173,8 @@ template <class V, class T> inline Maxima block_maxima(const Block<T>& block) {
   V max_s = broadcast<V>(-kInfinity), max_t = max_s;
   for (int i = 0; i < block.n; i += 2 * kLanes<V>) {
     const Pair<V> s = load_pair(block.s_at(i)), t = load_pair(block.t_at(i));
-    max_s = max(max(max_s, s.first), s.second);
-    max_t = max(max(max_t, t.first), t.second);
+    max_s = max(s.second, max(s.first, max_s));
+    max_t = max(t.second, max(t.first, max_t));
   }
   return {max_lanes(max_s), max_lanes(max_t)};
 }

@@ -139,6 +139,7 @@ template <class D> struct TermsFold {
         [&]() ADAKD_INLINE_LAMBDA {
           total_f.take(first.f, second.f);
           total_g.take(first.g, second.g);
+          return true;
         });
     if (any(first.check + second.check != zero)) return Added::kRetry;
     f += total_f.value();

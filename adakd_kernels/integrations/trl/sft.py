@@ -7,6 +7,7 @@ from typing import Any
 
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
+from trl.trainer.utils import create_model_from_path
 
 from ...trainer.config import TrainerOptions
 from ...trainer.trainer import AdaKDTrainer
@@ -36,14 +37,14 @@ class AdaKDSFTTrainer(AdaKDTrainer, SFTTrainer):
     metrics of `SFTTrainer`, which come with its own loss, there are none.
 
     Args:
-        model: the student, or the name of one.
-        teacher: as `AdaKDTrainer` takes it.
+        model: the student, or the name of one, loaded with `args.model_init_kwargs` as `SFTTrainer` does it.
+        teacher, peft_config: as `AdaKDTrainer` takes it.
         args: an `AdaKDSFTConfig`.
         **kwargs: everything else `SFTTrainer` takes: `train_dataset`, `eval_dataset`, `processing_class`, `callbacks`,
-            `optimizers`, `peft_config`, `quantization_config`, `formatting_func`, `data_collator`, ….
+            `optimizers`, `quantization_config`, `formatting_func`, `data_collator`, ….
 
     Raises:
-        TypeError: `args` is no `AdaKDSFTConfig`, or there is no teacher.
+        TypeError: `args` is no `AdaKDSFTConfig`, or what `AdaKDTrainer` refuses.
         ValueError: what `AdaKDTrainer` or `SFTTrainer` refuses, or a `compute_loss_func`.
     """
 
@@ -58,6 +59,14 @@ class AdaKDSFTTrainer(AdaKDTrainer, SFTTrainer):
             raise TypeError(f"args must be an AdaKDSFTConfig, got {type(args).__name__}")
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func must be None: the loss is AdaKD's")
+        given: Any = args.model_init_kwargs
+        quantization = kwargs.pop("quantization_config", None)
+        if isinstance(model, str) and (given or quantization):
+            how = {"trust_remote_code": args.trust_remote_code, **(given or {})}
+            if quantization:
+                how["quantization_config"] = quantization
+            model = create_model_from_path(model, **how)
+            args.model_init_kwargs = None  # TRL would say that it ignores them for a model that is loaded
         super().__init__(model, teacher, args, **kwargs)  # type: ignore[arg-type]
 
     def _default_collator(self, *args: Any) -> None:
