@@ -161,8 +161,21 @@ def check_token_tensor(name: str, value: Tensor, batch: torch.Size, student: Ten
     check_device(name, value, student)
 
 
-def check_labels(labels: Tensor, batch: torch.Size, student: Tensor, ignore_index: int | None = None) -> Tensor:
-    """The labels as int64, so that an index and a comparison mean the same in every integer type."""
+def check_labels(
+    labels: Tensor, batch: torch.Size, student: Tensor, ignore_index: int | None = None, *, read: bool = True
+) -> Tensor:
+    """The labels as int64, so that an index and a comparison mean the same in every integer type.
+
+    Where nothing reads the label of a token but whether it is `ignore_index`, a mask may stand in their place.
+    """
+    if isinstance(labels, Tensor) and labels.dtype == torch.bool and ignore_index is not None:
+        if read:
+            raise TypeError(
+                "labels must be integers where the loss reads them (ce_weight > 0, difficulty='cross_entropy'), got a "
+                "bool mask: pass the token that each position predicts"
+            )
+        check_token_tensor("labels", labels, batch, student)
+        return torch.where(labels, int(ignore_index == 0), ignore_index)
     if isinstance(labels, Tensor) and (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool):
         raise TypeError(f"labels must be integers, got {labels.dtype}")
     check_token_tensor("labels", labels, batch, student)

@@ -106,6 +106,7 @@ def adakd_loss(
             common, and the loss reads no others. They may come from `torch.inference_mode()`, except under
             `torch.compile`: torch refuses to save them there.
         labels: (B, L) or (N,), of any integer type that can hold `ignore_index`: the token that each position predicts.
+            Or bool, true for valid tokens, where neither `ce_weight` nor the difficulty 'cross_entropy' reads them.
             A valid token whose label is no common entry makes the cross-entropy NaN, and the gradient of its row.
         divergence: a name of `DIVERGENCES` or an instance such as `JensenShannon(beta=0.1)`.
         focus_ratio: the share r in (0, 1], a float or a 0-d tensor (its value is not checked).
@@ -145,7 +146,8 @@ def adakd_loss(
         divergence, focus_ratio, temperature_scale, base_temperature, difficulty, ce_weight, ignore_index, num_items,
         shift=shift, inplace=inplace,
     )  # fmt: skip
-    labels = check_labels(labels, batch, student, ignore_index)
+    read = ce_weight > 0 or difficulty == "cross_entropy"
+    labels = check_labels(labels, batch, student, ignore_index, read=read)
     inplace = inplace and not torch.compiler.is_compiling()
     if inplace:
         check_inplace("student_logits", student_logits)

@@ -123,6 +123,16 @@ def orda_kl_of_states(
     return distillation_loss(hidden, head, labels, teacher, student_ce_weight=0.0, kl_weight=1.0).loss
 
 
+def trl_kl_of_states(
+    hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor, labels: Tensor
+) -> Tensor:
+    """Its Triton kernels on a GPU, its torch fallback elsewhere; it gives the student's entropy too."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    per_token, _ = ChunkedDivergenceFunction.apply(hidden, head, None, teacher_hidden, teacher_head, None, 0.0)
+    return per_token.mean()
+
+
 def our_kl_of_states(
     hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor, labels: Tensor
 ) -> Tensor:
@@ -167,6 +177,7 @@ def jobs(device: Gpu | Cpu) -> dict[str, Job]:
                 "torch.compile": compiled(partial(from_logits, eager_kl)),
                 "liger": liger_kl_of_states,
                 "orda": orda_kl_of_states,
+                "trl": trl_kl_of_states,
                 "adakd": our_kl_of_states,
                 "adakd after the head": partial(from_logits, partial(our_kl, inplace=True)),
             },

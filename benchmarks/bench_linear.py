@@ -2,8 +2,8 @@
 
 Heads are included on both sides: the logits route takes 4 matrix products of N x H x V, the hidden route 2 + 4r, or 4
 where every token counts at one temperature. The peers differentiate every token and have no difficulty, selection or
-temperature of a token, so they stand beside our losses with share 1 and one temperature: Liger's fused-linear JSD, and
-ORDA's torch backend at reverse KL.
+temperature of a token, so they stand beside our losses with share 1 and one temperature: Liger's fused-linear JSD,
+ORDA's torch backend at reverse KL, and the loss of TRL's DistillationTrainer at both.
 """
 
 from __future__ import annotations
@@ -83,6 +83,16 @@ def orda(x: Inputs) -> Tensor:
     ).loss  # fmt: skip
 
 
+def trl(x: Inputs, beta: float) -> Tensor:
+    """Its Triton kernels on a GPU, its torch fallback elsewhere; it gives the student's entropy too."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    per_token, _ = ChunkedDivergenceFunction.apply(
+        x.student, x.student_head, None, x.teacher, x.teacher_head, None, beta
+    )
+    return per_token.mean()
+
+
 class Provider(NamedTuple):
     """A loss; `group` are those that compute the same, `held` says which gradients exist after the forward."""
 
@@ -109,8 +119,10 @@ PROVIDERS: dict[str, Provider] = {
     **_routes("AdaKD r=1"),
     "JSD: hidden": Provider("JSD", lambda x: from_hidden(x, divergence="jensen_shannon", **ONE_TEMPERATURE)),
     "JSD: liger-kernel": Provider("JSD", liger, held="gradients", package="liger_kernel"),
+    "JSD: trl": Provider("JSD", lambda x: trl(x, 0.5), held="nothing", package="trl"),
     "reverse KL: hidden": Provider("reverse KL", lambda x: from_hidden(x, **ONE_TEMPERATURE), tokens=FEWER_TOKENS),
     "reverse KL: orda-kernel": Provider("reverse KL", orda, "gradients", package="orda_kernel", tokens=FEWER_TOKENS),
+    "reverse KL: trl": Provider("reverse KL", lambda x: trl(x, 1.0), "nothing", package="trl", tokens=FEWER_TOKENS),
 }
 EXPECTED: dict[str, dict[str, Any]] = {
     "AdaKD r=0.25": {"focus_ratio": 0.25},

@@ -1,6 +1,6 @@
 """Writes docs/kernel-tables.md from the compiled kernels: `python -m benchmarks.kernel_table`.
 
-Needs no GPU, and liger-kernel for the peers' rows (`pip install --no-deps liger-kernel`).
+Needs no GPU, and liger-kernel (`pip install --no-deps liger-kernel`) and trl for the peers' rows.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import contextlib
 import importlib.metadata
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -135,7 +136,73 @@ def page() -> str:
             "|---|---|" + "---|" * len(TARGETS) + "--:|",
             *(row_of_targets(kernel, div, vocab) for kernel, div in KERNELS if kernel != "backward_ce"),
         ]
-    return "\n".join([*lines, "", *peer_lines()]) + "\n"
+    return "\n".join([*lines, "", *peer_lines(), "", *trl_lines()]) + "\n"
+
+
+def trl_kernels() -> dict[str, Code]:
+    """The kernels of TRL's DistillationTrainer for sm_90, at reverse KL and JSD, as its own function launches them."""
+    from trl.kernels import chunked_divergence
+
+    def states(tokens: int) -> Tensor:
+        return torch.empty(tokens, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+
+    found: dict[str, Code] = {}
+    with (
+        mock.patch.object(chunked_divergence, "_use_triton", lambda device: True),
+        mock.patch.object(chunked_divergence, "_compute_dtype", lambda hidden: hidden.dtype),
+        compiling_for(TARGETS["sm_90"]) as launched,
+    ):
+        for beta in (1.0, 0.5):
+            student, head = states(1024), states(VOCAB)
+            per_token, _ = chunked_divergence.ChunkedDivergenceFunction.apply(
+                student, head, None, states(1024).detach(), states(VOCAB).detach(), None, beta
+            )
+            # Before the last, shorter part of the vocabulary come those of 32,768 columns.
+            found.setdefault("statistics", read_code(launched[0]))
+            if beta == 0.5:
+                found["JSD, after the statistics"] = read_code(
+                    next(kernel for kernel in launched if kernel.metadata.name == "_jsd_kernel")
+                )
+            launched.clear()
+            per_token.sum().backward()
+            found["JSD, gradient" if beta == 0.5 else "reverse KL, gradient"] = read_code(launched[0])
+            launched.clear()
+    return found
+
+
+def peer_row(name: str, code: Code, bytes_read: int) -> str:
+    """The counts of a peer's kernel that reads so many bytes for each entry of both rows."""
+    loop = code.sweeps[0] if code.sweeps else code.once
+    assert loop is not None
+    # Narrower loads than those of the logits are of one number a row.
+    widest = max(loop.loads)
+    e, waits = widest // 8 * loop.loads[widest] / bytes_read, loop.shuffles + loop.barriers
+    access = " / ".join(", ".join(map(str, sorted(found))) for found in (loop.loads, loop.stores) if found)
+    return (
+        f"| {name} | {bytes_read} | {code.registers} | {code.local_bytes} | {loop.instructions / e:.1f} | "
+        f"{loop.pipes['mufu'] / e:.2f} | {access} | {waits} | {code.occupancy():.0%} |"
+    )
+
+
+PEER_HEAD = [
+    "| kernel | bytes read | registers | stack | instructions | MUFU | access (bits) | waits | occupancy |",
+    "|---|--:|--:|--:|--:|--:|---|--:|--:|",
+]
+
+
+def trl_lines() -> list[str]:
+    trl = importlib.metadata.version("trl")
+    return [
+        "## Beside TRL",
+        "",
+        f"The Triton kernels of `DistillationTrainer` in trl {trl} on sm_90, in the same units, launched as it does.",
+        "They read logits in fp32, which a matrix product writes in parts of 32,768 columns, in the forward and",
+        "again in the backward; each part of a row goes on from the sums of the part before. The gradient takes the",
+        "student's place. Its kernel has no loop, so its counts are those of the whole program.",
+        "",
+        *PEER_HEAD,
+        *(peer_row(name, code, 8) for name, code in trl_kernels().items()),
+    ]
 
 
 def peer_lines() -> list[str]:
@@ -146,17 +213,9 @@ def peer_lines() -> list[str]:
         f"liger-kernel {liger} on sm_90, in the same units: its Triton kernels, which read log-probabilities, launched",
         "as it launches them.",
         "",
-        "| kernel | bytes read | registers | stack | instructions | MUFU | access (bits) | waits | occupancy |",
-        "|---|--:|--:|--:|--:|--:|---|--:|--:|",
+        *PEER_HEAD,
     ]
-    for name, code in liger_kernels().items():
-        read = 2 if name == "KL, backward" else PAIR
-        (loop,) = code.sweeps
-        e, waits = entries(loop, read), loop.shuffles + loop.barriers
-        lines.append(
-            f"| {name} | {read} | {code.registers} | {code.local_bytes} | {loop.instructions / e:.1f} | "
-            f"{loop.pipes['mufu'] / e:.2f} | {widths(code)} | {waits} | {code.occupancy():.0%} |"
-        )
+    lines += [peer_row(name, code, 2 if name == "KL, backward" else PAIR) for name, code in liger_kernels().items()]
     lines += [
         "",
         "From logits to loss and gradient, in passes over N×V logits of bf16:",

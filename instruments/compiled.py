@@ -156,6 +156,7 @@ class Code:
     loops: list[Loop]  # innermost ones that touch global memory, in the order of the code
     warps: int  # of a program
     shared_bytes: int  # of a program
+    once: Loop | None = None  # of NVIDIA, the whole code, as if it was one round: for a kernel without a loop
 
     @property
     def sweeps(self) -> list[Loop]:
@@ -285,6 +286,7 @@ def _read_cubin(kernel: CompiledKernel) -> Code:
     # The code section only, and without the analysis of data flow, which takes most of the time.
     code, loops = _sass_code(_run_tool(knobs.nvidia.nvdisasm.path, "-c", "-ndf", cubin=kernel.asm["cubin"]))
     bodies = [_sass_loop([code[i] for i in loop]) for loop in _innermost(loops)]
+    end = max(i for i, it in enumerate(code) if it.name == "EXIT") + 1  # padding follows
     spills = [any(i in loop for loop in loops) for i, it in enumerate(code) if it.name in ("LDL", "STL")]
     return Code(
         registers=_number(r"\bREG:(\d+)", usage),
@@ -298,6 +300,7 @@ def _read_cubin(kernel: CompiledKernel) -> Code:
         loops=[body for body in bodies if body.loads or body.stores],
         warps=kernel.metadata.num_warps,
         shared_bytes=kernel.metadata.shared,
+        once=_sass_loop(code[:end]),
     )
 
 

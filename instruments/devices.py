@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adakd_kernels import ops
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("torch", "triton", "adakd-kernels", "liger-kernel", "orda-kernel")
+PACKAGES = ("torch", "triton", "adakd-kernels", "liger-kernel", "orda-kernel", "trl")
 
 
 class _Produced(torch.autograd.Function):

@@ -35,7 +35,7 @@ def test_every_provider_is_gated_and_measured(monkeypatch, unpoisoned):
     records = records_of(monkeypatch)
     assert {record["job"] for record in records} == set(bench_gpu.jobs(Cpu()))
     for record in records:
-        package = {"liger": "liger-kernel", "orda": "orda-kernel"}.get(record["provider"])
+        package = {"liger": "liger-kernel", "orda": "orda-kernel", "trl": "trl"}.get(record["provider"])
         if "failed" in record:  # a peer that is not installed, or whose kernels need the interpreter or a GPU
             assert package and (record["versions"][package] is None or not INTERPRETING), record
             continue

@@ -69,6 +69,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_python_snippets_of_a_page_run_in_order(page, project, capsys):
+    if "integrations.trl" in PAGES[page]:
+        pytest.importorskip("trl", reason="trl is not installed: pip install 'adakd-kernels[trl]'")
     names = {}
     for data in blocks("json", PAGES[page]):
         (project / "data" / "train.jsonl").write_text(data)
@@ -97,7 +99,7 @@ def test_commands_of_a_page_run(page, project):
 
 
 def test_the_readme_shows_every_kind_of_snippet():
-    assert {"README.md", "docs/losses.md", "docs/trainer.md"} == set(pages_with("python"))
+    assert {"README.md", "docs/losses.md", "docs/trainer.md", "docs/trl.md"} == set(pages_with("python"))
     assert {"README.md", "docs/trainer.md"} == set(pages_with("yaml"))
     assert [line.split()[:2] for block in blocks("sh", PAGES["README.md"]) for line in block.splitlines()] == [
         ["make", "demo"], ["make", "test"], ["adakd", "train"],

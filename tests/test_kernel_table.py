@@ -45,6 +45,14 @@ def test_every_kernel_has_a_row():
         assert f"| {kernel_table.NAMES[kernel]} | `{divergence}` | " in PAGE
 
 
+@same_triton
+def test_the_rows_of_trl_are_those_of_its_kernels():
+    trl = pytest.importorskip("trl", reason="trl is not installed: pip install 'adakd-kernels[trl]'")
+    if f"trl {trl.__version__} on sm_90" not in PAGE:
+        pytest.skip("the table is that of another trl")
+    assert "\n".join(kernel_table.trl_lines()) in PAGE
+
+
 def test_every_kernel_but_two_is_bound_by_memory():
     rows = re.findall(r"^\| (\S.*?) \| `(\w+)` \|.*\| ([a-z]+) \|$", PAGE, re.MULTILINE)
     assert len(rows) == len(KERNELS)

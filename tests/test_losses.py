@@ -13,6 +13,7 @@ from adakd_kernels import (
     JensenShannon,
     LossAdaptiveFocus,
     adakd_loss,
+    linear_adakd_loss,
     reference,
     token_difficulty,
     token_divergence,
@@ -199,6 +200,22 @@ def test_labels_of_every_integer_type(dtype):
         for x in (labels.clamp_max(100).to(dtype), labels.clamp_max(100))
     ]
     assert torch.equal(*measured)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("ignore_index", [-100, 0])
+def test_a_mask_stands_in_the_place_of_labels(ignore_index, shift):
+    student, teacher, labels = batch()
+    mask = labels != -100
+    labels = torch.where(mask, labels.clamp_min(1), ignore_index)
+    hidden, head = logits(2, 6, 5, seed=7), logits(301, 5, seed=8)
+    options = {"focus_ratio": 0.5, "ignore_index": ignore_index, "shift": shift}
+    for loss in (
+        lambda labels: adakd_loss(student, teacher, labels, **options),
+        lambda labels: linear_adakd_loss(hidden, head, hidden.flip(0), head, labels, **options),
+    ):
+        for got, expected in zip(loss(mask), loss(labels), strict=True):
+            assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])

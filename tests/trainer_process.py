@@ -282,7 +282,16 @@ def data_run(folder: Path) -> dict[str, Any]:
     return {"records": found, "calls": tokenize.call_count}
 
 
+def policies_run(folder: Path) -> dict[str, Any]:
+    """What `test_trl_policies.py` asks of a rank."""
+    from .test_trl_policies import one_of_two_ranks
+
+    return one_of_two_ranks(folder)
+
+
 SCENARIOS: dict[str, Callable[[Path], Any]] = {"experts": experts_run, "data": data_run}
+if find_spec("trl"):
+    SCENARIOS["policies"] = policies_run
 for _route in ("logits", "hidden"):
     SCENARIOS[f"evaluation-{_route}"] = partial(evaluation_run, route=_route)
     if find_spec("peft"):

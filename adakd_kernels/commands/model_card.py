@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..integrations.transformers import AdaKDConfig
 from ..trainer.adapters import is_adapter_folder
+from ..trainer.citation import CITATION
 from ..trainer.config import DATA_OPTIONS
 from .models import RunModels, lines_to_try
 from .options import ADAPTERS, RunOptions, method_options
@@ -18,18 +19,6 @@ __all__ = ["write_model_card"]
 
 ROWS = 20
 """Log lines in the table of the share at most."""
-
-CITATION = """\
-```bibtex
-@article{xie2025adakd,
-  title   = {LLM-Oriented Token-Adaptive Knowledge Distillation},
-  author  = {Xurong Xie and Zhucun Xue and Jiafu Wu and Jian Li and Yabiao Wang and Xiaobin Hu and Yong Liu and
-             Jiangning Zhang},
-  journal = {arXiv preprint arXiv:2510.11615},
-  year    = {2025}
-}
-```
-"""
 
 
 def write_model_card(
@@ -87,7 +76,7 @@ def write_model_card(
         f"## Training\n\n{_list({'steps': logs[-1]['step'] if logs else 0, **training})}",
         "## Share of the tokens that are selected\n\n" + _table(train),
         "## Evaluation\n\n" + (_list(evaluated) if evaluated else "None: no eval_file was given."),
-        "## Citation\n\n" + CITATION,
+        f"## Citation\n\n```bibtex\n{CITATION}```\n",
     ]
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections)).save(path)
 

@@ -69,7 +69,8 @@ def linear_adakd_loss(
             the second time with a graph of its own; once where every token is selected at one temperature.
         teacher_hidden: (B, L, Hᵗ) or (N, Hᵗ); Hᵗ and its type may differ.
         teacher_weight: (Vᵗ, Hᵗ) of the teacher's hidden states' type, or a callable.
-        labels: (B, L) or (N,), of any integer type that can hold `ignore_index`: the token that each position predicts.
+        labels: (B, L) or (N,), of any integer type that can hold `ignore_index`: the token that each position predicts;
+            or bool, as in `adakd_loss`.
         student_bias, teacher_bias: (V,), for a head that is a weight.
         student_softcap, teacher_softcap: cap > 0, or None.
         student_scale, teacher_scale: scale > 0.
@@ -105,7 +106,8 @@ def linear_adakd_loss(
         divergence, focus_ratio, temperature_scale, base_temperature, difficulty, ce_weight, ignore_index, num_items,
         shift=shift,
     )  # fmt: skip
-    labels = check_labels(labels, batch, student_hidden, ignore_index)
+    read = ce_weight > 0 or difficulty == "cross_entropy"
+    labels = check_labels(labels, batch, student_hidden, ignore_index, read=read)
     check_head_options(student_softcap, teacher_softcap, student_scale, teacher_scale, chunk_tokens, keep_bytes)
     if choice is not None:
         check_choice(choice, batch, student_hidden)

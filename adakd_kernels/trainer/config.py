@@ -15,7 +15,7 @@ from ..functional import DIFFICULTIES, adakd_loss
 from ..loss import AdaKDLoss
 from .loading import LONG_RECORDS
 
-__all__ = ["DATA_OPTIONS", "AdaKDConfig"]
+__all__ = ["DATA_OPTIONS", "AdaKDConfig", "AdaKDOptions", "TrainerOptions"]
 
 ROUTES = ("auto", "logits", "hidden")
 ON_NAN = ("raise", "skip")
@@ -27,12 +27,8 @@ LOWER_IS_BETTER = ("forward_kl", "reverse_kl", "cross_entropy")
 
 
 @dataclass
-class AdaKDConfig(TrainingArguments):
-    """`TrainingArguments` and the options of AdaKD (Xie et al., arXiv 2510.11615); the equations are in docs/maths.md.
-
-    Three defaults differ from `TrainingArguments`: `logging_nan_inf_filter` is off, because it would wait for the
-    device on every micro-batch and hide a loss that is NaN; `logging_steps` is 10; and `greater_is_better` is off where
-    `metric_for_best_model` is a KL divergence or the cross-entropy, as it is for a loss.
+class AdaKDOptions:
+    """The options of the method, to stand in front of a class of `TrainingArguments`; equations in docs/maths.md.
 
     Raises:
         ValueError, TypeError: an option that is unknown or outside its range; the message starts with its name.
@@ -68,84 +64,13 @@ class AdaKDConfig(TrainingArguments):
     focus_delta: float = field(default=0.05, metadata={"help": "Relative change of r."})
     focus_min_ratio: float = field(default=0.1, metadata={"help": "Lower bound of r."})
 
-    selection: str = field(
-        default="micro_batch",
-        metadata={
-            "help": "Among which tokens the hardest are selected: those of each 'micro_batch'; or those of the whole "
-            "optimizer 'step', all micro-batches and ranks, for one more forward of the student."
-        },
-    )
-    logits_route: str = field(
-        default="auto",
-        metadata={
-            "help": "Where the loss comes from: 'logits'; 'hidden' states, without the logits of a batch; or 'auto', "
-            "hidden states where both models have a plain output layer."
-        },
-    )
-    on_nan: str = field(
-        default="raise",
-        metadata={
-            "help": "What a loss that is NaN or infinite does: 'raise' stops the run before the step; 'skip' leaves "
-            "the gradient of its micro-batch out and counts it, and waits for the device on every micro-batch."
-        },
-    )
-    max_length: int = field(default=1024, metadata={"help": "Tokens of a record, and of a packed row, at most."})
-    long_records: str = field(
-        default="truncate",
-        metadata={
-            "help": "What happens to a record of more tokens: 'truncate' cuts its end off and leaves out what then has "
-            "nothing to learn; 'drop' leaves it out; 'refuse' ends the run. What is cut and left out is counted."
-        },
-    )
-    packing: bool = field(
-        default=False,
-        metadata={"help": "Put training records together in rows of max_length tokens; they do not see each other."},
-    )
-    padding_free: bool = field(
-        default=False,
-        metadata={"help": "Put a training batch into one row without padding; its records do not see each other."},
-    )
-    dataset_num_proc: int | None = field(
-        default=None, metadata={"help": "Processes that tokenise; left out, the main one."}
-    )
-
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={"help": "Checkpoint that 'adakd train' resumes from: a folder, or 'last' in output_dir."},
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Replace a loss that is not finite in the logs; waits for the device."}
-    )
-    logging_steps: float = field(
-        default=10, metadata={"help": "Optimizer steps between two log lines; below 1, a part of all steps."}
-    )
-
     def __post_init__(self) -> None:
         if isinstance(self.divergence_kwargs, str):
             try:
                 self.divergence_kwargs = json.loads(self.divergence_kwargs)
             except ValueError as error:
                 raise ValueError(f"divergence_kwargs must be JSON, got {self.divergence_kwargs!r}: {error}") from None
-        if self.greater_is_better is None and str(self.metric_for_best_model).endswith(LOWER_IS_BETTER):
-            self.greater_is_better = False
-        super().__post_init__()  # type: ignore[no-untyped-call]
-        if self.label_smoothing_factor:
-            raise ValueError(
-                f"label_smoothing_factor must be 0, got {self.label_smoothing_factor!r}: the distillation loss does "
-                "not use it; ce_weight adds the plain cross-entropy"
-            )
-        if self.logits_route not in ROUTES:
-            raise ValueError(f"logits_route must be one of {', '.join(ROUTES)}, got {self.logits_route!r}")
-        if self.on_nan not in ON_NAN:
-            raise ValueError(f"on_nan must be one of {', '.join(ON_NAN)}, got {self.on_nan!r}")
-        if self.long_records not in LONG_RECORDS:
-            raise ValueError(f"long_records must be one of {', '.join(LONG_RECORDS)}, got {self.long_records!r}")
-        for name, least in (("max_length", 2), ("dataset_num_proc", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be {least} or more, got {value}")
-        if self.selection not in SELECTIONS:
-            raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {self.selection!r}")
+        super().__post_init__()  # type: ignore[misc]
         # The functions check their own arguments, so a call on one token with two entries refuses every wrong option.
         token = torch.zeros(1, 1, 2)
         focus_ratio = 1.0 if self.focus_ratio is None else self.focus_ratio
@@ -203,3 +128,99 @@ class AdaKDConfig(TrainingArguments):
         """The options that `adakd_loss` and `AdaKDLoss` both take, without the divergence."""
         names = ("temperature_scale", "base_temperature", "difficulty", "ce_weight")
         return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class TrainerOptions(AdaKDOptions):
+    """The options of the method and those of `AdaKDTrainer`, likewise."""
+
+    selection: str = field(
+        default="micro_batch",
+        metadata={
+            "help": "Among which tokens the hardest are selected: those of each 'micro_batch'; or those of the whole "
+            "optimizer 'step', all micro-batches and ranks, for one more forward of the student."
+        },
+    )
+    logits_route: str = field(
+        default="auto",
+        metadata={
+            "help": "Where the loss comes from: 'logits'; 'hidden' states, without the logits of a batch; or 'auto', "
+            "hidden states where both models have a plain output layer."
+        },
+    )
+    on_nan: str = field(
+        default="raise",
+        metadata={
+            "help": "What a loss that is NaN or infinite does: 'raise' stops the run before the step; 'skip' leaves "
+            "the gradient of its micro-batch out and counts it, and waits for the device on every micro-batch."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        args: Any = self
+        if args.greater_is_better is None and str(args.metric_for_best_model).endswith(LOWER_IS_BETTER):
+            args.greater_is_better = False
+        super().__post_init__()
+        if args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor must be 0, got {args.label_smoothing_factor!r}: the distillation loss does "
+                "not use it; ce_weight adds the plain cross-entropy"
+            )
+        if self.logits_route not in ROUTES:
+            raise ValueError(f"logits_route must be one of {', '.join(ROUTES)}, got {self.logits_route!r}")
+        if self.on_nan not in ON_NAN:
+            raise ValueError(f"on_nan must be one of {', '.join(ON_NAN)}, got {self.on_nan!r}")
+        if self.selection not in SELECTIONS:
+            raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {self.selection!r}")
+
+
+@dataclass
+class AdaKDConfig(TrainerOptions, TrainingArguments):
+    """`TrainingArguments` and the options of AdaKD (Xie et al., arXiv 2510.11615); the equations are in docs/maths.md.
+
+    Three defaults differ from `TrainingArguments`: `logging_nan_inf_filter` is off, because it would wait for the
+    device on every micro-batch and hide a loss that is NaN; `logging_steps` is 10; and `greater_is_better` is off where
+    `metric_for_best_model` is a KL divergence or the cross-entropy, as it is for a loss.
+
+    Raises:
+        ValueError, TypeError: an option that is unknown or outside its range; the message starts with its name.
+    """
+
+    max_length: int = field(default=1024, metadata={"help": "Tokens of a record, and of a packed row, at most."})
+    long_records: str = field(
+        default="truncate",
+        metadata={
+            "help": "What happens to a record of more tokens: 'truncate' cuts its end off and leaves out what then has "
+            "nothing to learn; 'drop' leaves it out; 'refuse' ends the run. What is cut and left out is counted."
+        },
+    )
+    packing: bool = field(
+        default=False,
+        metadata={"help": "Put training records together in rows of max_length tokens; they do not see each other."},
+    )
+    padding_free: bool = field(
+        default=False,
+        metadata={"help": "Put a training batch into one row without padding; its records do not see each other."},
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenise; left out, the main one."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "Checkpoint that 'adakd train' resumes from: a folder, or 'last' in output_dir."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Replace a loss that is not finite in the logs; waits for the device."}
+    )
+    logging_steps: float = field(
+        default=10, metadata={"help": "Optimizer steps between two log lines; below 1, a part of all steps."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.long_records not in LONG_RECORDS:
+            raise ValueError(f"long_records must be one of {', '.join(LONG_RECORDS)}, got {self.long_records!r}")
+        for name, least in (("max_length", 2), ("dataset_num_proc", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be {least} or more, got {value}")

@@ -16,6 +16,7 @@ __all__ = [
     "HeadOptions",
     "NoPlainHeadError",
     "base_model",
+    "configured_head",
     "evaluation_mode",
     "head_traits",
     "hidden_states",
@@ -90,7 +91,7 @@ def head_traits(model: Any) -> tuple[Any, ...]:
         *map(type, modules),
         own,
         hooks,
-        _configured(getattr(model, "config", None)),
+        configured_head(getattr(model, "config", None)),
         virtual_tokens(model),
     )
 
@@ -148,7 +149,7 @@ def plain_head(model: Any) -> HeadOptions:
     head = output_head(model)
     if type(head) is not nn.Linear or "forward" in vars(head):
         raise NoPlainHeadError(f"its head is no plain nn.Linear but {type(head).__name__}, perhaps wrapped")
-    options, length = _configured(model.config), 2 + virtual_tokens(model)[1]
+    options, length = configured_head(model.config), 2 + virtual_tokens(model)[1]
     # Numbers as large as logits get, so that a soft-cap shows.
     probe = torch.linspace(-60.0, 60.0, length * head.out_features, dtype=head.weight.dtype, device=head.weight.device)
     probe = probe.view(head.out_features, length).T.unsqueeze(0)  # (1, L, V)
@@ -176,13 +177,20 @@ def plain_head(model: Any) -> HeadOptions:
     return options
 
 
-def _configured(config: Any) -> HeadOptions:
-    """The names under which models keep scale and cap: Cohere multiplies, Granite divides, Gemma caps."""
-    scale = getattr(config, "logit_scale", None)
-    divisor = getattr(config, "logits_scaling", None)
+def configured_head(config: Any) -> HeadOptions:
+    """What a configuration says of the head, under the names of transformers' models.
+
+    Cohere, Falcon-H1 and Muse Glimmer multiply, Granite and MiniCPM3 divide, HyperCLOVA X multiplies under the same
+    name, Gemma caps.
+    """
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    factors = (getattr(config, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"))
+    scale = next((factor for factor in factors if factor), None)
+    if scale is None and getattr(config, "logits_scaling", None):
+        divides = getattr(config, "model_type", None) != "hyperclovax"
+        scale = 1.0 / config.logits_scaling if divides else config.logits_scaling
     return HeadOptions(
-        scale=float(scale) if scale else 1.0 / float(divisor) if divisor else 1.0,
-        softcap=getattr(config, "final_logit_softcapping", None),
+        scale=1.0 if scale is None else float(scale), softcap=getattr(config, "final_logit_softcapping", None)
     )
 
 

@@ -16,7 +16,7 @@ from ..loss import AdaKDLoss
 from .adapters import OwnBase, base_of_adapter, check_checkpoint, load_student, teacher_of, with_adapter
 from .checkpoints import last_checkpoint
 from .collator import ID, AdaKDDataCollator, CheckedCollator
-from .config import AdaKDConfig
+from .config import AdaKDConfig, TrainerOptions
 from .evaluation import HeldOutSums, without_repeats
 from .finite import BeforeStepCallback, FiniteCheck, MicroBatch, loss_without_gradient
 from .focus_callback import FocusCallback
@@ -130,15 +130,12 @@ class AdaKDTrainer(Trainer):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(args, AdaKDConfig):
+        if not isinstance(args, TrainerOptions):
             raise TypeError(f"args must be an AdaKDConfig, got {type(args).__name__}")
-        if args.padding_free and data_collator is not None:
+        if data_collator is not None and getattr(args, "padding_free", False):
             raise ValueError("padding_free is an option of the default data_collator, but another one is given")
         self._streams: list[LoadedRecords] = []
-        train_dataset = self._loaded(args, train_dataset, processing_class, "train_dataset")
-        if args.packing and train_dataset is not None:
-            train_dataset = pack_records(args, train_dataset)
-        eval_dataset = self._loaded(args, eval_dataset, processing_class, "eval_dataset")
+        train_dataset, eval_dataset = self._loaded_data(args, train_dataset, eval_dataset, processing_class)
         if isinstance(teacher, (str, Path)):
             _check_tokenizer_of(teacher, processing_class)
             teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype="auto")
@@ -151,12 +148,7 @@ class AdaKDTrainer(Trainer):
             student = with_adapter(model, peft_config)
             teacher = self._teacher_of(student, teacher)
         if data_collator is None:
-            pad = getattr(processing_class, "pad_token_id", None)
-            # The backward of this form is a scatter-add, which torch may refuse under full_determinism.
-            per_record = takes_positions_per_record(student, teacher) and not args.full_determinism
-            data_collator = AdaKDDataCollator(
-                pad_token_id=0 if pad is None else pad, per_record=per_record, padding_free=args.padding_free
-            )
+            data_collator = self._default_collator(student, teacher, args, processing_class)
         super().__init__(
             model=student,
             args=args,
@@ -201,6 +193,22 @@ class AdaKDTrainer(Trainer):
         self.add_callback(FocusCallback)
         self.add_callback(BeforeStepCallback(self._finite.before_step))
 
+    def _loaded_data(self, args: Any, train_dataset: Any, eval_dataset: Any, processing_class: Any) -> tuple[Any, Any]:
+        """The data as token ids, those of the training packed if the options say so."""
+        train_dataset = self._loaded(args, train_dataset, processing_class, "train_dataset")
+        if args.packing and train_dataset is not None:
+            train_dataset = pack_records(args, train_dataset)
+        return train_dataset, self._loaded(args, eval_dataset, processing_class, "eval_dataset")
+
+    def _default_collator(self, student: Any, teacher: Any, args: Any, processing_class: Any) -> Any:
+        """What makes the batches where no `data_collator` is given."""
+        pad = getattr(processing_class, "pad_token_id", None)
+        # The backward of this form is a scatter-add, which torch may refuse under full_determinism.
+        per_record = takes_positions_per_record(student, teacher) and not args.full_determinism
+        return AdaKDDataCollator(
+            pad_token_id=0 if pad is None else pad, per_record=per_record, padding_free=args.padding_free
+        )
+
     def _follow_models(self) -> bool:
         """Judge models and heads where they, or hooks on them, are others than at the last time; whether they were.
 
@@ -224,7 +232,9 @@ class AdaKDTrainer(Trainer):
             )
         check_causal("student", self.model, try_out=whole)
         check_causal("teacher", self.teacher, try_out=whole)
-        if whole and (self.args.packing or self.args.padding_free):
+        # TRL's strategy "wrapped" lets texts see each other on purpose.
+        separate = getattr(self.args, "packing_strategy", None) != "wrapped"
+        if whole and separate and (self.args.packing or self.args.padding_free):
             check_borders("student", self.model)
             check_borders("teacher", self.teacher)
         for text in check_special_tokens(self.model, self.teacher, self.processing_class):
@@ -661,7 +671,7 @@ class AdaKDTrainer(Trainer):
             logs = dict(zip(names, values, strict=True))
         else:
             logs["focus_ratio"] = float(focus)
-        if self.args.on_nan == "skip":
+        if getattr(self.args, "on_nan", None) == "skip":
             skipped = torch.tensor(self._finite.skipped, device=self.args.device)
             logs["skipped_micro_batches"] = self.accelerator.reduce(skipped).item()
         for name, histogram in (("difficulty", self._difficulty), ("temperature", self._temperature)):

@@ -1,0 +1,246 @@
+"""Completions of the student, of the data and from the buffer: which, when, and that all are learnt from alike."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="trl is not installed: pip install 'adakd-kernels[trl]'")
+
+from datasets import Dataset
+
+from adakd_kernels.integrations.transformers import AdaKDTrainer
+from adakd_kernels.integrations.trl.policies import (
+    PolicyCallback,
+    ReplayBuffer,
+    Source,
+    choose_source,
+    completion_of_data,
+)
+
+from .test_trl import OFF, logs, on_policy, pair, recorded
+from .tiny_models import INSTRUCTIONS
+from .trainer_process import config as trainer_config
+from .trainer_process import of_both_ranks
+
+pytestmark = pytest.mark.fast
+
+PAIRS = Dataset.from_list([{"prompt": r["instruction"], "completion": r["output"]} for r in INSTRUCTIONS * 2])
+CHATS = Dataset.from_list(
+    [
+        {
+            "prompt": [{"role": "user", "content": r["instruction"]}],
+            "completion": [{"role": "assistant", "content": r["output"]}],
+        }
+        for r in INSTRUCTIONS * 2
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("draw", "lmbda", "progress", "replays", "full", "source"),
+    [
+        (0.3, 0.5, 0.0, False, False, "student"),  # GKD
+        (0.5, 0.5, 0.0, False, False, "data"),
+        (0.99, 1.0, 0.0, False, False, "student"),
+        (0.0, 0.0, 0.0, False, False, "data"),
+        (0.3, 0.5, 0.2, True, False, "student"),  # DistiLLM: the buffer fills first
+        (0.3, 0.5, 0.2, True, True, "student"),  # 0.3 < 0.5·0.8
+        (0.3, 0.5, 0.5, True, True, "replay"),  # 0.25 <= 0.3 < 0.5
+        (0.6, 0.5, 0.5, True, True, "data"),
+        (0.0, 0.5, 1.0, True, True, "replay"),
+    ],
+)
+def test_choice(draw: float, lmbda: float, progress: float, replays: bool, full: bool, source: str) -> None:
+    assert choose_source(draw, lmbda, progress, replays, full) is Source(source)
+
+
+def test_buffer_keeps_the_latest() -> None:
+    buffer = ReplayBuffer(3)
+    buffer.add([[1], [2]], [[10], [20]])
+    assert not buffer.full
+    assert sorted(buffer.sample(2, random.Random(0))) == [([1], [10]), ([2], [20])]
+    assert len(buffer.sample(5, random.Random(0))) == 5
+    buffer.add([[3], [4]], [[30], [40]])
+    assert buffer.full and sorted(buffer.sample(3, random.Random(0))) == [([2], [20]), ([3], [30]), ([4], [40])]
+
+
+def test_lambda_rises_where_the_loss_of_evaluation_has() -> None:
+    policy = PolicyCallback(0.0, adaptive=True)
+    seen = []
+    for loss in (2.0, 2.05, 1.0, 2.1, 2.15, 2.25):
+        policy.on_evaluate(None, None, None, metrics={"eval_loss": loss})  # type: ignore[arg-type]
+        seen.append(round(policy.lmbda, 6))
+    assert seen == [0.0, 0.0, 0.0, 0.1, 0.1, 0.2]  # against the loss of the last change, as DistiLLM has it
+    fixed = PolicyCallback(0.3)
+    for loss in (1.0, 9.0):
+        fixed.on_evaluate(None, None, None, metrics={"eval_loss": loss})  # type: ignore[arg-type]
+    assert fixed.lmbda == 0.3
+
+
+@pytest.mark.parametrize("dataset", [PAIRS, CHATS], ids=["texts", "messages"])
+def test_completions_of_the_data_keep_their_end_and_lose_what_is_behind_it(dataset: Dataset) -> None:
+    _, _, tokenizer = pair()
+    for row, record in zip(dataset, INSTRUCTIONS, strict=False):
+        if isinstance(row["prompt"], str):
+            prompt = tokenizer(text=row["prompt"])["input_ids"]
+        else:
+            prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]
+        eos = tokenizer.eos_token_id
+        ids = completion_of_data(row, prompt, tokenizer, [eos], 512)
+        assert ids[-1] == eos and ids.count(eos) == 1
+        assert tokenizer.decode(ids[:-1]) == record["output"]
+        assert completion_of_data(row, prompt, tokenizer, [eos], 3) == ids[:3]
+
+
+def test_without_own_completions_the_losses_are_those_of_the_trainer_on_the_data(tmp_path: Path) -> None:
+    """λ = 0 is off-policy: AdaKDTrainer has the same losses, so labels, end-of-text and number of items are the same.
+
+    Labels one position late, as in the code released with the paper, would change every loss.
+    """
+    student, teacher, tokenizer = pair()
+    options = {"focus_ratio": 0.5, "ce_weight": 0.2,
+               "max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+               "learning_rate": 1e-2, "lr_scheduler_type": "constant"}  # fmt: skip
+    trainer = on_policy(tmp_path, True, lmbda=0.0, train_dataset=PAIRS, max_completion_length=64, **options)
+    kept = recorded(trainer)
+    ours = logs(trainer)
+    records = []
+    for _, batch, _ in kept:
+        for row in range(len(batch["prompt_ids"])):
+            ids, mask = (torch.cat([batch[f"{part}_{x}"][row] for part in ("prompt", "completion")])
+                         for x in ("ids", "mask"))  # fmt: skip
+            labels = torch.full_like(ids, -100)
+            labels[batch["prompt_ids"].shape[1] :] = ids[batch["prompt_ids"].shape[1] :]
+            records.append({"input_ids": ids[mask == 1].tolist(), "labels": labels[mask == 1].tolist()})
+    assert all(record["labels"][-1] == tokenizer.eos_token_id for record in records)
+    counts = [sum(label != -100 for record in records[4 * step : 4 * step + 4] for label in record["labels"])
+              for step in range(3)]  # fmt: skip
+    assert [int(batch["num_items_in_batch"]) for _, batch, _ in kept[::2]] == counts
+    args = trainer_config(tmp_path, save_strategy="no", train_sampling_strategy="sequential", **options)
+    expected = logs(AdaKDTrainer(student, teacher, args, train_dataset=records, processing_class=tokenizer))
+    for got, wanted in zip(ours, expected, strict=True):
+        for name in ("loss", "grad_norm", "difficulty_p50"):
+            assert got[name] == pytest.approx(wanted[name], rel=1e-5), name
+        assert got["source/data"] == 1.0 and got["source/student"] == got["source/replay"] == 0.0
+
+
+def run(folder: Path, **options: Any) -> tuple[Any, list[Any]]:
+    """A run of which the completions of every step are kept."""
+    trainer = on_policy(folder, True, train_dataset=PAIRS, gradient_accumulation_steps=1, **options)
+    kept = recorded(trainer)
+    trainer.train()
+    return trainer, [(batch["prompt_ids"], batch["completion_ids"]) for _, batch, _ in kept]
+
+
+def test_own_and_given_completions_alternate_and_old_ones_come_back(tmp_path: Path) -> None:
+    trainer, steps = run(tmp_path, lmbda=0.7, replay_capacity=4, max_steps=12)
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    sources = [next(s for s in Source if line[f"source/{s.value}"]) for line in lines]
+    assert {*sources} == {*Source}
+    assert sources.index(Source.REPLAY) > 1  # the buffer is full after two steps of the student
+    tokenizer = trainer.processing_class
+    outputs = {record["output"] for record in INSTRUCTIONS}
+    sampled: set[str] = set()
+    for source, (prompts, completions) in zip(sources, steps, strict=True):
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        both = {*zip(tokenizer.batch_decode(prompts, skip_special_tokens=True), texts, strict=True)}
+        if source is Source.DATA:
+            assert all(any(output.startswith(text) for output in outputs) for text in texts)
+        elif source is Source.REPLAY:
+            assert both <= sampled
+        else:
+            sampled |= both
+    assert trainer._buffer.full
+
+
+def test_sampling_does_not_depend_on_adakd(tmp_path: Path) -> None:
+    """At a learning rate of 0, both runs learn from the same completions in the same order, from every source."""
+    still = {"lmbda": 0.7, "replay_capacity": 4, "max_steps": 6, "learning_rate": 0.0}
+    (_, plain), (_, adakd) = run(tmp_path, **still, **OFF), run(tmp_path, **still, focus_ratio=0.5)
+    for first, second in zip(plain, adakd, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    _, stock = run(tmp_path, learning_rate=0.0, max_steps=2)
+    _, mixed = run(tmp_path, lmbda=1.0, replay_capacity=100, learning_rate=0.0, max_steps=2)
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(stock, mixed, strict=True))
+
+
+def test_the_adaptive_schedule_is_part_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a loss of evaluation that rises each time, λ does; evaluations read the data and repeat themselves."""
+    options = {
+        "lmbda": 0.0, "adaptive_lmbda": True, "replay_capacity": 4, "max_steps": 6, "eval_strategy": "steps",
+        "eval_steps": 1, "save_strategy": "steps", "save_steps": 4, "train_dataset": PAIRS, "learning_rate": 0.0,
+        "eval_dataset": PAIRS.select(range(4)), "gradient_accumulation_steps": 1,
+    }  # fmt: skip
+    trainer = on_policy(tmp_path, True, **options)
+    assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]
+    monkeypatch.setattr("adakd_kernels.integrations.trl.policies.LOSS_EPSILON", 0.0)  # a loss that stays has risen
+    whole = logs(on_policy(tmp_path, True, **options))
+    lmbdas = [line["lmbda"] for line in whole]
+    assert lmbdas == pytest.approx([0.0, 0.0, 0.1, 0.2, 0.3, 0.4])
+    resumed = on_policy(tmp_path, True, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    after = [line["lmbda"] for line in resumed.state.log_history if "loss" in line][-2:]
+    assert after == pytest.approx(lmbdas[-2:])
+
+
+RANKED = {**OFF, "lmbda": 0.0, "gradient_accumulation_steps": 1, "optim": "sgd", "learning_rate": 0.5,
+          "max_grad_norm": 0.0, "train_dataset": PAIRS, "max_completion_length": 64}  # fmt: skip
+"""Steps that do not depend on how a batch is split."""
+
+
+def test_two_ranks_are_one_with_twice_the_batch(tmp_path: Path, two_ranks: Path) -> None:
+    """The number of items is that of all ranks, and the ranks take their completions from one source."""
+    whole = on_policy(tmp_path, True, **RANKED, per_device_train_batch_size=4)
+    logs(whole)
+    ranks = of_both_ranks(two_ranks, "policies")
+    initial = pair()[0].state_dict()
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(ranks[0]["weights"][name], value, rtol=1e-4, atol=1e-5)
+        assert torch.equal(ranks[0]["weights"][name], ranks[1]["weights"][name])
+        assert name.endswith("norm.weight") or not torch.allclose(value, initial[name], rtol=1e-3, atol=1e-4)
+    assert ranks[0]["sources"] == ranks[1]["sources"] and len({*ranks[0]["sources"]}) == 2
+
+
+def one_of_two_ranks(folder: Path) -> dict[str, Any]:
+    """Train, and draw sources: weights and draws."""
+    trainer = on_policy(folder, True, **RANKED, per_device_train_batch_size=2)
+    trainer.train()
+    policy = next(c for c in trainer.callback_handler.callbacks if isinstance(c, PolicyCallback))
+    policy.lmbda, sources = 0.5, []
+    # As if each rank had drawn for itself.
+    trainer.args.seed += int(os.environ["RANK"])
+    for trainer.state.global_step in range(8):
+        sources.append(trainer._choose_source([{}]).value)
+    return {"weights": trainer.model.state_dict(), "sources": sources}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lmbda": 1.5}, r"lmbda must be in \[0, 1\], got 1.5"),
+        ({"replay_capacity": -1}, "replay_capacity must be 0 or more, got -1"),
+        ({"adaptive_lmbda": True, "lmbda": 0.0}, "there are none: set eval_strategy"),
+        ({"adaptive_lmbda": True, "eval_strategy": "steps", "eval_steps": 1}, "which is 1 already"),
+    ],
+)
+def test_wrong_options(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        on_policy(tmp_path, True, **options)
+
+
+def test_wrong_data(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"each prompt needs a completion, got \['prompt'\]; set lmbda to 1"):
+        on_policy(tmp_path, True, lmbda=0.0, train_dataset=PROMPTS).train()
+    _, _, tokenizer = pair()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ messages|length }}<eos>"
+    with pytest.raises(ValueError, match="writes the prompt of an answered conversation in another way"):
+        prompt = tokenizer.apply_chat_template(CHATS[0]["prompt"], add_generation_prompt=True, return_dict=True)
+        completion_of_data(CHATS[0], prompt["input_ids"], tokenizer, [tokenizer.eos_token_id], 512)
