@@ -23,7 +23,7 @@ from adakd_kernels.integrations.trl.policies import (
     completion_of_data,
 )
 
-from .test_trl import OFF, logs, on_policy, pair, recorded
+from .test_trl import OFF, PROMPTS, logs, on_policy, pair, recorded
 from .tiny_models import INSTRUCTIONS
 from .trainer_process import config as trainer_config
 from .trainer_process import of_both_ranks

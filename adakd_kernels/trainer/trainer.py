@@ -135,7 +135,8 @@ class AdaKDTrainer(Trainer):
         if data_collator is not None and getattr(args, "padding_free", False):
             raise ValueError("padding_free is an option of the default data_collator, but another one is given")
         self._streams: list[LoadedRecords] = []
-        train_dataset, eval_dataset = self._loaded_data(args, train_dataset, eval_dataset, processing_class)
+        train_dataset = self._loaded(args, train_dataset, processing_class, "train_dataset")
+        eval_dataset = self._loaded(args, eval_dataset, processing_class, "eval_dataset")
         if isinstance(teacher, (str, Path)):
             _check_tokenizer_of(teacher, processing_class)
             teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype="auto")
@@ -192,13 +193,6 @@ class AdaKDTrainer(Trainer):
         self._held_out: HeldOutSums | None = None
         self.add_callback(FocusCallback)
         self.add_callback(BeforeStepCallback(self._finite.before_step))
-
-    def _loaded_data(self, args: Any, train_dataset: Any, eval_dataset: Any, processing_class: Any) -> tuple[Any, Any]:
-        """The data as token ids, those of the training packed if the options say so."""
-        train_dataset = self._loaded(args, train_dataset, processing_class, "train_dataset")
-        if args.packing and train_dataset is not None:
-            train_dataset = pack_records(args, train_dataset)
-        return train_dataset, self._loaded(args, eval_dataset, processing_class, "eval_dataset")
 
     def _default_collator(self, student: Any, teacher: Any, args: Any, processing_class: Any) -> Any:
         """What makes the batches where no `data_collator` is given."""
@@ -333,8 +327,11 @@ class AdaKDTrainer(Trainer):
             keep_bytes=KEEP_BYTES,
         )
 
-    def _loaded(self, args: AdaKDConfig, data: Any, tokenizer: Any, name: str) -> Any:
-        """Data as records of token ids; says how many there are, or remembers a stream, whose number is known later."""
+    def _loaded(self, args: Any, data: Any, tokenizer: Any, name: str) -> Any:
+        """Data as records of token ids, those of the training packed if the options say so.
+
+        Says how many there are, or remembers a stream, whose number is known later.
+        """
         if data is None:
             return None
         if isinstance(data, dict) and name != "train_dataset":
@@ -344,7 +341,7 @@ class AdaKDTrainer(Trainer):
             self._streams.append(loaded)
         elif args.should_log and loaded.records is not data:
             _report(loaded)
-        return loaded.records
+        return pack_records(args, loaded.records) if args.packing and name == "train_dataset" else loaded.records
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer` has it; whatever collator makes the batches, both models have all their ids and positions.

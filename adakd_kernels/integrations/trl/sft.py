@@ -69,9 +69,9 @@ class AdaKDSFTTrainer(AdaKDTrainer, SFTTrainer):
             args.model_init_kwargs = None  # TRL would say that it ignores them for a model that is loaded
         super().__init__(model, teacher, args, **kwargs)  # type: ignore[arg-type]
 
-    def _loaded_data(self, args: Any, train_dataset: Any, eval_dataset: Any, _: Any) -> tuple[Any, Any]:
+    def _loaded(self, args: Any, data: Any, tokenizer: Any, name: str) -> Any:
         """The data as they are: `SFTTrainer` prepares them."""
-        return train_dataset, eval_dataset
+        return data
 
     def _default_collator(self, *args: Any) -> None:
         """None: `SFTTrainer` makes the collator that goes with its preparation of the data."""
