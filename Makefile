@@ -15,6 +15,8 @@ PYTEST = $(BIN)/python -m pytest -p no:benchmark $(THOROUGH)
 WORKERS := -n $(JOBS) --dist worksteal
 # Triton reads it when a kernel is defined; only the interpret tier may have it.
 unexport TRITON_INTERPRET
+# TRL reports to its makers that a trainer is made, unless this is set.
+export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .PHONY: help setup demo format lint types test test-all test-fast test-native test-interpret test-compile test-gpu \
   test-faults sanitize fuzz bench bench-gpu kernels-table clean

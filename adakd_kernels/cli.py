@@ -6,6 +6,7 @@ disk and a network that does not answer; 130 after Ctrl-C. Each but 0 comes with
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -47,6 +48,9 @@ def _doctor(argv: list[str]) -> int:
     return run(argv)
 
 
+NO_TELEMETRY = {"HF_HUB_DISABLE_TELEMETRY": "1", "VLLM_NO_USAGE_STATS": "1"}
+"""What keeps the libraries of a command from reporting its use to their makers, unless the user has set it."""
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": _train, "demo": _demo, "doctor": _doctor}
 
 
@@ -56,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    for variable, value in NO_TELEMETRY.items():  # the libraries read them as they are imported, with the command
+        os.environ.setdefault(variable, value)
     args = list(sys.argv[1:] if argv is None else argv)
     name = args[0] if args else ""
     if name in ("", "-h", "--help"):

@@ -8,12 +8,12 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..integrations.transformers import AdaKDConfig
 from ..trainer.adapters import is_adapter_folder
 from ..trainer.citation import CITATION
 from ..trainer.config import DATA_OPTIONS
+from ..trainer.methods import METHODS
 from .models import RunModels, lines_to_try
-from .options import ADAPTERS, RunOptions, method_options
+from .options import ADAPTERS, CHOICE, RunOptions, method_options
 
 __all__ = ["write_model_card"]
 
@@ -24,7 +24,7 @@ ROWS = 20
 def write_model_card(
     options: RunOptions,
     models: RunModels,
-    config: AdaKDConfig,
+    config: Any,
     tokenizer: Any,
     logs: Sequence[dict[str, float]],
     records: int,
@@ -49,7 +49,16 @@ def write_model_card(
         base_model=None if Path(trained_on).is_dir() else trained_on,
         tags=["knowledge-distillation", "adakd", "generated_from_trainer"],
     )
-    method = {name: getattr(config, name) for name in method_options()}
+    method = {name: getattr(options, name) for name in CHOICE[:2]} if options.method else {}
+    method |= {name: getattr(config, name) for name in method_options(type(config))}
+    data_options = [name for name in DATA_OPTIONS if hasattr(config, name) and name != "dataset_num_proc"]
+    if options.on_policy:
+        limit = f"prompts, with completions of at most {config.max_completion_length} tokens"
+        data_options = ["temperature", "top_p", "top_k", "use_vllm"]
+        unused = ["beta"] if config.divergence else ["divergence", "divergence_kwargs"]
+        method = {name: value for name, value in method.items() if name not in unused}
+    else:
+        limit = f"records of at most {config.max_length} tokens"
     training = {
         name: getattr(config, name)
         for name in ("learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps",
@@ -65,12 +74,11 @@ def write_model_card(
     }
     sections = [
         f"# {path.parent.resolve().name}",
-        f"{_subject(options, models, adapter)} with token-adaptive knowledge distillation (AdaKD, "
-        "[arXiv 2510.11615](https://arxiv.org/abs/2510.11615)) by `adakd train`.",
+        f"{_subject(options, models, adapter)} {_method(options)} by `adakd train`.",
         f"```python\n{lines_to_try(str(config.output_dir), tokenizer)}```",
-        f"## Data\n\n`{options.train_file}`: {records} records of at most {config.max_length} tokens."
+        f"## Data\n\n`{options.train_file}`: {records} {limit}."
         + (f" Evaluated on `{options.eval_file}`." if options.eval_file else "")
-        + f"\n\n{_list({name: getattr(config, name) for name in DATA_OPTIONS if name != 'dataset_num_proc'})}",
+        + f"\n\n{_list({name: getattr(config, name) for name in data_options})}",
         "## Loss\n\n" + _list(method),
         *(["## Adapter\n\n" + _list(lora)] if lora else []),
         f"## Training\n\n{_list({'steps': logs[-1]['step'] if logs else 0, **training})}",
@@ -88,6 +96,13 @@ def _subject(options: RunOptions, models: RunModels, adapter: bool) -> str:
     began = "" if models.base is None else f" that began as `{options.student}`"
     teacher = f"{base} itself" if models.teacher is None else f"`{options.teacher}`"
     return f"{student}{began}, distilled from {teacher}"
+
+
+def _method(options: RunOptions) -> str:
+    """What it was distilled with."""
+    adakd = "token-adaptive knowledge distillation (AdaKD, [arXiv 2510.11615](https://arxiv.org/abs/2510.11615))"
+    used = [f"{options.method} ({METHODS[options.method].title})"] if options.method else []
+    return "with " + " and ".join(used + [adakd] * options.adakd or ["its loss on every token"])
 
 
 def _list(values: dict[str, Any]) -> str:

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, TrainingArguments
 from transformers.utils.import_utils import is_bitsandbytes_available
 
-from ..integrations.transformers import AdaKDConfig
 from ..trainer.adapters import base_of_adapter
 from . import CommandError
 from .options import ADAPTERS, RunOptions, same_model
@@ -125,7 +124,7 @@ def lora_config(options: RunOptions) -> Any:
     return LoraConfig(task_type="CAUSAL_LM", r=options.lora_r, target_modules=target, **sizes)
 
 
-def quantization(options: RunOptions, config: AdaKDConfig) -> dict[str, Any]:
+def quantization(options: RunOptions, config: TrainingArguments) -> dict[str, Any]:
     """What `from_pretrained` of a student in 4 or 8 bits takes besides; nothing for another one.
 
     Raises:

@@ -11,14 +11,17 @@ from typing import Any
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
 
 from ..integrations.transformers import AdaKDConfig
 from ..trainer.adapters import is_adapter_folder
 from ..trainer.config import DATA_OPTIONS
+from ..trainer.methods import METHODS, WITHOUT_ADAKD, Method
 from . import CommandError, CommandParser, did_you_mean
 
 __all__ = ["RunOptions", "method_options", "parse", "same_model"]
 
+GENERATIONS = ("transformers", "vllm")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 USUAL = (
     "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
@@ -29,11 +32,35 @@ USUAL = (
 ADAPTERS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "merge_adapter", "load_in_4bit",
             "load_in_8bit")  # fmt: skip
 """Options of `RunOptions` that need an adapter."""
+CHOICE = ("method", "adakd", "generation")
+"""Options of `RunOptions` that choose a method."""
+DIVERGENCE = ("divergence", "divergence_kwargs", "beta")
+"""Options that together say which divergence: a given one takes the place of all that a method sets."""
 
 
 @dataclass
 class RunOptions:
-    """Models and data of a run."""
+    """Method, models and data of a run."""
+
+    method: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Sets the options of a published method, where they are not given: {', '.join(METHODS)} "
+            "(docs/methods.md)."
+        },
+    )
+    # `parse` sets this default: true without a method.
+    adakd: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the hardest tokens are selected and each has a temperature of its own; left out, it is "
+            "true without a method and false with one."
+        },
+    )
+    generation: str = field(
+        default="transformers",
+        metadata={"help": f"What samples the completions of a method that needs them: {', '.join(GENERATIONS)}."},
+    )
 
     student: str | None = field(
         default=None,
@@ -84,6 +111,10 @@ class RunOptions:
     load_in_8bit: bool = field(default=False, metadata={"help": "The same in 8 bits."})
 
     def __post_init__(self) -> None:
+        if self.generation not in GENERATIONS:
+            raise ValueError(f"generation must be one of {', '.join(GENERATIONS)}, got {self.generation!r}")
+        if self.generation == "vllm" and not self.on_policy:
+            raise ValueError(f"generation vllm needs a method that samples: {_listed_methods(on_policy=True)}")
         # Whether a name of the hub is an adapter is found out later.
         adapted = self.lora_r is not None or (bool(self.student) and is_adapter_folder(str(self.student)))
         for name in ("student", "train_file") if adapted else ("student", "teacher", "train_file"):
@@ -102,6 +133,11 @@ class RunOptions:
         for name in ("student_dtype", "teacher_dtype"):
             if getattr(self, name) not in DTYPES:
                 raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {getattr(self, name)!r}")
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether the student samples completions."""
+        return self.method is not None and METHODS[self.method].on_policy
 
     def _check_adapter(self) -> None:
         """Refuse options of an adapter that have no effect or do not go together."""
@@ -129,10 +165,26 @@ def same_model(one: str | None, other: str | None) -> bool:
     return bool(one) and bool(other) and Path(str(one)).resolve() == Path(str(other)).resolve()
 
 
-def method_options() -> list[str]:
-    """Names of the options that `AdaKDConfig` adds to `TrainingArguments`, those of the data left out."""
+def _listed_methods(on_policy: bool) -> str:
+    return ", ".join(name for name, method in METHODS.items() if method.on_policy is on_policy)
+
+
+def method_options(config: type[Any] = AdaKDConfig) -> list[str]:
+    """Names of the options that this package adds to those of transformers or TRL, without those of the data."""
+    ours = [
+        vars(cls).get("__annotations__", {}) for cls in config.__mro__ if cls.__module__.startswith("adakd_kernels")
+    ]
     others = {option.name for option in fields(TrainingArguments)}.union(DATA_OPTIONS)
-    return [option.name for option in fields(AdaKDConfig) if option.name not in others]
+    return [
+        option.name
+        for option in fields(config)
+        if option.init and option.name not in others and any(option.name in names for names in ours)
+    ]
+
+
+def _option_names(config: type[Any]) -> set[str]:
+    """Names of the options of a run."""
+    return {option.name for cls in (RunOptions, config) for option in fields(cls) if option.init}
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -153,15 +205,16 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 class _Parser(CommandParser, HfArgumentParser):
     """Options from the fields of dataclasses, the method's first in the help."""
 
-    def __init__(self, show_all: bool) -> None:
+    def __init__(self, config: type[Any], show_all: bool) -> None:
         self.show_all = show_all
-        run = {option.name for option in fields(RunOptions)}
+        method, run = {*method_options(config), *CHOICE}, {option.name for option in fields(RunOptions)}
+        training = {option.name for option in fields(TrainingArguments)}
         self.names = {
-            "method": set(method_options()), "run": run.difference(ADAPTERS), "adapters": set(ADAPTERS),
-            "data": set(DATA_OPTIONS),
+            "method": method, "run": run.difference(ADAPTERS, CHOICE), "adapters": set(ADAPTERS),
+            "data": set(DATA_OPTIONS), "sampling": _option_names(config) - training - method - run - set(DATA_OPTIONS),
         }  # fmt: skip
         super().__init__(
-            (AdaKDConfig, RunOptions),  # type: ignore[arg-type]
+            (RunOptions, config),  # type: ignore[arg-type]
             prog="adakd train",
             allow_abbrev=False,
             add_help=False,
@@ -181,13 +234,15 @@ class _Parser(CommandParser, HfArgumentParser):
         run = self.add_argument_group("models and data")
         adapters = self.add_argument_group("adapters (need peft)")
         data = self.add_argument_group("records and batches")
+        sampling = self.add_argument_group("sampling of completions (TRL)") if self.names["sampling"] else None
         training = self.add_argument_group(
             "training",
             None if self.show_all else "The transformers Trainer has many more options: --help-all lists them.",
         )
         last = self.add_argument_group("help")
         return {
-            "method": method, "run": run, "adapters": adapters, "data": data, "training": training, "help": last,
+            "method": method, "run": run, "adapters": adapters, "data": data, "sampling": sampling,
+            "training": training, "help": last,
         }  # fmt: skip
 
     def add_argument(self, *flags: Any, **options: Any) -> argparse.Action:
@@ -205,23 +260,28 @@ class _Parser(CommandParser, HfArgumentParser):
         return action
 
 
-def parse(argv: list[str]) -> tuple[RunOptions, AdaKDConfig]:
-    """Options from `--config FILE` and flags; a flag overrides the file.
+def parse(argv: list[str]) -> tuple[RunOptions, Any]:
+    """Options from `--config FILE` and flags; a flag overrides the file, and both what a method sets.
+
+    Returns:
+        The options of the run, and an `AdaKDConfig` or, for a method whose student samples, an `OnPolicyConfig`.
 
     Raises:
-        CommandError: an unknown option or a value that does not fit.
+        CommandError: an unknown option or method, a value that does not fit, or what a method needs and is not here.
     """
-    parser = _Parser(show_all="--help-all" in argv)
-    given, _ = parser.parse_known_args(argv)
-    from_file: list[str] = []
-    if given.config is not None:
-        from_file = _config_flags(Path(given.config))
-        try:
-            parser.parse_known_args(from_file)
-        except CommandError as error:
-            raise CommandError(f"{given.config}: {error}") from None
+    path = _given(argv).config
+    content = {} if path is None else _content(Path(path))
+    name = _given(argv).method or content.get("method")
+    config_class = _config_class(name)
+    parser = _Parser(config_class, show_all="--help-all" in argv)
+    from_file = _config_flags(Path(path), content, config_class) if path is not None else []
     try:
-        config, options, _, unknown = parser.parse_args_into_dataclasses(
+        parser.set_defaults(**_preset(name, _given(from_file + argv)))
+        parser.parse_known_args(from_file)
+    except CommandError as error:  # the flags have come through `_given`, so what it refuses is in the file
+        raise CommandError(f"{path}: {error}") from None
+    try:
+        options, config, _, unknown = parser.parse_args_into_dataclasses(
             from_file + argv, return_remaining_strings=True, look_for_args_file=False
         )
     except (ValueError, TypeError, ImportError) as error:
@@ -229,19 +289,79 @@ def parse(argv: list[str]) -> tuple[RunOptions, AdaKDConfig]:
     except RecursionError:
         raise CommandError("the JSON of an option is nested too deeply") from None
     if unknown:
-        raise CommandError(_unknown(unknown[0], "--"))
+        raise CommandError(_unknown(unknown[0], config_class, "--"))
+    if config.eval_strategy != "no" and not options.eval_file:
+        needs = "eval_strategy" if name is None else f"method {name}, with eval_strategy {config.eval_strategy.value},"
+        raise CommandError(f"{needs} needs records to evaluate on: give --eval_file")
+    if options.on_policy:
+        config.trust_remote_code = options.trust_remote_code
+    if options.generation == "vllm":
+        from .on_policy import check_vllm
+
+        check_vllm()
+        config.use_vllm = True
     return options, config
 
 
-def _unknown(name: str, dashes: str = "") -> str:
-    """The error line for an option that does not exist."""
-    known = [dashes + option.name for cls in (AdaKDConfig, RunOptions) for option in fields(cls)]
-    written = name.replace("-", "_") if not dashes else dashes + name.removeprefix(dashes).replace("-", "_")
-    return f"unknown option {name!r}{did_you_mean(written, known) or '; see adakd train --help'}"
+def _given(flags: list[str]) -> argparse.Namespace:
+    """What flags say about which options there are and what their defaults are; None where they do not."""
+    parser = CommandParser(add_help=False, allow_abbrev=False)
+    for name in ("config", "method", "divergence", "beta"):
+        parser.add_argument(f"--{name}", nargs="?")  # one without a value is the real parser's error
+    parser.add_argument("--adakd", nargs="?", type=string_to_bool, const=True)
+    return parser.parse_known_args(flags)[0]
 
 
-def _config_flags(path: Path) -> list[str]:
-    """The options of a YAML file as flags, so that the parser checks the file as it checks the command line."""
+def _config_class(method: Any) -> type[Any]:
+    """The class of the options of a method, or of a run without one.
+
+    Raises:
+        CommandError: there is no such method, or it needs trl.
+    """
+    if method is None:
+        return AdaKDConfig
+    if not isinstance(method, str) or method not in METHODS:
+        raise CommandError(
+            f"unknown method {method!r}; expected one of {', '.join(METHODS)}{did_you_mean(str(method), METHODS)}"
+        )
+    if not METHODS[method].on_policy:
+        return AdaKDConfig
+    try:
+        from .on_policy import OnPolicyConfig
+    except ImportError as error:
+        raise CommandError(f"method {method}: the student samples completions, and {error}") from error
+    return OnPolicyConfig
+
+
+def _preset(name: str | None, given: argparse.Namespace) -> dict[str, Any]:
+    """The defaults of a method, or of a run without one."""
+    method: Method | None = None if name is None else METHODS[name]
+    adakd = method is None if given.adakd is None else given.adakd
+    preset = method.options(adakd) if method is not None else {} if adakd else dict(WITHOUT_ADAKD)
+    if given.divergence is not None or given.beta is not None:
+        preset = {option: value for option, value in preset.items() if option not in DIVERGENCE}
+    return {**preset, "adakd": adakd}
+
+
+def _unknown(name: str, config_class: type[Any], dashes: str = "") -> str:
+    """The error line for an option that does not exist, or not with this method."""
+    written = name.removeprefix(dashes).replace("-", "_").partition("=")[0]
+    if config_class is not AdaKDConfig and written in _option_names(AdaKDConfig):
+        return f"option {written!r} does not go with methods whose student samples: {_listed_methods(on_policy=True)}"
+    if config_class is AdaKDConfig:
+        try:
+            from .on_policy import OnPolicyConfig
+
+            if written in _option_names(OnPolicyConfig):
+                return f"option {written!r} needs a method whose student samples: {_listed_methods(on_policy=True)}"
+        except ImportError:
+            pass
+    known = [dashes + option for option in _option_names(config_class)]
+    return f"unknown option {name!r}{did_you_mean(dashes + written, known) or '; see adakd train --help'}"
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """The options in a YAML file."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -250,11 +370,16 @@ def _config_flags(path: Path) -> list[str]:
         raise CommandError(f"{path}: not YAML: {error}") from None
     if not isinstance(content, dict):
         raise CommandError(f"{path}: expected options as 'name: value', got {type(content).__name__}")
-    known = {f.name for cls in (RunOptions, AdaKDConfig) for f in fields(cls)}
+    return content
+
+
+def _config_flags(path: Path, content: dict[str, Any], config_class: type[Any]) -> list[str]:
+    """The options of a YAML file as flags, so that the parser checks the file as it checks the command line."""
+    known = _option_names(config_class)
     flags: list[str] = []
     for name, value in content.items():
         if name not in known:
-            raise CommandError(f"{path}: {_unknown(str(name))}")
+            raise CommandError(f"{path}: {_unknown(str(name), config_class)}")
         if value is None:
             continue
         if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""`adakd train`: options from a YAML file and flags, records and models from disk or the hub, then `AdaKDTrainer`."""
+"""`adakd train`: options from a YAML file and flags, records and models from disk or the hub, then a trainer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ except ImportError as error:
     raise CommandError(f"a training run needs pyyaml: pip install 'adakd-kernels[train]' ({error})") from error
 try:
     from ..integrations.transformers import (
-        AdaKDConfig,
         AdaKDTrainer,
         check_same_tokenizer,
         last_checkpoint,
@@ -31,7 +30,7 @@ except ImportError as error:
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
@@ -63,7 +62,7 @@ def run(argv: list[str]) -> int:
     return code
 
 
-def _train(options: RunOptions, config: AdaKDConfig) -> int:
+def _train(options: RunOptions, config: TrainingArguments) -> int:
     """The run itself; the exit code."""
     _check_loggers(config)
     resume = _checkpoint(config)
@@ -97,7 +96,7 @@ def _train(options: RunOptions, config: AdaKDConfig) -> int:
     return 0
 
 
-def _fit(trainer: AdaKDTrainer, interruption: Interruption, resume: str | None) -> dict[str, Any]:
+def _fit(trainer: Any, interruption: Interruption, resume: str | None) -> dict[str, Any]:
     """Train; the metrics of it.
 
     Raises:
@@ -115,10 +114,10 @@ def _fit(trainer: AdaKDTrainer, interruption: Interruption, resume: str | None) 
 
 
 def _finish(
-    trainer: AdaKDTrainer,
+    trainer: Any,
     options: RunOptions,
     models: RunModels,
-    config: AdaKDConfig,
+    config: TrainingArguments,
     metrics: dict[str, Any],
     records: int,
 ) -> None:
@@ -142,18 +141,18 @@ def _finish(
     )
 
 
-def _say(config: AdaKDConfig, text: str) -> None:
+def _say(config: TrainingArguments, text: str) -> None:
     """Print on stderr what is no error; stdout is for numbers. In one process only."""
     if config.should_log:
         print(f"adakd train: {text.rstrip()}", file=sys.stderr)
 
 
-def _interrupted(config: AdaKDConfig) -> int:
+def _interrupted(config: TrainingArguments) -> int:
     _say(config, f"interrupted; {_resumable(config)}")
     return 130
 
 
-def _resumable(config: AdaKDConfig) -> str:
+def _resumable(config: TrainingArguments) -> str:
     """What can be resumed, for the end of a message."""
     last = last_checkpoint(str(config.output_dir))
     if last is None:
@@ -163,7 +162,7 @@ def _resumable(config: AdaKDConfig) -> str:
     return f"'--resume_from_checkpoint last' goes on from {last}"
 
 
-def _explained(error: Exception, trainer: AdaKDTrainer, config: AdaKDConfig) -> CommandError | None:
+def _explained(error: Exception, trainer: Any, config: TrainingArguments) -> CommandError | None:
     """An error of a running trainer as one line, if it is one that the user can do something about."""
     if isinstance(error, FloatingPointError):
         return CommandError(f"{error}; the last checkpoint is {last_checkpoint(str(config.output_dir))}", exit_code=1)
@@ -181,7 +180,7 @@ def _explained(error: Exception, trainer: AdaKDTrainer, config: AdaKDConfig) -> 
     return None
 
 
-def _checkpoint(config: AdaKDConfig) -> str | None:
+def _checkpoint(config: TrainingArguments) -> str | None:
     """The checkpoint to resume from, or None to start a new run."""
     last = last_checkpoint(str(config.output_dir))
     wanted = config.resume_from_checkpoint
@@ -201,7 +200,7 @@ def _checkpoint(config: AdaKDConfig) -> str | None:
     return str(wanted)
 
 
-def _finished(checkpoint: str | None, config: AdaKDConfig) -> TrainerState | None:
+def _finished(checkpoint: str | None, config: TrainingArguments) -> TrainerState | None:
     """The state in a checkpoint that has all steps of the run; `Trainer` would train one more.
 
     Raises:
@@ -218,7 +217,7 @@ def _finished(checkpoint: str | None, config: AdaKDConfig) -> TrainerState | Non
     return state if (state.epoch or 0.0) >= config.num_train_epochs else None
 
 
-def _steps_saved(config: AdaKDConfig) -> int:
+def _steps_saved(config: TrainingArguments) -> int:
     """Steps of the model in `output_dir` itself, 0 if there is none that was saved to its end."""
     try:
         return int(TrainerState.load_from_json(str(Path(str(config.output_dir)) / STATE)).global_step)
@@ -226,7 +225,7 @@ def _steps_saved(config: AdaKDConfig) -> int:
         return 0
 
 
-def _check_output_dir(config: AdaKDConfig) -> None:
+def _check_output_dir(config: TrainingArguments) -> None:
     """Make `output_dir` and write a file there, before hours of training want to.
 
     Raises:
@@ -242,7 +241,7 @@ def _check_output_dir(config: AdaKDConfig) -> None:
         raise CommandError(f"output_dir {config.output_dir}: cannot be written to: {error.strerror}") from None
 
 
-def _check_loggers(config: AdaKDConfig) -> None:
+def _check_loggers(config: TrainingArguments) -> None:
     """Make the loggers of `report_to` that look as if they were not installed, for the message that they raise.
 
     Raises:
@@ -257,13 +256,21 @@ def _check_loggers(config: AdaKDConfig) -> None:
 
 
 def _trainer(
-    options: RunOptions, models: RunModels, config: AdaKDConfig, resume: str | None, finished: bool
-) -> tuple[AdaKDTrainer, int]:
+    options: RunOptions, models: RunModels, config: Any, resume: str | None, finished: bool
+) -> tuple[Any, int]:
     """The trainer with everything loaded, and the number of records that are trained on.
 
     Tokenizers and records come first, because loading the models takes longest. A run that was stopped between its last
     checkpoint and its end, so that it has `finished`, has its model there.
     """
+    load_data: Any = load_for
+    make: Any = _of_data
+    if options.on_policy:
+        from .on_policy import load_prompts, make_trainer
+
+        if models.teacher is None:
+            raise CommandError(f"method {options.method}: a model cannot teach its own adapter: give another --teacher")
+        load_data, make = load_prompts, make_trainer
     adapter, bits = lora_config(options), quantization(options, config)
     try:
         if resume is not None:
@@ -279,7 +286,7 @@ def _trainer(
     try:
         check_same_tokenizer(tokenizers["student"], tokenizers.get("teacher", tokenizers["student"]))
         files = [("train_file", options.train_file), ("eval_file", options.eval_file)]
-        data = {name: load_for(config, file, tokenizers["student"], name) for name, file in files if file}
+        data = {name: load_data(config, file, tokenizers["student"], name) for name, file in files if file}
     except ValueError as error:
         raise CommandError(str(error)) from error
     except OSError as error:
@@ -297,10 +304,10 @@ def _trainer(
             "teacher", models.teacher, AutoModelForCausalLM.from_pretrained, dtype=options.teacher_dtype, **hub
         )
     try:
-        trainer = AdaKDTrainer(
-            model=student,
-            teacher=teacher,
-            args=config,
+        trainer = make(
+            student,
+            teacher,
+            config,
             peft_config=adapter,
             train_dataset=data["train_file"].records,
             eval_dataset=data["eval_file"].records if "eval_file" in data else None,
@@ -309,3 +316,8 @@ def _trainer(
     except (ValueError, TypeError, ImportError) as error:
         raise CommandError(str(error)) from error
     return trainer, len(data["train_file"].records)
+
+
+def _of_data(student: Any, teacher: Any, config: Any, **others: Any) -> AdaKDTrainer:
+    """The trainer of the methods that learn from the data alone."""
+    return AdaKDTrainer(model=student, teacher=teacher, args=config, **others)

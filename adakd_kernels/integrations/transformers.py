@@ -29,10 +29,12 @@ from ..trainer.collator import AdaKDDataCollator
 from ..trainer.config import AdaKDConfig
 from ..trainer.finite import NonFiniteLossError
 from ..trainer.loading import LoadedRecords, load_records
+from ..trainer.methods import METHODS
 from ..trainer.records import DataError, check_same_tokenizer, tokenize_messages
 from ..trainer.trainer import AdaKDTrainer
 
 __all__ = [
+    "METHODS",
     "AdaKDConfig",
     "AdaKDDataCollator",
     "AdaKDTrainer",

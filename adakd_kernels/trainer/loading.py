@@ -10,10 +10,10 @@ import logging
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -22,9 +22,18 @@ from datasets.fingerprint import Hasher
 from pyarrow.lib import ArrowException
 from torch import Tensor
 
-from .records import IGNORE_INDEX, DataError, tokenize_record
+from .records import IGNORE_INDEX, DataError, split_record, tokenize_record
 
-__all__ = ["LONG_RECORDS", "LoadedRecords", "StreamOf", "cached_map", "load_for", "load_records", "progress_bars"]
+__all__ = [
+    "LONG_RECORDS",
+    "LoadedRecords",
+    "StreamOf",
+    "cached_map",
+    "load_for",
+    "load_prompts_for",
+    "load_records",
+    "progress_bars",
+]
 
 LONG_RECORDS = ("truncate", "drop", "refuse")
 FEATURES = datasets.Features(
@@ -34,6 +43,12 @@ FEATURES = datasets.Features(
     truncated=datasets.Value("bool"),
 )
 """Of tokenised records; `truncated` leaves them when it has been counted."""
+PROMPTS = datasets.Features(
+    prompt=datasets.Value("large_string"),
+    completion=datasets.Value("large_string"),
+    conversation=datasets.Value("bool"),
+)
+"""Of prompts and completions: both as JSON, and whether they are messages."""
 TEXTS = datasets.Features(number=datasets.Value("int64"), json=datasets.Value("large_string"))
 """Of records that are not parsed yet: their line or index, and their text."""
 STREAM_BATCH = 100
@@ -151,6 +166,43 @@ def load_for(args: Any, data: Any, tokenizer: Any, name: str) -> LoadedRecords:
         )
 
 
+def load_prompts_for(args: Any, path: str, tokenizer: Any, name: str) -> LoadedRecords:
+    """Prompts and completions of a file for a student that samples; cached, and on several ranks as `load_for`.
+
+    Returns:
+        With `records` of `prompt` and `completion`, two texts or two lists of messages each.
+
+    Raises:
+        DataError: see `load_records` and `split_record`; or texts and messages in one file.
+    """
+    with args.main_process_first(desc=f"reading {name}"), progress_bars(not args.disable_tqdm):
+        loaded = _from_file(Path(path), _Split(tokenizer, 0, "truncate"), args.dataset_num_proc)
+    rows = loaded.records
+    if "conversation" not in rows.column_names:
+        raise DataError(
+            f"{path}: holds token ids, but the prompts of a student that samples are texts or messages: give the "
+            "records before they were tokenised"
+        )
+    kinds = rows.with_format("numpy")["conversation"][:]
+    if kinds.any() and not kinds.all():
+        raise DataError(f"{path}: has prompts that are texts beside prompts that are messages: give one kind")
+    loaded.records = _Prompts(rows)
+    return loaded
+
+
+class _Prompts(torch.utils.data.Dataset[Any]):
+    """Prompts and completions as they were before they became JSON."""
+
+    def __init__(self, rows: datasets.Dataset) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {name: json.loads(self.rows[index][name]) for name in ("prompt", "completion")}
+
+
 @contextmanager
 def progress_bars(wanted: bool) -> Iterator[None]:
     """Whether `datasets` shows how far it is."""
@@ -180,10 +232,11 @@ class _Tokenize:
     after: str = ""
     first: int = 0
     counts: Tensor | None = None
+    features: ClassVar[datasets.Features] = FEATURES
 
     def at(self, before: str, after: str = "", first: int = 0) -> _Tokenize:
         """The same, for rows of that name."""
-        return _Tokenize(self.tokenizer, self.max_length, self.long_records, before, after, first)
+        return replace(self, before=before, after=after, first=first)
 
     def where(self, number: int) -> str:
         return f"{self.before}{number + self.first}{self.after}"
@@ -196,7 +249,7 @@ class _Tokenize:
         else:
             # A table fills up with None what other rows have.
             rows = [_without_none(dict(zip(batch, row, strict=True))) for row in zip(*batch.values(), strict=True)]
-        return _columns(self.rows(rows, indices), list(FEATURES))
+        return _columns(self.rows(rows, indices), list(self.features))
 
     def rows(self, rows: Sequence[Mapping[str, Any]], numbers: Iterable[int]) -> list[dict[str, Any]]:
         """The tokenised records of some rows, without those that are dropped."""
@@ -232,6 +285,20 @@ class _Tokenize:
             "id": where if own is None else str(own),
             "truncated": too_long,
         }
+
+
+class _Split(_Tokenize):
+    """Rows to prompts and completions, likewise."""
+
+    features = PROMPTS
+
+    def _record(self, row: Mapping[str, Any], where: str) -> dict[str, Any] | None:
+        try:
+            prompt, completion = split_record(self.tokenizer, row)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+        texts = {"prompt": json.dumps(prompt), "completion": json.dumps(completion)}
+        return {**texts, "conversation": isinstance(prompt, list)}
 
 
 @dataclass
@@ -344,7 +411,7 @@ def _from_table(source: Any, make: _Tokenize, name: str, num_proc: int | None) -
     """Records of a `datasets.Dataset`."""
     if "input_ids" in source.column_names:
         return LoadedRecords(source, name, torch.tensor([[len(source), 0, 0]]))
-    return _tokenized(source.with_format(None), make, FEATURES, name, num_proc)
+    return _tokenized(source.with_format(None), make, make.features, name, num_proc)
 
 
 def _from_texts(source: Any, make: _Tokenize, name: str, num_proc: int | None) -> LoadedRecords:
@@ -355,7 +422,7 @@ def _from_texts(source: Any, make: _Tokenize, name: str, num_proc: int | None) -
         first = {}
     if "input_ids" in first:
         return _tokenized(source, _Check(make.where, list(first)), None, name, num_proc)
-    return _tokenized(source, make, FEATURES, name, num_proc)
+    return _tokenized(source, make, make.features, name, num_proc)
 
 
 def _from_stream(source: Any, make: _Tokenize, name: str) -> LoadedRecords:

@@ -29,7 +29,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["SHAPES", "DataError", "check_same_tokenizer", "tokenize_messages", "tokenize_record"]
+__all__ = ["SHAPES", "DataError", "check_same_tokenizer", "split_record", "tokenize_messages", "tokenize_record"]
 
 IGNORE_INDEX = -100
 """Label of a token that is not trained."""
@@ -59,24 +59,55 @@ def tokenize_record(tokenizer: Any, record: Mapping[str, Any]) -> tuple[list[int
         DataError: the record has none of the shapes, a field of the wrong type or empty, or a chat template refuses it.
     """
     given = {name: value for name, value in record.items() if value is not None}
-    shape = next((shape for shape in SHAPES if all(name in given for name in shape)), None)
-    shape = shape or next((shape for shape in SHAPES if any(name in given for name in shape)), None)
-    if shape is None:
-        expected = ", or ".join(" and ".join(map(repr, names)) for names in SHAPES)
-        raise DataError(f"no field to train on: expected {expected}, got {_listed(given)}")
+    shape = _shape(given)
     if shape == ("text",):
         return _plain(tokenizer, "", _text(given, "text", empty=False))
     if shape == ("instruction", "output"):
-        instruction, answer = _text(given, "instruction"), _text(given, "output", empty=False)
-        context = _text(given, "input") if "input" in given else ""
-        request = f"{instruction}\n\n{context}" if context else instruction
-        return _conversation(tokenizer, [_message("user", request), _message("assistant", answer)], given)
+        return _conversation(tokenizer, _instruction(given), given)
     if shape != ("prompt", "completion"):
         return _conversation(tokenizer, _messages(given, shape[0], least=2), given)
     if isinstance(given.get("prompt"), list):
         prompt = _messages(given, "prompt", least=1, ends_with=None)
         return _conversation(tokenizer, prompt + _messages(given, "completion", least=1), given, first=len(prompt))
     return _plain(tokenizer, _text(given, "prompt"), _text(given, "completion", empty=False))
+
+
+def split_record(tokenizer: Any, record: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The prompt of a record and its completion, two texts or two lists of messages, for a student that samples.
+
+    Of a conversation, the last answer is the completion. Without a chat template, messages become text in the format
+    above, in which a completion carries no end of sequence.
+
+    Raises:
+        DataError: as `tokenize_record`, and for a record without a prompt or whose prompt takes more than messages.
+    """
+    given = {name: value for name, value in record.items() if value is not None}
+    shape = _shape(given)
+    if shape == ("text",):
+        raise DataError("field 'text' has no prompt that the student could complete: give 'prompt' and 'completion'")
+    for name in ("tools", "chat_template_kwargs"):
+        if given.get(name):
+            raise DataError(f"field {name!r} goes with methods that learn from the data alone")
+    if shape == ("instruction", "output"):
+        messages = _instruction(given)
+    elif shape != ("prompt", "completion"):
+        messages = _messages(given, shape[0], least=2)
+    elif isinstance(given.get("prompt"), list):
+        messages = _messages(given, "prompt", least=1, ends_with=None) + _messages(given, "completion", least=1)
+    else:
+        prompt, completion = _text(given, "prompt"), _text(given, "completion", empty=False)
+        if not prompt:
+            raise DataError("field 'prompt' is empty: a student that samples needs something to complete")
+        return prompt, completion
+    if getattr(tokenizer, "chat_template", None):
+        return messages[:-1], messages[-1:]
+    if any("tool_calls" in message for message in messages):
+        raise DataError("tool_calls need a tokenizer with a chat template")
+    end = getattr(tokenizer, "eos_token", None) or ""
+    turns = (
+        f"### {m['role'].capitalize()}:\n{m['content']}{end * (m['role'] == 'assistant')}\n\n" for m in messages[:-1]
+    )
+    return "".join(turns) + "### Assistant:\n", messages[-1]["content"]
 
 
 def tokenize_messages(tokenizer: Any, messages: list[Message]) -> tuple[list[int], int]:
@@ -106,6 +137,24 @@ def check_same_tokenizer(student: Any, teacher: Any) -> None:
                 f"({len(ours)} tokens) and {theirs.get(token, 'missing')} in the teacher's ({len(theirs)} tokens), "
                 f"where {index} is {tokens.get(index)!r}"
             )
+
+
+def _shape(given: Mapping[str, Any]) -> tuple[str, ...]:
+    """The shape of a record's fields: the first that it has wholly, or else in part."""
+    shape = next((shape for shape in SHAPES if all(name in given for name in shape)), None)
+    shape = shape or next((shape for shape in SHAPES if any(name in given for name in shape)), None)
+    if shape is None:
+        expected = ", or ".join(" and ".join(map(repr, names)) for names in SHAPES)
+        raise DataError(f"no field to train on: expected {expected}, got {_listed(given)}")
+    return shape
+
+
+def _instruction(given: Mapping[str, Any]) -> list[Message]:
+    """An instruction and its output as messages."""
+    instruction, answer = _text(given, "instruction"), _text(given, "output", empty=False)
+    context = _text(given, "input") if "input" in given else ""
+    request = f"{instruction}\n\n{context}" if context else instruction
+    return [_message("user", request), _message("assistant", answer)]
 
 
 def _plain(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
