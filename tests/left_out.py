@@ -108,12 +108,17 @@ COMPILED: dict[str, Callable[..., bool]] = {
     "test_compile.py::test_kernel_compiles_clean": lambda target, student_dtype, teacher_dtype, divergence: (
         (target in BUT_SM_100 and (student_dtype, teacher_dtype) != (BF16, BF16))
         or (student_dtype != teacher_dtype and of_a_class_seen(divergence))
+        # The oldest target and AMD's take the other divergences of a class as they take the first, bf16 on AMD apart.
+        or (target == "sm_80" and of_a_class_seen(divergence))
+        or (target == "gfx942" and student_dtype != BF16 and of_a_class_seen(divergence))
     ),
-    "test_compile.py::test_odd_vocabulary_compiles_clean": lambda target: target in BUT_SM_90,
+    "test_compile.py::test_odd_vocabulary_compiles_clean": lambda target, divergence: (
+        target in BUT_SM_90 or (target == "gfx942" and of_a_class_seen(divergence))
+    ),
     "test_compile.py::test_other_vocabularies_compile_clean": lambda target: target in BUT_SM_100,
     "test_compile.py::test_padded_student_compiles_clean": lambda target: target in BUT_SM_100,
     "test_compile.py::test_every_vocabulary_and_padding_is_read_wide": lambda target: target != "sm_90",
-    "test_compile.py::test_helper_sees_a_spill": lambda target: target in BUT_SM_90,
+    "test_compile.py::test_helper_sees_a_spill": lambda target: target != "sm_90",
     "test_compile.py::test_batch_does_not_recompile": lambda target, divergence: (
         target == "gfx942" and divergence == "skew_reverse_kl"
     ),
@@ -124,6 +129,7 @@ COMPILED: dict[str, Callable[..., bool]] = {
     "test_ptx.py::test_backward_with_cross_entropy_in_place_is_the_reference": lambda divergence, vocab: (
         of_a_class_seen(divergence) or (vocab != 8209 and divergence.name != "reverse_kl")
     ),
+    "test_ptx.py::test_rows_beyond_two_to_the_31_entries_are_found": lambda dtype: dtype != BF16,
     "test_ptx.py::test_each_missing_barrier_is_a_race": lambda divergence: divergence != "reverse_kl",
 }  # fmt: skip
 
@@ -176,11 +182,33 @@ WITH_THE_WIDEST_INSTRUCTION_SET: dict[str, Callable[..., bool]] = {
 }
 WITH_ANOTHER_INSTRUCTION_SET = WITH_THE_WIDEST_INSTRUCTION_SET | WITH_ANOTHER_INSTRUCTION_SET
 
+# Plain torch has no kernels of its own for a type or a divergence, and what a trainer does with a batch does not depend
+# on the architecture or, beside one case, on the route.
 IN_PLAIN_TORCH: dict[str, Callable[..., bool]] = {
+    "test_confident_rows.py::test_gradient_and_value_of_confident_tokens": lambda divergence, dtype: (
+        dtype == FP16 and of_a_class_seen(divergence)
+    ),
+    "test_ops.py::test_compile_gives_the_eager_result_without_recompiling": lambda ce_weight: not ce_weight,
+    "test_trainer.py::test_step_equals_reference": lambda architecture, keep: (
+        architecture == "llama" or (architecture == "gpt2" and keep == "per batch")
+    ),
+    "test_trainer_routes.py::test_first_steps_are_equal": lambda architecture: (
+        architecture not in ("llama", "gemma2", "gpt2")
+    ),
+    "test_trainer_inputs.py::test_packed_records_do_not_see_each_other": lambda architecture, masked, route: (
+        masked != (architecture == "gpt2") or (architecture == "gpt2" and route == "hidden")
+    ),
+    "test_trainer_inputs.py::test_padding_on_the_left_changes_nothing": lambda architecture, route: (
+        (architecture, route) not in (("gpt2", "hidden"), ("llama", "logits"))
+    ),
+    "test_packing.py::test_rows_of_several_records_give_the_same_step": lambda architecture, route: (
+        (architecture, route) not in (("gpt2", "logits"), ("llama", "hidden"))
+    ),
+    "test_trainer_adapters.py::test_own_base_teaches_as_a_copy_would": lambda kind: kind in ("trained tokens", "ia3"),
     "test_planted_faults.py::test_what_a_test_sees_is_found_and_the_rest_is_missed": every,
     "test_ops.py::test_opcheck": lambda dtype: dtype == FP32,
     "test_tenth_divergence.py::test_the_triton_kernels_do_not_compile_without_a_branch": every,
     "test_tenth_divergence.py::test_a_place_left_out_is_reported": lambda place: (
-        place not in ("class", "registry", "summand", "C++ list", "closed form")
+        place not in ("class", "C++ list", "closed form")
     ),
 }
