@@ -35,7 +35,7 @@ def of_a_class_seen(divergence: Divergence | str) -> bool:
 IN_THE_INTERPRETER: dict[str, Callable[..., bool]] = {
     "test_contract.py::test_divergence_and_gradient_are_as_exact_as_eager": lambda divergence, dtype, vocab: (
         (dtype, vocab) not in ((FP32, 1003), (BF16, 4097)) if of_a_class_seen(divergence)
-        else (dtype in (FP16, FP64) and vocab != 1003) or (dtype == FP32 and vocab == 50257)
+        else (dtype in (FP16, FP64) and vocab != 1003) or (dtype, vocab) in ((FP32, 7), (FP32, 50257), (BF16, 1003))
     ),
     "test_contract.py::test_equal_rows_give_zero_and_a_constant_changes_nothing": of_a_class_seen,
     "test_contract.py::test_gradcheck": of_a_class_seen,
@@ -51,7 +51,7 @@ IN_THE_INTERPRETER: dict[str, Callable[..., bool]] = {
     "test_contract.py::test_divergence_is_not_negative": of_a_class_seen,
     "test_contract.py::test_an_empty_row_is_an_ignored_token": of_a_class_seen,
     "test_confident_rows.py::test_gradient_and_value_of_confident_tokens": lambda divergence, dtype: (
-        dtype != FP32 and of_a_class_seen(divergence)
+        dtype == FP16 or (dtype != FP32 and of_a_class_seen(divergence))
     ),
     "test_confident_rows.py::test_confident_tokens_of_a_short_vocabulary": lambda divergence, vocab: (
         vocab != 37 and of_a_class_seen(divergence)
@@ -81,7 +81,7 @@ IN_THE_INTERPRETER: dict[str, Callable[..., bool]] = {
         of_a_class_seen(divergence) and (inplace or vocab != 4099)
     ),
     "test_traffic.py::test_nothing_outside_a_tensor_is_touched": lambda divergence, teacher_vocab: (
-        of_a_class_seen(divergence) and teacher_vocab != 1019
+        of_a_class_seen(divergence) or (teacher_vocab == 1019 and divergence.name != "jeffreys")
     ),
     "test_extreme_rows.py::test_gradient_at_the_lowest_temperatures": of_a_class_seen,
     # What happens outside the kernels is the fast tier's matter.
@@ -94,6 +94,9 @@ IN_THE_INTERPRETER: dict[str, Callable[..., bool]] = {
     ),
     "test_losses.py::test_temperature_0_and_infinity_give_the_limit": lambda dtype: dtype == FP64,
     "test_losses.py::test_a_teacher_run_in_inference_mode": every,
+    "test_losses.py::test_token_difficulty": lambda measure: measure not in ("hellinger", "jensen_shannon"),
+    "test_gpu.py::test_nothing_waits_for_the_device": lambda options, num_items: bool(options) != (num_items is None),
+    "test_gpu.py::test_peak_memory_is_the_gradient_and_numbers_per_token": lambda inplace: not inplace,
     # The schema and the fake results of an operator are the same for all of its kernels. One compiled model is left.
     "test_ops.py::test_opcheck": every,
     "test_ops.py::test_compile_gives_the_eager_result_without_recompiling": every,
