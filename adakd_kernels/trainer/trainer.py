@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,7 @@ class AdaKDTrainer(Trainer):
         self._temperature = TokenHistogram(args.device)
         self._finite = FiniteCheck(self)
         self._step_selection = StepSelection(self, [])
+        self._begun_step: list[Any] = []
         self._held_out: HeldOutSums | None = None
         self.add_callback(FocusCallback)
         self.add_callback(BeforeStepCallback(self._finite.before_step))
@@ -379,6 +381,7 @@ class AdaKDTrainer(Trainer):
         self._difficulty.reset()
         self._temperature.reset()
         self._finite.reset()
+        self._begun_step = []
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _use_loss(self, loss_fn: AdaKDLoss) -> None:
@@ -408,9 +411,24 @@ class AdaKDTrainer(Trainer):
                 _report(stream)
         return output
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer` has it; with `selection="step"`, these are the micro-batches that are chosen from."""
-        batches, num_items = super().get_batch_samples(*args, **kwargs)
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """As `Trainer` has it; with `selection="step"`, these are the micro-batches that are chosen from.
+
+        A step that the end of a stream cuts short goes on with the stream's next pass. `Trainer` would train its
+        micro-batches without an optimizer step, and add their gradient to that of the next step.
+
+        Raises:
+            ValueError: a whole pass has fewer micro-batches than a step.
+        """
+        batches, num_items = super().get_batch_samples(chain(self._begun_step, epoch_iterator), num_batches, device)
+        self._begun_step = []
+        if 0 < len(batches) < num_batches:
+            if self.state.global_step == 0:
+                raise ValueError(
+                    f"train_dataset gives {len(batches)} micro-batches, fewer than the {num_batches} of an optimizer "
+                    "step: lower gradient_accumulation_steps or per_device_train_batch_size"
+                )
+            self._begun_step, batches, num_items = batches, [], None
         self._step_selection = StepSelection(self, batches)
         return batches, num_items
 
