@@ -387,6 +387,19 @@ def test_a_logger_that_is_not_installed(
     )
 
 
+def test_evaluations_that_cannot_be(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_models: None
+) -> None:
+    flags = [*run_flags(workspace, tmp_path), "--eval_strategy", "steps"]
+    line = error_line(capsys, *flags, "--eval_file=")
+    assert line == "adakd train: error: eval_strategy steps needs records to evaluate on: give --eval_file"
+    line = error_line(capsys, *flags, "--load_best_model_at_end", "true", "--metric_for_best_model", "eval_kl")
+    assert line == (
+        "adakd train: error: metric_for_best_model must be one of loss, forward_kl, reverse_kl, cross_entropy, "
+        "agreement, got 'eval_kl'"
+    )
+
+
 def test_an_output_folder_that_cannot_be_made(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_models: None
 ) -> None:

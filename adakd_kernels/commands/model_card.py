@@ -61,7 +61,7 @@ def write_model_card(
     evaluated = {
         name: value
         for name, value in last.items()
-        if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second"))
+        if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second", "_time"))
     }
     sections = [
         f"# {path.parent.resolve().name}",

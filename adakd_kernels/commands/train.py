@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from transformers.integrations.integration_utils import (
 )
 
 from ..trainer.adapters import check_checkpoint, is_adapter_folder, load_student, save_merged
+from ..trainer.evaluation import MEASURES
 from .interruption import Interruption
 from .model_card import write_model_card
 from .models import RunModels, lines_to_try, load, lora_config, quantization
@@ -54,6 +56,8 @@ def run(argv: list[str]) -> int:
     Raises:
         CommandError: options, data, models or a checkpoint that cannot be used, or what the machine refuses.
     """
+    # From peft's own call, in every run with an adapter.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     options, config = parse(argv)
     code = _train(options, config)
     # The trainer must be gone before the process group is destroyed. Otherwise DistributedDataParallel is the last to
@@ -66,6 +70,7 @@ def run(argv: list[str]) -> int:
 def _train(options: RunOptions, config: AdaKDConfig) -> int:
     """The run itself; the exit code."""
     _check_loggers(config)
+    _check_evaluation(options, config)
     resume = _checkpoint(config)
     _check_output_dir(config)
     finished = _finished(resume, config)
@@ -110,6 +115,8 @@ def _fit(trainer: AdaKDTrainer, interruption: Interruption, resume: str | None) 
     except Exception as error:
         if resume is None or interruption.started or is_disk_full(error):
             raise
+        if str(error).startswith(f"checkpoint {resume} "):  # `check_checkpoint` says it all
+            raise CommandError(str(error)) from error
         raise CommandError(f"checkpoint {resume}: cannot be resumed from: {type(error).__name__}: {error}") from error
     return {"focus_ratio": float(trainer.loss_fn.focus_ratio), **result.metrics}
 
@@ -240,6 +247,19 @@ def _check_output_dir(config: AdaKDConfig) -> None:
             file.write(b"\0")
     except OSError as error:
         raise CommandError(f"output_dir {config.output_dir}: cannot be written to: {error.strerror}") from None
+
+
+def _check_evaluation(options: RunOptions, config: AdaKDConfig) -> None:
+    """Refuse evaluations without data, and a measure of the best model that no evaluation gives.
+
+    Raises:
+        CommandError: one of these.
+    """
+    if config.eval_strategy != "no" and not options.eval_file:
+        raise CommandError(f"eval_strategy {config.eval_strategy.value} needs records to evaluate on: give --eval_file")
+    metric, known = config.metric_for_best_model, ("loss", *MEASURES)
+    if metric is not None and metric.removeprefix("eval_") not in known:
+        raise CommandError(f"metric_for_best_model must be one of {', '.join(known)}, got {metric!r}")
 
 
 def _check_loggers(config: AdaKDConfig) -> None:
