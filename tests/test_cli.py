@@ -392,7 +392,7 @@ def test_evaluations_that_cannot_be(
 ) -> None:
     flags = [*run_flags(workspace, tmp_path), "--eval_strategy", "steps"]
     line = error_line(capsys, *flags, "--eval_file=")
-    assert line == "adakd train: error: eval_strategy steps needs records to evaluate on: give --eval_file"
+    assert line.startswith("adakd train: error: eval_strategy needs records to evaluate on: give --eval_file, or")
     line = error_line(capsys, *flags, "--load_best_model_at_end", "true", "--metric_for_best_model", "eval_kl")
     assert line == (
         "adakd train: error: metric_for_best_model must be one of loss, forward_kl, reverse_kl, cross_entropy, "

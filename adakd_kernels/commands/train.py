@@ -256,7 +256,7 @@ def _check_evaluation(options: RunOptions, config: AdaKDConfig) -> None:
         CommandError: one of these.
     """
     if config.eval_strategy != "no" and not options.eval_file:
-        raise CommandError(f"eval_strategy {config.eval_strategy.value} needs records to evaluate on: give --eval_file")
+        raise CommandError("eval_strategy needs records to evaluate on: give --eval_file, or --eval_strategy no")
     metric, known = config.metric_for_best_model, ("loss", *MEASURES)
     if metric is not None and metric.removeprefix("eval_") not in known:
         raise CommandError(f"metric_for_best_model must be one of {', '.join(known)}, got {metric!r}")
