@@ -23,6 +23,9 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         AdaKDTrainer(model=model, teacher=teacher, args=TrainingArguments(output_dir=str(tmp_path)))
     with pytest.raises(TypeError, match="teacher must be a causal language model"):
         AdaKDTrainer(model=model, args=config(tmp_path))
+    for missing in ({"model": model, "teacher": "/no/teacher"}, {"model": "/no/model", "teacher": teacher}):
+        with pytest.raises(OSError, match=r"^(teacher '/no/teacher'|model '/no/model') cannot be loaded: "):
+            AdaKDTrainer(args=config(tmp_path), **missing)
     with pytest.raises(ValueError, match="share parameters"):
         AdaKDTrainer(model=model, teacher=model, args=config(tmp_path))
     with pytest.raises(ValueError, match="no complete checkpoint in"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -107,6 +109,7 @@ class AdaKDTrainer(Trainer):
         ImportError: `peft_config`, and peft is not installed.
         TypeError: `args` is no `AdaKDConfig`, `peft_config` is none of peft's, there is no teacher, or the data are
             none that `load_records` takes.
+        OSError: a model given by name that is not found.
         DataError: data that cannot be read or trained on; of a stream, when it is read.
         ValueError: a model that is bidirectional, an encoder–decoder or without an output layer, special tokens beyond
             a vocabulary, shared parameters, several GPUs in one process, sequences split over processes, a second
@@ -140,9 +143,11 @@ class AdaKDTrainer(Trainer):
         eval_dataset = self._loaded(args, eval_dataset, processing_class, "eval_dataset")
         if isinstance(teacher, (str, Path)):
             _check_tokenizer_of(teacher, processing_class)
-            teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype="auto")
+            with _named("teacher", teacher):
+                teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype="auto")
         if isinstance(model, (str, Path)):
-            model = load_student(model, base_of_adapter(model), dtype=torch.float32)
+            with _named("model", model):
+                model = load_student(model, base_of_adapter(model), dtype=torch.float32)
         self._peft_config = peft_config
         student: Any = model
         if model is not None:
@@ -700,6 +705,15 @@ class AdaKDTrainer(Trainer):
 def _report(loaded: LoadedRecords) -> None:
     """Log how many records there are; what is cut or left out, so that it is seen."""
     logger.log(logging.WARNING if loaded.truncated or loaded.dropped else logging.INFO, "AdaKDTrainer: %s", loaded)
+
+
+@contextmanager
+def _named(role: str, name: str | Path) -> Iterator[None]:
+    """Errors of a model that is not found say which of the two it is."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{role} {str(name)!r} cannot be loaded: {error}") from error
 
 
 def _check_tokenizer_of(teacher: str | Path, tokenizer: Any) -> None:
