@@ -118,6 +118,24 @@ def test_train_and_resume(workspace: Path, tmp_path: Path, capsys: pytest.Captur
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_the_best_checkpoint_of_a_finished_run(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At a learning rate that makes the student worse, it is the first; also after a run was killed at its end."""
+    out = tmp_path / "out"
+    flags = ["--eval_strategy", "steps", "--eval_steps", "1", "--load_best_model_at_end", "true"]
+    flags += ["--metric_for_best_model", "forward_kl", "--learning_rate", "9"]
+    for resume in ([], ["--resume_from_checkpoint", "last"]):
+        assert train(workspace, tmp_path, *flags, *resume) == 0
+        state = json.loads((out / "trainer_state.json").read_text())
+        assert (state["global_step"], state["best_global_step"]) == (3, 1), state["log_history"]
+        evaluation = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert evaluation["eval_forward_kl"] == pytest.approx(state["best_metric"])
+        card = ModelCard.load(out / "README.md").text
+        assert "- steps: 3\n- step of this model, whose forward_kl is the best: 1\n" in card
+        (out / "trainer_state.json").unlink()
+
+
 def check_lines_to_try(printed: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The two lines that a run prints at its end do what they say."""
     said, _, lines = printed.partition(f"adakd train: the model is in {out}. To try it:\n\n")

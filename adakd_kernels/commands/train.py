@@ -79,7 +79,7 @@ def _train(options: RunOptions, config: AdaKDConfig) -> int:
         _say(config, f"nothing to do: the run in {config.output_dir} has all its {finished.global_step} steps")
         return 0
     models = RunModels.find(options)
-    trainer, records = _trainer(options, models, config, resume, finished is not None)
+    trainer, records = _trainer(options, models, config, resume, finished)
     interruption = Interruption(config.world_size)
     try:
         if finished is None:
@@ -137,7 +137,7 @@ def _finish(
     if options.merge_adapter and trainer.is_world_process_zero():
         save_merged(trainer.model, str(config.output_dir))  # last, because the trainer's student is gone afterwards
     if trainer.is_world_process_zero():
-        write_model_card(options, models, config, trainer.processing_class, trainer.state.log_history, records)
+        write_model_card(options, models, config, trainer.processing_class, trainer.state, records)
     trainer.save_state()
     if trainer.is_world_process_zero():
         print(json.dumps({"output_dir": config.output_dir, "steps": trainer.state.global_step, **metrics}))
@@ -277,12 +277,12 @@ def _check_loggers(config: AdaKDConfig) -> None:
 
 
 def _trainer(
-    options: RunOptions, models: RunModels, config: AdaKDConfig, resume: str | None, finished: bool
+    options: RunOptions, models: RunModels, config: AdaKDConfig, resume: str | None, finished: TrainerState | None
 ) -> tuple[AdaKDTrainer, int]:
     """The trainer with everything loaded, and the number of records that are trained on.
 
     Tokenizers and records come first, because loading the models takes longest. A run that was stopped between its last
-    checkpoint and its end, so that it has `finished`, has its model there.
+    checkpoint and its end, so that it has `finished`, has its model there, or in the best checkpoint if that is wanted.
     """
     adapter, bits = lora_config(options), quantization(options, config)
     try:
@@ -290,7 +290,10 @@ def _trainer(
             check_checkpoint(resume, models.adapted)
     except ValueError as error:
         raise CommandError(str(error)) from error
-    if resume is not None and finished:
+    if resume is not None and finished is not None:
+        if config.load_best_model_at_end and finished.best_global_step:
+            best = Path(resume).with_name(f"checkpoint-{finished.best_global_step}")
+            resume = str(best) if best.is_dir() else resume
         base = (models.base or models.student) if models.adapted else None
         models, adapter = replace(models, student=resume, base=base), None
     names = {role: name for role in ("student", "teacher") if (name := getattr(models, role)) is not None}
