@@ -41,8 +41,8 @@ class RunOptions:
     )
     teacher: str | None = field(
         default=None,
-        metadata={"help": "Folder or hub name of the teacher. Required, unless an adapter is trained: left out, or the "
-                  "model that the adapter is on, this model teaches without the adapter, from one copy."},
+        metadata={"help": "Folder or hub name of the teacher. Required, unless an adapter is trained: where it is left "
+                  "out, or is the model under the adapter, that model teaches, from one copy of the weights."},
     )  # fmt: skip
     train_file: str | None = field(
         default=None,
