@@ -160,6 +160,16 @@ FAULTS = [
         "tests/test_losses.py tests/test_contract.py",
     ),
     Fault(
+        "a peak behind the first chain is not found", "avx512", "python_bindings/core/kl.h",
+        "if (any(max_s > limit)) return false;", "if (any(max_s > limit) && false) return false;",
+        "tests/test_confident_rows.py",
+    ),
+    Fault(
+        "entries before a new peak are left out", "avx512", "python_bindings/core/sweep.h",
+        "start += next.added;", "start += next.added + kStep;",
+        "tests/test_extreme_rows.py",
+    ),
+    Fault(
         "a peak at the first entry is not written", "avx512", "python_bindings/core/token_divergence_backward.h",
         "if (peak >= 0) narrow_block(&at_peak, 1,", "if (peak > 0) narrow_block(&at_peak, 1,",
         "tests/test_confident_rows.py",

@@ -35,7 +35,7 @@ def of_a_class_seen(divergence: Divergence | str) -> bool:
 IN_THE_INTERPRETER: dict[str, Callable[..., bool]] = {
     "test_contract.py::test_divergence_and_gradient_are_as_exact_as_eager": lambda divergence, dtype, vocab: (
         (dtype, vocab) not in ((FP32, 1003), (BF16, 4097)) if of_a_class_seen(divergence)
-        else (dtype in (FP16, FP64) and vocab != 1003) or (dtype == FP32 and vocab == 50257)
+        else (dtype in (FP16, FP64) and vocab != 1003) or (dtype, vocab) in ((FP32, 7), (FP32, 50257), (BF16, 1003))
     ),
     "test_contract.py::test_equal_rows_give_zero_and_a_constant_changes_nothing": of_a_class_seen,
     "test_contract.py::test_gradcheck": of_a_class_seen,
@@ -51,7 +51,7 @@ IN_THE_INTERPRETER: dict[str, Callable[..., bool]] = {
     "test_contract.py::test_divergence_is_not_negative": of_a_class_seen,
     "test_contract.py::test_an_empty_row_is_an_ignored_token": of_a_class_seen,
     "test_confident_rows.py::test_gradient_and_value_of_confident_tokens": lambda divergence, dtype: (
-        dtype != FP32 and of_a_class_seen(divergence)
+        dtype == FP16 or (dtype != FP32 and of_a_class_seen(divergence))
     ),
     "test_confident_rows.py::test_confident_tokens_of_a_short_vocabulary": lambda divergence, vocab: (
         vocab != 37 and of_a_class_seen(divergence)
@@ -81,7 +81,7 @@ IN_THE_INTERPRETER: dict[str, Callable[..., bool]] = {
         of_a_class_seen(divergence) and (inplace or vocab != 4099)
     ),
     "test_traffic.py::test_nothing_outside_a_tensor_is_touched": lambda divergence, teacher_vocab: (
-        of_a_class_seen(divergence) and teacher_vocab != 1019
+        of_a_class_seen(divergence) or (teacher_vocab == 1019 and divergence.name != "jeffreys")
     ),
     "test_extreme_rows.py::test_gradient_at_the_lowest_temperatures": of_a_class_seen,
     # What happens outside the kernels is the fast tier's matter.
@@ -94,6 +94,9 @@ IN_THE_INTERPRETER: dict[str, Callable[..., bool]] = {
     ),
     "test_losses.py::test_temperature_0_and_infinity_give_the_limit": lambda dtype: dtype == FP64,
     "test_losses.py::test_a_teacher_run_in_inference_mode": every,
+    "test_losses.py::test_token_difficulty": lambda measure: measure not in ("hellinger", "jensen_shannon"),
+    "test_gpu.py::test_nothing_waits_for_the_device": lambda options, num_items: bool(options) != (num_items is None),
+    "test_gpu.py::test_peak_memory_is_the_gradient_and_numbers_per_token": lambda inplace: not inplace,
     # The schema and the fake results of an operator are the same for all of its kernels. One compiled model is left.
     "test_ops.py::test_opcheck": every,
     "test_ops.py::test_compile_gives_the_eager_result_without_recompiling": every,
@@ -108,12 +111,17 @@ COMPILED: dict[str, Callable[..., bool]] = {
     "test_compile.py::test_kernel_compiles_clean": lambda target, student_dtype, teacher_dtype, divergence: (
         (target in BUT_SM_100 and (student_dtype, teacher_dtype) != (BF16, BF16))
         or (student_dtype != teacher_dtype and of_a_class_seen(divergence))
+        # The oldest target and AMD's take the other divergences of a class as they take the first, bf16 on AMD apart.
+        or (target == "sm_80" and of_a_class_seen(divergence))
+        or (target == "gfx942" and student_dtype != BF16 and of_a_class_seen(divergence))
     ),
-    "test_compile.py::test_odd_vocabulary_compiles_clean": lambda target: target in BUT_SM_90,
+    "test_compile.py::test_odd_vocabulary_compiles_clean": lambda target, divergence: (
+        target in BUT_SM_90 or (target == "gfx942" and of_a_class_seen(divergence))
+    ),
     "test_compile.py::test_other_vocabularies_compile_clean": lambda target: target in BUT_SM_100,
     "test_compile.py::test_padded_student_compiles_clean": lambda target: target in BUT_SM_100,
     "test_compile.py::test_every_vocabulary_and_padding_is_read_wide": lambda target: target != "sm_90",
-    "test_compile.py::test_helper_sees_a_spill": lambda target: target in BUT_SM_90,
+    "test_compile.py::test_helper_sees_a_spill": lambda target: target != "sm_90",
     "test_compile.py::test_batch_does_not_recompile": lambda target, divergence: (
         target == "gfx942" and divergence == "skew_reverse_kl"
     ),
@@ -124,6 +132,7 @@ COMPILED: dict[str, Callable[..., bool]] = {
     "test_ptx.py::test_backward_with_cross_entropy_in_place_is_the_reference": lambda divergence, vocab: (
         of_a_class_seen(divergence) or (vocab != 8209 and divergence.name != "reverse_kl")
     ),
+    "test_ptx.py::test_rows_beyond_two_to_the_31_entries_are_found": lambda dtype: dtype != BF16,
     "test_ptx.py::test_each_missing_barrier_is_a_race": lambda divergence: divergence != "reverse_kl",
 }  # fmt: skip
 
@@ -176,11 +185,33 @@ WITH_THE_WIDEST_INSTRUCTION_SET: dict[str, Callable[..., bool]] = {
 }
 WITH_ANOTHER_INSTRUCTION_SET = WITH_THE_WIDEST_INSTRUCTION_SET | WITH_ANOTHER_INSTRUCTION_SET
 
+# Plain torch has no kernels of its own for a type or a divergence, and what a trainer does with a batch does not depend
+# on the architecture or, beside one case, on the route.
 IN_PLAIN_TORCH: dict[str, Callable[..., bool]] = {
+    "test_confident_rows.py::test_gradient_and_value_of_confident_tokens": lambda divergence, dtype: (
+        dtype == FP16 and of_a_class_seen(divergence)
+    ),
+    "test_ops.py::test_compile_gives_the_eager_result_without_recompiling": lambda ce_weight: not ce_weight,
+    "test_trainer.py::test_step_equals_reference": lambda architecture, keep: (
+        architecture == "llama" or (architecture == "gpt2" and keep == "per batch")
+    ),
+    "test_trainer_routes.py::test_first_steps_are_equal": lambda architecture: (
+        architecture not in ("llama", "gemma2", "gpt2")
+    ),
+    "test_trainer_inputs.py::test_packed_records_do_not_see_each_other": lambda architecture, masked, route: (
+        masked != (architecture == "gpt2") or (architecture == "gpt2" and route == "hidden")
+    ),
+    "test_trainer_inputs.py::test_padding_on_the_left_changes_nothing": lambda architecture, route: (
+        (architecture, route) not in (("gpt2", "hidden"), ("llama", "logits"))
+    ),
+    "test_packing.py::test_rows_of_several_records_give_the_same_step": lambda architecture, route: (
+        (architecture, route) not in (("gpt2", "logits"), ("llama", "hidden"))
+    ),
+    "test_trainer_adapters.py::test_own_base_teaches_as_a_copy_would": lambda kind: kind in ("trained tokens", "ia3"),
     "test_planted_faults.py::test_what_a_test_sees_is_found_and_the_rest_is_missed": every,
     "test_ops.py::test_opcheck": lambda dtype: dtype == FP32,
     "test_tenth_divergence.py::test_the_triton_kernels_do_not_compile_without_a_branch": every,
     "test_tenth_divergence.py::test_a_place_left_out_is_reported": lambda place: (
-        place not in ("class", "registry", "summand", "C++ list", "closed form")
+        place not in ("class", "C++ list", "closed form")
     ),
 }

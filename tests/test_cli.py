@@ -118,6 +118,24 @@ def test_train_and_resume(workspace: Path, tmp_path: Path, capsys: pytest.Captur
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_the_best_checkpoint_of_a_finished_run(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At a learning rate that makes the student worse, it is the first; also after a run was killed at its end."""
+    out = tmp_path / "out"
+    flags = ["--eval_strategy", "steps", "--eval_steps", "1", "--load_best_model_at_end", "true"]
+    flags += ["--metric_for_best_model", "forward_kl", "--learning_rate", "9"]
+    for resume in ([], ["--resume_from_checkpoint", "last"]):
+        assert train(workspace, tmp_path, *flags, *resume) == 0
+        state = json.loads((out / "trainer_state.json").read_text())
+        assert (state["global_step"], state["best_global_step"]) == (3, 1), state["log_history"]
+        evaluation = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert evaluation["eval_forward_kl"] == pytest.approx(state["best_metric"])
+        card = ModelCard.load(out / "README.md").text
+        assert "- steps: 3\n- step of this model, whose forward_kl is the best: 1\n" in card
+        (out / "trainer_state.json").unlink()
+
+
 def check_lines_to_try(printed: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The two lines that a run prints at its end do what they say."""
     said, _, lines = printed.partition(f"adakd train: the model is in {out}. To try it:\n\n")
@@ -384,6 +402,19 @@ def test_a_logger_that_is_not_installed(
     assert line.startswith("adakd train: error: report_to: WandbCallback requires wandb to be installed.")
     assert "report_to: abacus is not supported, only azure_ml" in error_line(
         capsys, *run_flags(workspace, tmp_path), "--report_to", "abacus"
+    )
+
+
+def test_evaluations_that_cannot_be(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_models: None
+) -> None:
+    flags = [*run_flags(workspace, tmp_path), "--eval_strategy", "steps"]
+    line = error_line(capsys, *flags, "--eval_file=")
+    assert line.startswith("adakd train: error: eval_strategy needs records to evaluate on: give --eval_file, or")
+    line = error_line(capsys, *flags, "--load_best_model_at_end", "true", "--metric_for_best_model", "eval_kl")
+    assert line == (
+        "adakd train: error: metric_for_best_model must be one of loss, forward_kl, reverse_kl, cross_entropy, "
+        "agreement, got 'eval_kl'"
     )
 
 

@@ -41,12 +41,14 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_an_adapter_of_a_student_that_teaches_itself(
-    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], loaded: list[str]  # noqa: F811
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], loaded: list[str],  # noqa: F811
+    recwarn: pytest.WarningsRecorder,
 ) -> None:  # fmt: skip
     out, student = tmp_path / "out", workspace / "student"
     own = ["--teacher", str(student)]
     assert train(workspace, tmp_path, *LORA, *own) == 0
     assert loaded == ["student"]
+    assert not [w.message for w in recwarn.list if issubclass(w.category, FutureWarning)]
     captured = capsys.readouterr()
     metrics = json.loads(captured.out.splitlines()[-1])
     assert metrics["steps"] == 3 and metrics["eval_loss"] > 0
@@ -77,6 +79,10 @@ def test_an_adapter_of_a_student_that_teaches_itself(
     assert train(workspace, tmp_path, *LORA, *own, *resume) == 0
     assert "nothing to do" in capsys.readouterr().err
 
+    other = [*LORA, *own, *resume, "--lora_r", "3", "--max_steps", "4"]
+    line = error_line(capsys, *run_flags(workspace, tmp_path), *other)
+    assert line.startswith(f"adakd train: error: checkpoint {out}/checkpoint-3 holds an adapter with r=2, but this run")
+
     # Killed between the last checkpoint and the end.
     (out / "trainer_state.json").unlink()
     (out / "adapter_model.safetensors").write_bytes(b"cut off")
@@ -100,6 +106,7 @@ def test_an_adapter_of_a_student_that_teaches_itself(
     assert capsys.readouterr().out == answer
     text = ModelCard.load(out / "README.md").text
     assert f"`{student}` with an adapter merged in, distilled from `{student}` itself with token-adaptive" in text
+    assert "- eval_agreement: " in text and "preparation_time" not in text
     assert ModelCard.load(out / "README.md").data.library_name == "transformers"
     assert train(workspace, tmp_path, *LORA, *own, *resume, "--merge_adapter", "true") == 0
     assert "nothing to do" in capsys.readouterr().err

@@ -277,6 +277,9 @@ def test_a_trainer_takes_paths_and_texts(tmp_path: Path, caplog: pytest.LogCaptu
     again = make_trainer(tmp_path, records, max_length=60)
     again.train()
     assert [log["loss"] for log in again.state.log_history if "loss" in log] == pytest.approx(losses, rel=1e-5)
+    for empty in ([], texts.select([]), datasets.Dataset.from_list(records).select([])):
+        with pytest.raises(DataError, match="train_dataset: nothing to train on: it has no records"):
+            make_trainer(tmp_path, empty)
     with pytest.raises(DataError, match=r"eval_dataset\['a'\]\[0\]: field 'text' must be a string, got 3"):
         make_trainer(tmp_path, str(file), {"a": [{"text": 3}]})
 

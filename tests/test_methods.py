@@ -167,7 +167,6 @@ def test_what_the_user_gives_wins(tmp_path: Path) -> None:
         (["--method", "rkd", "--generation", "vllm"], "generation vllm needs a method that samples: gkd, distillm"),
         (["--method", "gkd", "--generation", "vlm"], "generation must be one of transformers, vllm, got 'vlm'"),
         (["--method", "gkd", "--lmbda", "2"], r"lmbda must be in \[0, 1\], got 2.0"),
-        (["--method", "distillm", "--eval_file", ""], "method distillm, with eval_strategy epoch, needs records to ev"),
     ],
 )
 def test_wrong_methods(given: list[str], message: str) -> None:
@@ -317,6 +316,14 @@ def test_the_data_of_an_on_policy_run(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             load_prompts_for(args, str(write_jsonl(tmp_path / "bad.jsonl", bad)), chat, "train_file")
+
+
+def test_distillm_needs_an_evaluation(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = flags(workspace, tmp_path / "out", "--method", "distillm")
+    line = error_line(capsys, *given, "--eval_file", "")
+    assert line.endswith("adaptive_lmbda follows the loss of evaluations, which need records: give --eval_file")
+    line = error_line(capsys, *given, "--metric_for_best_model", "eval_agreement")
+    assert line.endswith("metric_for_best_model must be one of loss, got 'eval_agreement'")
 
 
 def test_fewer_records_than_a_step_takes(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -312,3 +312,18 @@ def test_it_is_refused_when_the_trainer_is_made(tmp_path: Path) -> None:
     args.torch_compile = True
     with pytest.raises(ValueError, match="selection='step' does not go with torch_compile"):
         AdaKDTrainer(model=tiny_model("llama"), teacher=tiny_model("llama", seed=1), args=args)
+
+
+@pytest.mark.parametrize("selection", ["step", "micro_batch"])
+def test_a_step_goes_on_with_the_next_pass_of_a_stream(tmp_path: Path, selection: str) -> None:
+    """10 records, 8 a step: the second step has the last two and six of the next pass."""
+    records = token_records(10)
+    options = {"max_steps": 2, "selection": selection, "focus_ratio": 0.3 if selection == "step" else 1.0}
+    options |= {} if selection == "step" else {"temperature_scale": 0.0}
+    _, whole = run(tmp_path, 8, 1, records=[*records, *records[:6]], **options)
+    _, parts = run(tmp_path, 2, 4, records=Stream(records), **options)
+    assert len(parts.steps) == 2
+    for found, expected in zip(parts.steps, whole.steps, strict=True):
+        assert_equal(found, expected)
+    with pytest.raises(ValueError, match="train_dataset gives 2 micro-batches, fewer than the 4 of an optimizer step"):
+        run(tmp_path, 2, 4, records=Stream(records[:4]), **options)

@@ -23,6 +23,9 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         AdaKDTrainer(model=model, teacher=teacher, args=TrainingArguments(output_dir=str(tmp_path)))
     with pytest.raises(TypeError, match="teacher must be a causal language model"):
         AdaKDTrainer(model=model, args=config(tmp_path))
+    for missing in ({"model": model, "teacher": "/no/teacher"}, {"model": "/no/model", "teacher": teacher}):
+        with pytest.raises(OSError, match=r"^(teacher '/no/teacher'|model '/no/model') cannot be loaded: "):
+            AdaKDTrainer(args=config(tmp_path), **missing)
     with pytest.raises(ValueError, match="share parameters"):
         AdaKDTrainer(model=model, teacher=model, args=config(tmp_path))
     with pytest.raises(ValueError, match="no complete checkpoint in"):
@@ -56,6 +59,8 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         ),
         ({"divergence_kwargs": "{beta"}, "divergence_kwargs must be JSON, got '{beta'"),
         ({"divergence_kwargs": "[1]"}, "divergence_kwargs must be a mapping"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be 1 or more, got 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be 1 or more, got 0"),
         ({"difficulty": "hard"}, "difficulty must be one of hellinger, .*, got 'hard'"),
         ({"temperature_scale": -1.0}, "temperature_scale must be a finite number >= 0, got -1.0"),
         ({"base_temperature": 0.0}, "base_temperature must be > 0, got 0.0"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from transformers import TrainerState
 
 from ..trainer.adapters import is_adapter_folder
 from ..trainer.citation import CITATION
@@ -26,7 +27,7 @@ def write_model_card(
     models: RunModels,
     config: Any,
     tokenizer: Any,
-    logs: Sequence[dict[str, float]],
+    state: TrainerState,
     records: int,
 ) -> None:
     """Write README.md into `output_dir`.
@@ -36,7 +37,7 @@ def write_model_card(
         models: which of these models it took.
         config: its other options.
         tokenizer: of both models.
-        logs: the log history of the trainer.
+        state: that of the trainer at the end.
         records: number of records that were trained on.
     """
     path = Path(str(config.output_dir)) / "README.md"
@@ -65,12 +66,16 @@ def write_model_card(
                      "world_size", "seed")
     }  # fmt: skip
     lora = {name: value for name in ADAPTERS if (value := getattr(options, name))}
+    steps: dict[str, Any] = {"steps": state.global_step}
+    if config.load_best_model_at_end and state.best_global_step:
+        steps[f"step of this model, whose {config.metric_for_best_model} is the best"] = state.best_global_step
+    logs = state.log_history
     train = [log for log in logs if "loss" in log and "focus_ratio" in log]
     last = next((log for log in reversed(logs) if "eval_loss" in log), {})
     evaluated = {
         name: value
         for name, value in last.items()
-        if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second"))
+        if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second", "_time"))
     }
     sections = [
         f"# {path.parent.resolve().name}",
@@ -81,7 +86,7 @@ def write_model_card(
         + f"\n\n{_list({name: getattr(config, name) for name in data_options})}",
         "## Loss\n\n" + _list(method),
         *(["## Adapter\n\n" + _list(lora)] if lora else []),
-        f"## Training\n\n{_list({'steps': logs[-1]['step'] if logs else 0, **training})}",
+        f"## Training\n\n{_list({**steps, **training})}",
         "## Share of the tokens that are selected\n\n" + _table(train),
         "## Evaluation\n\n" + (_list(evaluated) if evaluated else "None: no eval_file was given."),
         f"## Citation\n\n```bibtex\n{CITATION}```\n",

@@ -68,8 +68,8 @@ class RunOptions:
     )
     teacher: str | None = field(
         default=None,
-        metadata={"help": "Folder or hub name of the teacher. Required, unless an adapter is trained: left out, or the "
-                  "model that the adapter is on, this model teaches without the adapter, from one copy."},
+        metadata={"help": "Folder or hub name of the teacher. Required, unless an adapter is trained: where it is left "
+                  "out, or is the model under the adapter, that model teaches, from one copy of the weights."},
     )  # fmt: skip
     train_file: str | None = field(
         default=None,
@@ -290,9 +290,6 @@ def parse(argv: list[str]) -> tuple[RunOptions, Any]:
         raise CommandError("the JSON of an option is nested too deeply") from None
     if unknown:
         raise CommandError(_unknown(unknown[0], config_class, "--"))
-    if config.eval_strategy != "no" and not options.eval_file:
-        needs = "eval_strategy" if name is None else f"method {name}, with eval_strategy {config.eval_strategy.value},"
-        raise CommandError(f"{needs} needs records to evaluate on: give --eval_file")
     if options.on_policy:
         config.trust_remote_code = options.trust_remote_code
     if options.generation == "vllm":

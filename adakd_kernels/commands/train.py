@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from transformers.integrations.integration_utils import (
 )
 
 from ..trainer.adapters import check_checkpoint, is_adapter_folder, load_student, save_merged
+from ..trainer.evaluation import MEASURES
 from .interruption import Interruption
 from .model_card import write_model_card
 from .models import RunModels, lines_to_try, load, lora_config, quantization
@@ -53,6 +55,8 @@ def run(argv: list[str]) -> int:
     Raises:
         CommandError: options, data, models or a checkpoint that cannot be used, or what the machine refuses.
     """
+    # From peft's own call, in every run with an adapter.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     options, config = parse(argv)
     code = _train(options, config)
     # The trainer must be gone before the process group is destroyed. Otherwise DistributedDataParallel is the last to
@@ -65,6 +69,7 @@ def run(argv: list[str]) -> int:
 def _train(options: RunOptions, config: TrainingArguments) -> int:
     """The run itself; the exit code."""
     _check_loggers(config)
+    _check_evaluation(options, config)
     resume = _checkpoint(config)
     _check_output_dir(config)
     finished = _finished(resume, config)
@@ -73,7 +78,7 @@ def _train(options: RunOptions, config: TrainingArguments) -> int:
         _say(config, f"nothing to do: the run in {config.output_dir} has all its {finished.global_step} steps")
         return 0
     models = RunModels.find(options)
-    trainer, records = _trainer(options, models, config, resume, finished is not None)
+    trainer, records = _trainer(options, models, config, resume, finished)
     interruption = Interruption(config.world_size)
     try:
         if finished is None:
@@ -109,6 +114,8 @@ def _fit(trainer: Any, interruption: Interruption, resume: str | None) -> dict[s
     except Exception as error:
         if resume is None or interruption.started or is_disk_full(error):
             raise
+        if str(error).startswith(f"checkpoint {resume} "):  # `check_checkpoint` says it all
+            raise CommandError(str(error)) from error
         raise CommandError(f"checkpoint {resume}: cannot be resumed from: {type(error).__name__}: {error}") from error
     return {"focus_ratio": float(trainer.loss_fn.focus_ratio), **result.metrics}
 
@@ -129,7 +136,7 @@ def _finish(
     if options.merge_adapter and trainer.is_world_process_zero():
         save_merged(trainer.model, str(config.output_dir))  # last, because the trainer's student is gone afterwards
     if trainer.is_world_process_zero():
-        write_model_card(options, models, config, trainer.processing_class, trainer.state.log_history, records)
+        write_model_card(options, models, config, trainer.processing_class, trainer.state, records)
     trainer.save_state()
     if trainer.is_world_process_zero():
         print(json.dumps({"output_dir": config.output_dir, "steps": trainer.state.global_step, **metrics}))
@@ -241,6 +248,21 @@ def _check_output_dir(config: TrainingArguments) -> None:
         raise CommandError(f"output_dir {config.output_dir}: cannot be written to: {error.strerror}") from None
 
 
+def _check_evaluation(options: RunOptions, config: TrainingArguments) -> None:
+    """Refuse evaluations without data, and a measure of the best model that no evaluation gives.
+
+    Raises:
+        CommandError: one of these.
+    """
+    if getattr(config, "adaptive_lmbda", False) and not options.eval_file:
+        raise CommandError("adaptive_lmbda follows the loss of evaluations, which need records: give --eval_file")
+    if config.eval_strategy != "no" and not options.eval_file:
+        raise CommandError("eval_strategy needs records to evaluate on: give --eval_file, or --eval_strategy no")
+    metric, known = config.metric_for_best_model, ("loss", *(() if options.on_policy else MEASURES))
+    if metric is not None and metric.removeprefix("eval_") not in known:
+        raise CommandError(f"metric_for_best_model must be one of {', '.join(known)}, got {metric!r}")
+
+
 def _check_loggers(config: TrainingArguments) -> None:
     """Make the loggers of `report_to` that look as if they were not installed, for the message that they raise.
 
@@ -256,12 +278,12 @@ def _check_loggers(config: TrainingArguments) -> None:
 
 
 def _trainer(
-    options: RunOptions, models: RunModels, config: Any, resume: str | None, finished: bool
+    options: RunOptions, models: RunModels, config: Any, resume: str | None, finished: TrainerState | None
 ) -> tuple[Any, int]:
     """The trainer with everything loaded, and the number of records that are trained on.
 
     Tokenizers and records come first, because loading the models takes longest. A run that was stopped between its last
-    checkpoint and its end, so that it has `finished`, has its model there.
+    checkpoint and its end, so that it has `finished`, has its model there, or in the best checkpoint if that is wanted.
     """
     load_data: Any = load_for
     make: Any = _of_data
@@ -277,7 +299,10 @@ def _trainer(
             check_checkpoint(resume, models.adapted)
     except ValueError as error:
         raise CommandError(str(error)) from error
-    if resume is not None and finished:
+    if resume is not None and finished is not None:
+        if config.load_best_model_at_end and finished.best_global_step:
+            best = Path(resume).with_name(f"checkpoint-{finished.best_global_step}")
+            resume = str(best) if best.is_dir() else resume
         base = (models.base or models.student) if models.adapted else None
         models, adapter = replace(models, student=resume, base=base), None
     names = {role: name for role in ("student", "teacher") if (name := getattr(models, role)) is not None}

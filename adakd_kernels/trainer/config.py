@@ -22,6 +22,11 @@ ON_NAN = ("raise", "skip")
 SELECTIONS = ("micro_batch", "step")
 DATA_OPTIONS = ("max_length", "long_records", "packing", "padding_free", "dataset_num_proc")
 """Options of `AdaKDConfig` that say how data become records and batches."""
+LEAST = {
+    "max_length": 2, "dataset_num_proc": 1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+}  # fmt: skip
+"""Options of `AdaKDConfig` that must be so much at the least."""
 LOWER_IS_BETTER = ("forward_kl", "reverse_kl", "cross_entropy")
 """How names of an evaluation's metrics end that fall as the student gets better, beside those of a loss."""
 
@@ -220,7 +225,7 @@ class AdaKDConfig(TrainerOptions, TrainingArguments):
         super().__post_init__()
         if self.long_records not in LONG_RECORDS:
             raise ValueError(f"long_records must be one of {', '.join(LONG_RECORDS)}, got {self.long_records!r}")
-        for name, least in (("max_length", 2), ("dataset_num_proc", 1)):
+        for name, least in LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be {least} or more, got {value}")

@@ -142,7 +142,8 @@ def load_records(
             f"{name} must be a path, a datasets.Dataset, a list of records or another data set, got "
             f"{type(data).__name__}"
         )
-    if len(data) == 0 or not isinstance(data[0], Mapping) or "input_ids" in data[0] or tokenizer is None:
+    _check_not_empty(data, name)
+    if not isinstance(data[0], Mapping) or "input_ids" in data[0] or tokenizer is None:
         return LoadedRecords(data, name, torch.tensor([[len(data), 0, 0]]))
     texts = tuple(json.dumps(data[index], default=_plain_value) for index in range(len(data)))
     source = _cached_texts(_numbered, {"texts": texts}, [*texts], name)
@@ -409,6 +410,7 @@ def _read(name: str, function: Callable[..., Any], *args: Any, **options: Any) -
 
 def _from_table(source: Any, make: _Tokenize, name: str, num_proc: int | None) -> LoadedRecords:
     """Records of a `datasets.Dataset`."""
+    _check_not_empty(source, name)
     if "input_ids" in source.column_names:
         return LoadedRecords(source, name, torch.tensor([[len(source), 0, 0]]))
     return _tokenized(source.with_format(None), make, make.features, name, num_proc)
@@ -445,6 +447,11 @@ def _from_stream(source: Any, make: _Tokenize, name: str) -> LoadedRecords:
     return LoadedRecords(records, name, make.counts)
 
 
+def _check_not_empty(data: Any, name: str) -> None:
+    if not len(data):
+        raise DataError(f"{name}: nothing to train on: it has no records")
+
+
 def _check_tokenizer(make: _Tokenize, name: str) -> None:
     if make.tokenizer is None:
         raise DataError(f"{name} has no 'input_ids': give the tokenizer as processing_class, or tokenised records")
@@ -452,8 +459,6 @@ def _check_tokenizer(make: _Tokenize, name: str) -> None:
 
 def _tokenized(source: Any, function: Any, features: Any, name: str, num_proc: int | None) -> LoadedRecords:
     """All rows of a table through a function, counted."""
-    if not len(source):
-        raise DataError(f"{name}: nothing to train on: it has no records")
     key: list[Any] = [name]
     if isinstance(function, _Tokenize):
         _check_tokenizer(function, name)

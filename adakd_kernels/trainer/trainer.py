@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +109,7 @@ class AdaKDTrainer(Trainer):
         ImportError: `peft_config`, and peft is not installed.
         TypeError: `args` is no `AdaKDConfig`, `peft_config` is none of peft's, there is no teacher, or the data are
             none that `load_records` takes.
+        OSError: a model given by name that is not found.
         DataError: data that cannot be read or trained on; of a stream, when it is read.
         ValueError: a model that is bidirectional, an encoder–decoder or without an output layer, special tokens beyond
             a vocabulary, shared parameters, several GPUs in one process, sequences split over processes, a second
@@ -139,9 +143,11 @@ class AdaKDTrainer(Trainer):
         eval_dataset = self._loaded(args, eval_dataset, processing_class, "eval_dataset")
         if isinstance(teacher, (str, Path)):
             _check_tokenizer_of(teacher, processing_class)
-            teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype="auto")
+            with _named("teacher", teacher):
+                teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype="auto")
         if isinstance(model, (str, Path)):
-            model = load_student(model, base_of_adapter(model), dtype=torch.float32)
+            with _named("model", model):
+                model = load_student(model, base_of_adapter(model), dtype=torch.float32)
         self._peft_config = peft_config
         student: Any = model
         if model is not None:
@@ -190,6 +196,7 @@ class AdaKDTrainer(Trainer):
         self._temperature = TokenHistogram(args.device)
         self._finite = FiniteCheck(self)
         self._step_selection = StepSelection(self, [])
+        self._begun_step: list[Any] = []
         self._held_out: HeldOutSums | None = None
         self.add_callback(FocusCallback)
         self.add_callback(BeforeStepCallback(self._finite.before_step))
@@ -379,6 +386,7 @@ class AdaKDTrainer(Trainer):
         self._difficulty.reset()
         self._temperature.reset()
         self._finite.reset()
+        self._begun_step = []
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _use_loss(self, loss_fn: AdaKDLoss) -> None:
@@ -408,9 +416,24 @@ class AdaKDTrainer(Trainer):
                 _report(stream)
         return output
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer` has it; with `selection="step"`, these are the micro-batches that are chosen from."""
-        batches, num_items = super().get_batch_samples(*args, **kwargs)
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """As `Trainer` has it; with `selection="step"`, these are the micro-batches that are chosen from.
+
+        A step that the end of a stream cuts short goes on with the stream's next pass. `Trainer` would train its
+        micro-batches without an optimizer step, and add their gradient to that of the next step.
+
+        Raises:
+            ValueError: a whole pass has fewer micro-batches than a step.
+        """
+        batches, num_items = super().get_batch_samples(chain(self._begun_step, epoch_iterator), num_batches, device)
+        self._begun_step = []
+        if 0 < len(batches) < num_batches:
+            if self.state.global_step == 0:
+                raise ValueError(
+                    f"train_dataset gives {len(batches)} micro-batches, fewer than the {num_batches} of an optimizer "
+                    "step: lower gradient_accumulation_steps or per_device_train_batch_size"
+                )
+            self._begun_step, batches, num_items = batches, [], None
         self._step_selection = StepSelection(self, batches)
         return batches, num_items
 
@@ -682,6 +705,15 @@ class AdaKDTrainer(Trainer):
 def _report(loaded: LoadedRecords) -> None:
     """Log how many records there are; what is cut or left out, so that it is seen."""
     logger.log(logging.WARNING if loaded.truncated or loaded.dropped else logging.INFO, "AdaKDTrainer: %s", loaded)
+
+
+@contextmanager
+def _named(role: str, name: str | Path) -> Iterator[None]:
+    """Errors of a model that is not found say which of the two it is."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{role} {str(name)!r} cannot be loaded: {error}") from error
 
 
 def _check_tokenizer_of(teacher: str | Path, tokenizer: Any) -> None:
