@@ -150,6 +150,7 @@ class AdaKDLoss(ExactModule):
         student_bias: Tensor | None = None,
         teacher_bias: Tensor | None = None,
         choice: TokenChoice | None = None,
+        entropy_out: Tensor | None = None,
     ) -> AdaKDOutput:
         """`linear_adakd_loss` of one micro-batch, at the current share. Shapes and errors are its.
 
@@ -178,6 +179,7 @@ class AdaKDLoss(ExactModule):
             focus_ratio=focus_ratio,
             num_items=num_items,
             choice=choice,
+            entropy_out=entropy_out,
             **self._options(*_LOSS_OPTIONS, *_HEAD_OPTIONS),
         )
         self._record(out, focus_ratio, num_items, choice)

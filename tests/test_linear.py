@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adakd_kernels import AdaKDLoss, LinearAdaKDLoss, linear_adakd_loss
+from adakd_kernels.functional import TokenChoice
 from adakd_kernels.linear import chunks, heads
 
 from .cases import ONE_OF_EACH, assert_close_as_eager, logits, name_of, tokens
@@ -527,3 +528,24 @@ def test_labels_of_a_small_type():
         assert all(
             torch.equal(a, b) for a, b in zip(case.from_hidden(ce_weight=0.3, focus_ratio=0.5), expected, strict=True)
         )
+
+
+@pytest.mark.parametrize("options", [{"focus_ratio": 0.5, "ce_weight": 0.3}, {"keep_bytes": 3 * ROW}, AT_ONCE], ids=str)
+def test_entropy_of_the_student(options):
+    """That of softmax(z) at temperature 1 in nats, of the valid tokens; nothing else changes."""
+    case = Case()
+    with torch.no_grad():
+        case.bias[3] = -math.inf
+    entropy = torch.full((3, 7), math.nan, dtype=torch.float64)
+    out = case.from_hidden(student_softcap=2.0, entropy_out=entropy, **options)
+    student, _ = case.logits(student_softcap=2.0)
+    expected = torch.special.entr(student.softmax(-1)).sum(-1) * (case.labels != -100)
+    torch.testing.assert_close(entropy, expected.detach(), **EXACT)
+    without = case.from_hidden(student_softcap=2.0, **options)
+    assert all(torch.equal(a, b) for a, b in zip(out, without, strict=True))
+    for wrong in (torch.zeros(21), torch.zeros(3, 7, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"entropy_out must be a floating tensor of shape \(3, 7\)"):
+            case.from_hidden(entropy_out=wrong)
+    choice = TokenChoice(out.difficulty, case.labels != -100, out.temperature, out.selected, *torch.ones(2))
+    with pytest.raises(ValueError, match="entropy_out must be None with a choice"):
+        case.from_hidden(entropy_out=entropy, choice=choice)

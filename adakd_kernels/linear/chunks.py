@@ -10,6 +10,7 @@ Per-token tensors are (1, n) over the n labelled tokens, the (B, L) of the ops.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -47,6 +48,7 @@ class Objective(NamedTuple):
     base_temperature: float = 1.0
     ce_weight: float = 0.0
     num_items: float | Tensor | None = None
+    entropy: bool = False
 
     @property
     def selects_all_at_one_temperature(self) -> bool:
@@ -59,12 +61,13 @@ class Objective(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What phase 1 keeps of the tokens: `TokenStatistics`, and the cross-entropy if the loss has one."""
+    """What phase 1 keeps of the tokens: `TokenStatistics`, and cross-entropy and entropy if they are asked for."""
 
     difficulty: Tensor
     valid: Tensor
     normalizers_1: Tensor  # (4, 1, n), the others (1, n)
     cross_entropy: Tensor | None
+    entropy: Tensor | None
 
 
 class Weighted(NamedTuple):
@@ -91,6 +94,7 @@ class TokenResults(NamedTuple):
     cross_entropy: Tensor | None
     divergence: Tensor  # 0 for tokens that are not selected
     gradient_scale: Tensor  # 0-d; gradients of the loss are this times those of the head
+    entropy: Tensor | None
 
 
 def rows_of(values: Any, part: Tensor | slice) -> Any:
@@ -152,8 +156,9 @@ class Chunks:
     def empty_statistics(self) -> Statistics:
         """Memory for the statistics of all labelled tokens."""
         ce = self.empty_values(self.dtype) if self.objective.ce_weight else None
+        entropy = self.empty_values(self.dtype) if self.objective.entropy else None
         normalizers_1 = torch.empty(4, 1, self.n, dtype=self.dtype, device=self.tokens.positions.device)
-        return Statistics(self.empty_values(self.dtype), self.empty_values(torch.bool), normalizers_1, ce)
+        return Statistics(self.empty_values(self.dtype), self.empty_values(torch.bool), normalizers_1, ce, entropy)
 
     def empty_values(self, dtype: torch.dtype) -> Tensor:
         """Memory for a value of every labelled token."""
@@ -191,7 +196,8 @@ class Chunks:
         ce = None
         if self.objective.ce_weight:
             ce = ops.token_cross_entropy(pair.student, pair.teacher, labels, measured.valid, measured.normalizers_1)
-        of_part = Statistics(*measured, ce)
+        entropy = token_entropy(pair.student, measured.valid) if self.objective.entropy else None
+        of_part = Statistics(*measured, ce, entropy)
         for whole, values in zip(statistics, of_part, strict=True):
             if whole is not None and values is not None:
                 whole[..., part] = values
@@ -299,7 +305,7 @@ def one_phase(chunks: Chunks, choice: TokenChoice | None = None) -> TokenResults
         divergence[:, part] = chunks.divergence(pair, labels[:, part], of_part, chunks.weighted(own))
     known = chunks.choose(statistics) if choice is None else choice
     gradient_scale = chunks.student.scale / power_of_two(assumed.n) * (assumed.k / known.k)
-    return TokenResults(known, statistics.cross_entropy, divergence, gradient_scale)
+    return TokenResults(known, statistics.cross_entropy, divergence, gradient_scale, statistics.entropy)
 
 
 def two_phases(chunks: Chunks, kept: KeptLogits, needed: int) -> TokenResults:
@@ -311,7 +317,7 @@ def two_phases(chunks: Chunks, kept: KeptLogits, needed: int) -> TokenResults:
     choice = chunks.choose(statistics)
     divergence = _phase_2(chunks, kept, needed, statistics, chunks.weighted(choice))
     gradient_scale = chunks.student.scale / power_of_two(choice.n)
-    return TokenResults(choice, statistics.cross_entropy, divergence, gradient_scale)
+    return TokenResults(choice, statistics.cross_entropy, divergence, gradient_scale, statistics.entropy)
 
 
 def phase_1(chunks: Chunks, kept: KeptLogits) -> Statistics:
@@ -365,6 +371,20 @@ def _chunks_of_phase_2(
         of, raw = rest[a:b], chunks.raw_s[: b - a]
         chunks.student.raw_logits(chunks.tokens.positions[of], raw, graph=chunks.differentiates)
         yield of, raw, None
+
+
+def token_entropy(logits: Tensor, mask: Tensor) -> Tensor:
+    """H(q) in nats of tokens (1, rows) from their logits (1, rows, V), 0 outside the mask.
+
+    H(q) = log V - KL(q‖u) with the uniform u, so the kernels of the reverse KL give it, without a tensor of the size of
+    the logits.
+    """
+    vocab = logits.shape[-1]
+    uniform = logits.new_zeros(1, 1, vocab).expand_as(logits)
+    ones = torch.ones(mask.shape, dtype=reference.accumulation_dtype(logits), device=mask.device)
+    divergence: Tensor
+    divergence, *_ = ops.token_divergence(logits, uniform, ones, mask, ReverseKL.name, *ReverseKL().parameters)
+    return (math.log(vocab) - divergence) * mask
 
 
 def power_of_two(items: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ def linear_adakd_loss(
     ignore_index: int = -100,
     shift: bool = False,
     choice: TokenChoice | None = None,
+    entropy_out: Tensor | None = None,
 ) -> AdaKDOutput:
     """`adakd_loss` of logits z = cap·tanh(x/cap), x = scale·(hWᵀ + b), without the logits (or z = x without a cap).
 
@@ -81,6 +82,9 @@ def linear_adakd_loss(
         divergence, focus_ratio, temperature_scale, base_temperature, difficulty, ce_weight, num_items, ignore_index,
             shift: as in `adakd_loss`.
         choice: as in `adakd_loss`. Each token that has a part in the loss goes through the heads once then.
+        entropy_out: (B, L) or (N,), floating, takes the entropy of the student at temperature 1 over the common
+            vocabulary, in nats, of the valid tokens, and 0 elsewhere: for one more pass over the student's logits of
+            each chunk. Not with `choice`.
 
     Returns:
         AdaKDOutput(loss, token_loss, difficulty, temperature, selected), as `adakd_loss`, but `loss` alone carries a
@@ -110,12 +114,21 @@ def linear_adakd_loss(
     labels = check_labels(labels, batch, student_hidden, ignore_index, read=read)
     check_head_options(student_softcap, teacher_softcap, student_scale, teacher_scale, chunk_tokens, keep_bytes)
     if choice is not None:
+        if entropy_out is not None:
+            raise ValueError("entropy_out must be None with a choice: the logits of the tokens beside it do not exist")
         check_choice(choice, batch, student_hidden)
         choice = choice.each(torch.flatten)
+    if entropy_out is not None and (entropy_out.shape != batch or not entropy_out.is_floating_point()):
+        raise ValueError(
+            f"entropy_out must be a floating tensor of shape {tuple(batch)}, as the tokens have it, got "
+            f"{entropy_out.dtype} {tuple(entropy_out.shape)}"
+        )
     if shift:
         labels = next_labels(labels, ignore_index)
     labels = labels.flatten()
-    objective = Objective(div, difficulty, focus_ratio, temperature_scale, base_temperature, ce_weight, num_items)
+    objective = Objective(
+        div, difficulty, focus_ratio, temperature_scale, base_temperature, ce_weight, num_items, entropy_out is not None
+    )
     differentiable = torch.is_grad_enabled()
     with torch.no_grad():
         student, teacher = make_heads(student_in, teacher_in, differentiable=differentiable)
@@ -158,6 +171,8 @@ def linear_adakd_loss(
                 *of_tokens[4:],
             )
         per_token = (spread(token_loss, 0.0), choice.difficulty, choice.temperature, choice.selected)
+        if entropy_out is not None and results.entropy is not None:
+            entropy_out.copy_(spread(results.entropy, 0.0).view(batch))
     if student.differentiates:
         loss = _WithGradient.apply(loss, results.gradient_scale, student.gradients(), *student.inputs)  # type: ignore[no-untyped-call]
     return AdaKDOutput(loss, *(values.view(batch) for values in per_token))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -12,18 +11,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from ... import ops
 from ...adaptive import exact_dtype
-from ...divergences import ReverseKL
 from ...functional import AdaKDOutput
-from ...linear.chunks import CHUNK_BYTES
-from ...linear.heads import HeadInput, spans
 from ...loss import AdaKDLoss
 from ...trainer.heads import HeadOptions, configured_head, plain_head
-from ...trainer.records import IGNORE_INDEX
 from ...trainer.trainer import KEEP_BYTES
 
-__all__ = ["Side", "entropy_sum", "head_options", "loss_and_entropy", "make_loss"]
+__all__ = ["Side", "head_options", "loss_and_entropy", "make_loss"]
 
 
 class Side(NamedTuple):
@@ -63,13 +57,15 @@ def loss_and_entropy(
     loss_fn: AdaKDLoss, student: Side, teacher: Side, labels: Tensor, num_items: float | Tensor | None
 ) -> tuple[AdaKDOutput, Tensor]:
     """The loss of a batch, and the sum of the student's entropies over its valid tokens."""
+    entropy = torch.empty(labels.shape, dtype=exact_dtype(labels.device), device=labels.device)
     with _whole(student, teacher) as (of_student, of_teacher):
         out = loss_fn.from_hidden(
             of_student.hidden, of_student.weight, of_teacher.hidden, of_teacher.weight.detach(), labels, num_items,
             student_bias=of_student.bias,
             teacher_bias=None if of_teacher.bias is None else of_teacher.bias.detach(),
+            entropy_out=entropy,
         )  # fmt: skip
-        return out, entropy_sum(of_student, labels)
+    return out, entropy.sum()
 
 
 @contextmanager
@@ -93,32 +89,3 @@ def _part(parameter: Tensor, hidden: Tensor) -> Tensor:
     """The whole parameter; where autocast does not choose a type, in that of the hidden states."""
     whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
     return whole if torch.is_autocast_enabled(hidden.device.type) else whole.to(hidden.dtype)
-
-
-@torch.no_grad()
-def entropy_sum(side: Side, labels: Tensor) -> Tensor:
-    """The sum over the valid tokens of the entropy of softmax(z) in nats, 0-d, without the logits of a batch.
-
-    KL(q‖u) against the uniform u is log V − H(q), so the kernels of the reverse KL give it. Costs one product of the
-    head with the hidden states of the valid tokens, and reads its result once.
-
-    Args:
-        side: what the student's head gets, its whole weight and bias, and what follows it.
-        labels: (B, L), −100 where a token is not valid.
-    """
-    hidden, weight, bias, after = side
-    made = HeadInput(hidden, weight, bias, after.scale, after.softcap).head(len(weight))
-    positions = (labels.flatten() != IGNORE_INDEX).nonzero().flatten()
-    rows = max(1, min(len(positions), CHUNK_BYTES.get(hidden.device.type, 2**30) // made.row_bytes))
-    logits, uniform = made.empty_rows(rows), torch.zeros(1, 1, made.vocab, dtype=made.dtype, device=hidden.device)
-    total = torch.zeros((), dtype=exact_dtype(hidden.device), device=hidden.device)
-    with torch.autocast(hidden.device.type, enabled=False):  # the head has taken autocast's type
-        for a, b in spans(0, len(positions), rows):
-            made.raw_logits(positions[a:b], logits[: b - a])
-            student = made.capped(logits[: b - a], logits[: b - a]).unsqueeze(0)
-            ones = torch.ones(1, b - a, dtype=torch.float32, device=hidden.device)
-            divergence, *_ = ops.token_divergence(
-                student, uniform.expand(1, b - a, -1), ones, ones.bool(), ReverseKL.name, *ReverseKL().parameters
-            )
-            total += (math.log(made.vocab) - divergence).sum(dtype=total.dtype)
-    return total
