@@ -13,8 +13,11 @@ import torch
 pytest.importorskip("trl", reason="trl is not installed: pip install 'adakd-kernels[trl]'")
 
 from datasets import Dataset
+from transformers import TrainerCallback
+from trl.trainer.utils import RepeatSampler
 
 from adakd_kernels.integrations.transformers import AdaKDTrainer
+from adakd_kernels.integrations.trl.distillation import PromptSampler
 from adakd_kernels.integrations.trl.policies import (
     PolicyCallback,
     ReplayBuffer,
@@ -191,6 +194,106 @@ def test_the_adaptive_schedule_is_part_of_a_checkpoint(tmp_path: Path, monkeypat
     assert after == pytest.approx(lmbdas[-2:])
 
 
+MOVING = {"focus_beta": 0.2, "focus_epsilon": 1e-3, "focus_warmup_ratio": 0.2, "learning_rate": 0.1}
+"""A share that moves with every step."""
+SAVED = {**MOVING, "max_steps": 6, "save_strategy": "steps", "save_steps": 1, "train_dataset": PAIRS}
+"""Six steps over an epoch and a half."""
+POLICIES = {
+    "SSSSSS": {},
+    "SDSSDS": {"lmbda": 0.6, "seed": 21},
+    "SSDRDR": {
+        "lmbda": 0.3, "adaptive_lmbda": True, "replay_capacity": 4, "eval_strategy": "steps", "eval_steps": 1,
+        "eval_dataset": PAIRS.select(range(2)), "seed": 78,
+    },
+}  # fmt: skip
+"""Options, and the sources of the six steps: the student, the data, the replay buffer."""
+SHORT = {Source.STUDENT: "S", Source.DATA: "D", Source.REPLAY: "R"}
+
+
+def numbers(trainer: Any, checkpoint: str | bool | None = None) -> tuple[list[Any], list[dict[str, float]]]:
+    """Of a run: prompts, completions and loss of each micro-batch, and its log lines without what the clock says."""
+    kept: list[Any] = []
+    compute = trainer.compute_loss
+
+    def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = compute(model, inputs, *args, **kwargs)
+        if trainer.model.training:
+            kept.append((inputs["prompt_ids"].tolist(), inputs["completion_ids"].tolist(), loss.item()))
+        return loss
+
+    trainer.compute_loss = compute_loss
+    trainer.train(resume_from_checkpoint=checkpoint)
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    return kept, [{name: line[name] for name in line if name != "step_time"} for line in lines]
+
+
+def sources(lines: list[dict[str, float]]) -> str:
+    """A letter for each step."""
+    return "".join(SHORT[s] for line in lines for s in Source if line.get(f"source/{s.value}", s is Source.STUDENT))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_resumed_run_has_the_numbers_of_one_that_was_not_stopped(
+    tmp_path: Path, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, from the middle of the first epoch, from its end, and from the middle of the second."""
+    monkeypatch.setattr("adakd_kernels.integrations.trl.policies.LOSS_EPSILON", -10.0)  # every loss has risen
+    options = {**SAVED, **POLICIES[policy]}
+    batches, lines = numbers(on_policy(tmp_path, True, **options))
+    assert sources(lines) == policy
+    assert len({line["focus_ratio"] for line in lines}) > 2
+    assert "2510.11615" in (tmp_path / "README.md").read_text()
+    if "adaptive_lmbda" in options:
+        assert [line["lmbda"] for line in lines] == pytest.approx([0.3, 0.3, 0.4, 0.5, 0.6, 0.7])
+    for step in (3, 4, 5):
+        resumed = on_policy(tmp_path, True, **options)
+        torch.rand(step)
+        assert numbers(resumed, str(tmp_path / f"checkpoint-{step}")) == (batches[2 * step :], lines)
+
+
+def test_the_order_of_prompts_is_that_of_trl_in_every_epoch() -> None:
+    """Which TRL has only where it reads all epochs one after the other."""
+    options = {"data_source": range(20), "mini_repeat_count": 1, "batch_size": 4, "repeat_count": 2, "seed": 3}
+    theirs = RepeatSampler(**options)
+    for epoch in range(3):
+        assert [*PromptSampler(lambda epoch=epoch: epoch, **options)] == [*theirs]
+    assert [*RepeatSampler(**options)] != [*theirs]
+    unshuffled = PromptSampler(lambda: 1, **options, shuffle=False)
+    assert [*unshuffled][:8] == [0, 1, 2, 3] * 2
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C between the two micro-batches of the fourth step."""
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3 and not self.done:
+            self.done = True
+            raise KeyboardInterrupt
+
+    done = False
+
+
+def test_the_same_trainer_goes_on_after_an_interruption(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """From its last whole checkpoint, without what it had sampled for the step that it did not end."""
+    options = {**SAVED, **POLICIES["SDSSDS"], "replay_capacity": 50}  # too many to be full
+    batches, _ = numbers(on_policy(tmp_path / "whole", True, **options))
+    trainer = on_policy(tmp_path / "stopped", True, callbacks=[Interrupt()], **options)
+    with pytest.raises(ValueError, match=r"no complete checkpoint in .*stopped' to resume from"):
+        trainer.train(resume_from_checkpoint=True)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert len(trainer._buffer.records) == 12  # with those of the fourth step
+    (tmp_path / "stopped" / "checkpoint-4").mkdir()  # killed while it saved
+    after, _ = numbers(trainer, True)
+    assert after == batches[6:]
+    assert len(trainer._buffer.records) == 16
+    assert not caplog.records
+    (tmp_path / "stopped" / "checkpoint-3" / "replay_buffer_0.json").unlink()
+    numbers(trainer, str(tmp_path / "stopped" / "checkpoint-3"))
+    assert "replay_buffer_0.json: the replay buffer begins empty" in caplog.text
+    assert len(trainer._buffer.records) == 8
+
+
 RANKED = {**OFF, "lmbda": 0.0, "gradient_accumulation_steps": 1, "optim": "sgd", "learning_rate": 0.5,
           "max_grad_norm": 0.0, "train_dataset": PAIRS, "max_completion_length": 64}  # fmt: skip
 """Steps that do not depend on how a batch is split."""
@@ -209,17 +312,31 @@ def test_two_ranks_are_one_with_twice_the_batch(tmp_path: Path, two_ranks: Path)
     assert ranks[0]["sources"] == ranks[1]["sources"] and len({*ranks[0]["sources"]}) == 2
 
 
+def test_two_ranks_resume(two_ranks: Path) -> None:
+    """Each with its own buffer and its part of the prompts, from the middle of each epoch."""
+    ranks = of_both_ranks(two_ranks, "policies")
+    for rank in ranks:
+        batches, lines = rank["whole"]
+        assert sources(lines) == "SSSRRS"
+        for step, resumed in rank["resumed"].items():
+            assert resumed == (batches[step:], lines)
+    assert all(a[1] != b[1] for a, b in zip(ranks[0]["whole"][0], ranks[1]["whole"][0], strict=True))
+
+
 def one_of_two_ranks(folder: Path) -> dict[str, Any]:
-    """Train, and draw sources: weights and draws."""
+    """Train, and draw sources: weights and draws; and the numbers of a run that is resumed and of one that is not."""
+    options = {**SAVED, "gradient_accumulation_steps": 1, "lmbda": 0.9, "replay_capacity": 2, "seed": 48}
+    whole = numbers(on_policy(folder, True, **options))
+    resumed = {step: numbers(on_policy(folder, True, **options), str(folder / f"checkpoint-{step}")) for step in (3, 5)}
     trainer = on_policy(folder, True, **RANKED, per_device_train_batch_size=2)
     trainer.train()
     policy = next(c for c in trainer.callback_handler.callbacks if isinstance(c, PolicyCallback))
-    policy.lmbda, sources = 0.5, []
+    policy.lmbda, drawn = 0.5, []
     # As if each rank had drawn for itself.
     trainer.args.seed += int(os.environ["RANK"])
     for trainer.state.global_step in range(8):
-        sources.append(trainer._choose_source([{}]).value)
-    return {"weights": trainer.model.state_dict(), "sources": sources}
+        drawn.append(trainer._choose_source([{}]).value)
+    return {"weights": trainer.model.state_dict(), "sources": drawn, "whole": whole, "resumed": resumed}
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import random
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +14,12 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from trl.trainer.distillation_config import DistillationConfig
 from trl.trainer.distillation_trainer import DistillationTrainer
+from trl.trainer.utils import RepeatSampler
 
 from ...adaptive import LossAdaptiveFocus
 from ...divergences import DIVERGENCES, Divergence, ForwardKL, JensenShannon, ReverseKL
 from ...loss import AdaKDLoss
+from ...trainer.checkpoints import last_checkpoint
 from ...trainer.citation import CITATION, PAPER_ID, PAPER_TITLE
 from ...trainer.config import AdaKDOptions
 from ...trainer.finite import BeforeStepCallback, NonFiniteLossError
@@ -28,11 +33,38 @@ from .policies import PolicyCallback, ReplayBuffer, Source, choose_source, compl
 
 __all__ = ["AdaKDDistillationConfig", "AdaKDDistillationTrainer", "divergence_of_beta"]
 
+logger = logging.getLogger(__name__)
+
 IMAGE_INPUTS = (
     "pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes", "token_type_ids",
     "mm_token_type_ids", "image_position_ids",
 )  # fmt: skip
 """What a batch of a vision-language model has besides tokens."""
+
+
+class PromptSampler(RepeatSampler):
+    """TRL's order of prompts, for a run that begins in any epoch.
+
+    TRL's sampler draws its n-th order when it is read for the n-th time, so that a resumed run would start with that of
+    the first epoch. `set_epoch` would not mend it: behind accelerate's skipped batches and shards nobody calls it.
+
+    Args:
+        epoch: gives the number of epochs that are done.
+        *args, **options: as `RepeatSampler` takes them.
+    """
+
+    def __init__(self, epoch: Callable[[], int], *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        """Indices of prompts."""
+        if self.shuffle:
+            self.generator.manual_seed(self.generator.initial_seed())
+            for _ in range(self.epoch()):
+                torch.randperm(self.num_samples, generator=self.generator)
+        indices: Iterator[int] = super().__iter__()  # type: ignore[no-untyped-call]
+        return indices
 
 
 def divergence_of_beta(beta: float) -> Divergence:
@@ -107,6 +139,9 @@ class AdaKDDistillationTrainer(DistillationTrainer):
     from the hidden states of both models; no logits of a batch exist. Difficulties, selection and temperatures are
     those of each micro-batch.
 
+    A resumed run has the numbers of one that was never stopped: prompts, completions and losses, the share, λ, and the
+    replay buffer.
+
     Logged besides what TRL logs (`entropy` of the student too): `focus_ratio` (the share r after the step),
     `loss_ema`, `loss_reference`, and p10, p50 and p90 of `difficulty` (valid tokens) and `temperature` (selected
     tokens). `eval_loss` is the loss with every valid token selected (r = 1).
@@ -172,6 +207,45 @@ class AdaKDDistillationTrainer(DistillationTrainer):
         """The loss of the options with the given share, and with what follows the heads."""
         student, teacher = self._head_options
         return make_loss(self.args.make_loss, student, teacher, focus=focus).to(self.args.device)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; True resumes from the last checkpoint that was written to its end.
+
+        Raises:
+            ValueError: True, and there is no checkpoint.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ValueError(f"no complete checkpoint in {self.args.output_dir!r} to resume from")
+        # An interrupted run of this trainer may have left completions in the middle of a step.
+        self._step, self._buffered_inputs = 0, None
+        self._buffer = ReplayBuffer(self.args.replay_capacity)
+        if resume_from_checkpoint and self.args.replay_capacity:
+            file = self._buffer_file(resume_from_checkpoint)
+            try:
+                self._buffer.load(file)
+            except FileNotFoundError:
+                logger.warning("AdaKDDistillationTrainer: no %s: the replay buffer begins empty", file)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _buffer_file(self, checkpoint: str) -> Path:
+        """Where a checkpoint has the replay buffer of this process."""
+        return Path(checkpoint) / f"replay_buffer_{self.args.process_index}.json"
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As `Trainer` has it: what each process needs to go on sampling, so its replay buffer too."""
+        super()._save_rng_state(output_dir)
+        if self.args.replay_capacity:
+            self._buffer.save(self._buffer_file(output_dir))
+
+    def _get_train_sampler(self, dataset: Any = None) -> PromptSampler:
+        """As `DistillationTrainer` has it, in the order of the epoch that the run is in."""
+        theirs: Any = super()._get_train_sampler(dataset)
+        return PromptSampler(
+            lambda: int(self.state.epoch or 0), theirs.data_source, theirs.mini_repeat_count, theirs.batch_size,
+            theirs.repeat_count, theirs.shuffle, theirs.seed,
+        )  # fmt: skip
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As `Trainer.create_scheduler`; the number of steps of the run also sets up the adaptive share."""

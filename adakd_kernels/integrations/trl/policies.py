@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import deque
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -66,6 +68,18 @@ class ReplayBuffer:
         """`count` of them, without one twice where there are enough."""
         records = list(self.records)
         return rng.sample(records, count) if count <= len(records) else rng.choices(records, k=count)
+
+    def save(self, file: Path) -> None:
+        """Write them, the oldest first."""
+        file.write_text(json.dumps([*self.records]), encoding="utf-8")
+
+    def load(self, file: Path) -> None:
+        """Add what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        self.records.extend((prompt, completion) for prompt, completion in json.loads(file.read_text(encoding="utf-8")))
 
 
 class PolicyCallback(TrainerCallback, ExportableState):
