@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,8 @@ TIERS = {
     "interpret": ({"TRITON_INTERPRET": "1"}, "interpret"),
     "compile": ({}, "compile"),
 }
+TIMEOUT = 3600.0
+"""Seconds after which a tier with a fault counts as hanging, as where the fault makes a loop endless."""
 # What is built for a tier of the C++ kernels: `make test` leaves out more where there is a wider instruction set.
 BUILT = {"avx512": "avx512", "avx2": "avx2 avx512", "portable": "portable avx2"}
 
@@ -278,20 +281,32 @@ def place(folder: Path, fault: Fault) -> Path:
     return found[0]
 
 
-def run_tests(folder: Path, tier: str, jobs: str, *chosen: str) -> tuple[int, str]:
-    """(exit code of pytest, what it printed) of a tier in a copy, up to the first failure; below 0 after a crash."""
+def run_tests(folder: Path, tier: str, jobs: str, *chosen: str, timeout: float = TIMEOUT) -> tuple[int, str]:
+    """(exit code of pytest, what it printed) of a tier in a copy, up to the first failure; below 0 after a crash.
+
+    A run that is not at its end after `timeout` seconds is killed.
+    """
     environment, marker = TIERS[tier]
     options = ("-p", "no:benchmark", "-p", "no:cacheprovider", "-q", "-x", "-n", jobs, "--dist", "worksteal")
     # That the faults have their places fails in a copy that has one.
     command = [sys.executable, "-m", "pytest", *options, "-m", marker, "--ignore=tests/test_planted_faults.py", *chosen]
     env = clean_environment() | {"OMP_NUM_THREADS": "1"} | environment
-    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
-    output = result.stdout + result.stderr
-    if result.returncode not in (0, 1, 2) and result.returncode >= 0:  # 1: a failure, 2: an error while collecting
-        raise RuntimeError(f"pytest ended with {result.returncode}\n{output[-3000:]}")
-    if result.returncode == 0 and " passed" not in output:
+    # In a session of its own, so that workers in an endless loop can be ended with it.
+    with subprocess.Popen(
+        command, cwd=folder, env=env, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+    code = process.returncode
+    if code not in (0, 1, 2) and code >= 0:  # 1: a failure, 2: an error while collecting
+        raise RuntimeError(f"pytest ended with {code}\n{output[-3000:]}")
+    if code == 0 and " passed" not in output:
         raise RuntimeError(f"no test ran: {' '.join(command)}\n{output[-3000:]}")
-    return result.returncode, output
+    return code, output
 
 
 def clean_environment() -> dict[str, str]:
@@ -316,9 +331,9 @@ def found(fault: Fault, narrow: bool, jobs: str) -> str | None:
         replace(place(Path(broken), fault), fault.old, fault.new)
         if rebuilt:
             build(Path(broken), BUILT[fault.tier])
-        code, output = run_tests(Path(broken), fault.tier, jobs, *chosen)
+        code, output = run_tests(Path(broken), fault.tier, jobs, *chosen, timeout=TIMEOUT / 20 if narrow else TIMEOUT)
         if code <= 0:
-            return f"a crash, signal {-code}" if code else None
+            return f"a crash or a hang, signal {-code}" if code else None
         failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", output, re.MULTILINE)
         if failed is None:
             raise RuntimeError(f"{fault.name}: no name of a test in\n{output[-3000:]}")
