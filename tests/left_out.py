@@ -47,6 +47,7 @@ IN_THE_INTERPRETER: dict[str, Callable[..., bool]] = {
         vocab != 7 and of_a_class_seen(divergence)
     ),
     "test_contract.py::test_nan_in_a_valid_row_is_seen": of_a_class_seen,
+    "test_contract.py::test_large_finite_negative_logits_do_not_make_nan": of_a_class_seen,
     "test_contract.py::test_reruns_agree_bit_for_bit": of_a_class_seen,
     "test_contract.py::test_divergence_is_not_negative": of_a_class_seen,
     "test_contract.py::test_an_empty_row_is_an_ignored_token": of_a_class_seen,
@@ -59,12 +60,19 @@ IN_THE_INTERPRETER: dict[str, Callable[..., bool]] = {
     "test_extreme_rows.py::test_divergence_and_gradient": lambda divergence, dtype, family: (
         (dtype, family) != (FP32, "extreme") and of_a_class_seen(divergence)
     ),
-    "test_extreme_rows.py::test_a_constant_that_rounds_nowhere_changes_nothing": of_a_class_seen,
+    "test_extreme_rows.py::test_a_constant_that_rounds_nowhere_changes_nothing": lambda divergence: (
+        divergence.name not in ("reverse_kl", "jensen_shannon")
+    ),
     "test_extreme_rows.py::test_a_row_whose_value_is_nan_has_a_gradient_of_nan": of_a_class_seen,
     "test_losses.py::test_loss_and_gradient_equal_the_reference": lambda divergence, measure: (
         of_a_class_seen(divergence) or measure not in ("hellinger", "jensen_shannon")
     ),
-    "test_losses.py::test_a_loss_of_nan_has_a_gradient_of_nan": of_a_class_seen,
+    "test_losses.py::test_a_loss_of_nan_has_a_gradient_of_nan": lambda divergence, place: (
+        of_a_class_seen(divergence) or (place == "teacher") != (divergence.name in ("reverse_kl", "jensen_shannon"))
+    ),
+    "test_alignment.py::test_rows_of_every_skew_between_rows_of_nan": lambda divergence, inplace: (
+        inplace != (divergence == "reverse_kl")
+    ),
     "test_linear.py::test_as_exact_as_the_logits_route": lambda share, dtype, options: (
         (dtype, bool(options), isinstance(share, float)) not in ((BF16, True, False), (FP32, False, True))
     ),
@@ -101,6 +109,10 @@ IN_THE_INTERPRETER: dict[str, Callable[..., bool]] = {
     "test_ops.py::test_opcheck": every,
     "test_ops.py::test_compile_gives_the_eager_result_without_recompiling": every,
     "test_gpu.py::test_compiled_with_fullgraph_equals_eager": every,
+    # The code that is compiled for such offsets runs in test_ptx.py.
+    "test_gpu.py::test_more_than_two_to_the_31_entries": every,
+    "test_gpu.py::test_a_graph_of_forward_and_backward_replays": lambda divergence: divergence != "reverse_kl",
+    "test_gpu.py::test_reruns_are_equal_bit_for_bit": lambda divergence: divergence != "jensen_shannon",
 }  # fmt: skip
 
 # bf16, the type of training, is compiled for every target; the others for one of each family. For NVIDIA that is
@@ -111,19 +123,20 @@ COMPILED: dict[str, Callable[..., bool]] = {
     "test_compile.py::test_kernel_compiles_clean": lambda target, student_dtype, teacher_dtype, divergence: (
         (target in BUT_SM_100 and (student_dtype, teacher_dtype) != (BF16, BF16))
         or (student_dtype != teacher_dtype and of_a_class_seen(divergence))
-        # The oldest target and AMD's take the other divergences of a class as they take the first, bf16 on AMD apart.
-        or (target == "sm_80" and of_a_class_seen(divergence))
-        or (target == "gfx942" and student_dtype != BF16 and of_a_class_seen(divergence))
+        # The other divergences of a class: bf16 for sm_90 and AMD's target, the other types for sm_100.
+        or (of_a_class_seen(divergence) and (student_dtype == BF16) == (target in BUT_SM_90))
     ),
     "test_compile.py::test_odd_vocabulary_compiles_clean": lambda target, divergence: (
         target in BUT_SM_90 or (target == "gfx942" and of_a_class_seen(divergence))
     ),
-    "test_compile.py::test_other_vocabularies_compile_clean": lambda target: target in BUT_SM_100,
+    "test_compile.py::test_other_vocabularies_compile_clean": lambda target, vocab: (
+        target in BUT_SM_100 or (target, vocab) == ("gfx942", 50257)
+    ),
     "test_compile.py::test_padded_student_compiles_clean": lambda target: target in BUT_SM_100,
     "test_compile.py::test_every_vocabulary_and_padding_is_read_wide": lambda target: target != "sm_90",
     "test_compile.py::test_helper_sees_a_spill": lambda target: target != "sm_90",
-    "test_compile.py::test_batch_does_not_recompile": lambda target, divergence: (
-        target == "gfx942" and divergence == "skew_reverse_kl"
+    "test_compile.py::test_batch_does_not_recompile": lambda target, vocab, divergence: (
+        target == "gfx942" and (vocab == 50257 or divergence == "skew_reverse_kl")
     ),
     # What a divergence computes is the interpreter's matter; the compiler takes each class another way.
     "test_ptx.py::test_divergence_and_gradient_are_the_reference": lambda divergence, vocab: (
@@ -133,6 +146,8 @@ COMPILED: dict[str, Callable[..., bool]] = {
         of_a_class_seen(divergence) or (vocab != 8209 and divergence.name != "reverse_kl")
     ),
     "test_ptx.py::test_rows_beyond_two_to_the_31_entries_are_found": lambda dtype: dtype != BF16,
+    # The test before finds such an offset in the real kernels.
+    "test_ptx.py::test_out_of_bounds_and_int32_overflow_are_found": lambda fault: fault == "int32",
     "test_ptx.py::test_each_missing_barrier_is_a_race": lambda divergence: divergence != "reverse_kl",
 }  # fmt: skip
 
@@ -211,7 +226,16 @@ IN_PLAIN_TORCH: dict[str, Callable[..., bool]] = {
     "test_planted_faults.py::test_what_a_test_sees_is_found_and_the_rest_is_missed": every,
     "test_ops.py::test_opcheck": lambda dtype: dtype == FP32,
     "test_tenth_divergence.py::test_the_triton_kernels_do_not_compile_without_a_branch": every,
-    "test_tenth_divergence.py::test_a_place_left_out_is_reported": lambda place: (
-        place not in ("class", "C++ list", "closed form")
+    "test_tenth_divergence.py::test_the_triton_kernels_compute_it": every,
+    "test_documentation.py::test_a_measurement_in_the_docs_gives_what_they_show": lambda environment: (
+        "TRITON_INTERPRET" in environment
     ),
+    "test_step_selection.py::test_micro_batches_give_the_gradient_of_one_batch": lambda ce_weight, route: (
+        (route == "hidden") != bool(ce_weight)
+    ),
+    "test_trl.py::test_without_adakd_the_losses_are_those_of_trl": lambda architecture: architecture == "granite",
+    "test_trainer_nan.py::test_the_run_stops_and_says_where": lambda selection, per_record, route: (
+        (selection == "step") != (per_record == (route == "hidden"))
+    ),
+    "test_tenth_divergence.py::test_a_place_left_out_is_reported": lambda place: place not in ("class", "C++ list"),
 }
