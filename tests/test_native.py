@@ -269,3 +269,12 @@ def test_without_a_compiler_the_package_still_builds_and_says_so(tmp_path, wante
     assert result.stdout == f"adakd_kernels: installed without the C++ kernels for the CPU, because {why}\n"
     built = {path.name for path in (tmp_path / "build").rglob("*") if path.is_file()}
     assert "functional.py" in built and "_native.so" not in built
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "hellinger", "jensen_shannon"])
+@pytest.mark.parametrize("places", [(1, 6), (5, 700), (4100, 5000)], ids=str)
+def test_several_infinite_logits_are_loud_and_do_not_loop(divergence, places):
+    """An entry equal to the peak asks for no new peak, wherever they stand."""
+    student, teacher = logits(1, 6000, seed=60), logits(1, 6000, seed=61)
+    student[0, list(places)] = torch.inf
+    assert token_divergence(student, teacher, 1.0, divergence).isnan().all()

@@ -20,8 +20,11 @@ struct Peak {
   bool finite() const { return exists() && t != -kInfinity; }
 
   // An entry with a larger student logit has to become the peak. One that lies at most 3 powers of two higher does not:
-  // beside this peak it has at most 8/9 of the mass, and nothing cancels. S: the type that the logits are compared in.
-  template <class S> S limit(double scale) const { return exists() ? saturated<S>(s + 3.0 / scale) : -kInfinity; }
+  // beside this peak it has at most 8/9 of the mass, and nothing cancels. S: the type that the logits are compared in. The
+  // limit is never below the peak, so that an entry equal to it, +inf too, does not ask for a new peak without end.
+  template <class S> S limit(double scale) const {
+    return exists() ? static_cast<S>(max(s, static_cast<double>(saturated<S>(s + 3.0 / scale)))) : -kInfinity;
+  }
 };
 
 // What a row gives besides its normalisers.
