@@ -287,6 +287,19 @@ def check_head_options(
     check_integer("keep_bytes", keep_bytes, least=0)
 
 
+def check_entropy_out(entropy_out: Any, batch: torch.Size, choice: Any) -> None:
+    """Refuse what cannot take the entropies of the tokens, and to ask for them beside a choice."""
+    if not (isinstance(entropy_out, Tensor) and entropy_out.is_floating_point() and entropy_out.shape == batch):
+        got = type(entropy_out).__name__
+        if isinstance(entropy_out, Tensor):
+            got = f"{entropy_out.dtype} {tuple(entropy_out.shape)}"
+        raise ValueError(
+            f"entropy_out must be a floating tensor of shape {tuple(batch)}, as the tokens have it, got {got}"
+        )
+    if choice is not None:
+        raise ValueError("entropy_out must be None with a choice: the logits of the tokens beside it do not exist")
+
+
 def check_no_transform(function: str, *tensors: Any) -> None:
     """Refuse the transformations of torch.func and forward mode: the gradient here is autograd's backward alone."""
     if torch.compiler.is_compiling():

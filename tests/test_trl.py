@@ -389,6 +389,14 @@ def test_sft_takes_messages_packs_them_and_masks_what_the_assistant_did_not_say(
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+@pytest.mark.parametrize(("strategy", "checked"), [("bfd", 2), ("wrapped", 0)])
+def test_sft_texts_may_see_each_other_where_they_are_wrapped_only(tmp_path, monkeypatch, strategy, checked) -> None:
+    roles: list[str] = []
+    monkeypatch.setattr("adakd_kernels.trainer.trainer.check_borders", lambda role, model: roles.append(role))
+    sft(tmp_path, Dataset.from_list(token_records(4)), packing=True, packing_strategy=strategy, max_length=64)
+    assert len(roles) == checked
+
+
 def test_sft_loads_a_student_by_name_as_trl_does(tmp_path: Path) -> None:
     student, teacher, tokenizer = pair()
     student.save_pretrained(tmp_path / "student")

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from ..adaptive import focus_count
-from ..checks import check_head, check_head_options, check_labels, check_no_transform, check_options, check_pair
+from ..checks import (
+    check_entropy_out,
+    check_head,
+    check_head_options,
+    check_labels,
+    check_no_transform,
+    check_options,
+    check_pair,
+)
 from ..divergences import Divergence
 from ..functional import (
     AdaKDOutput,
@@ -113,16 +121,11 @@ def linear_adakd_loss(
     read = ce_weight > 0 or difficulty == "cross_entropy"
     labels = check_labels(labels, batch, student_hidden, ignore_index, read=read)
     check_head_options(student_softcap, teacher_softcap, student_scale, teacher_scale, chunk_tokens, keep_bytes)
+    if entropy_out is not None:
+        check_entropy_out(entropy_out, batch, choice)
     if choice is not None:
-        if entropy_out is not None:
-            raise ValueError("entropy_out must be None with a choice: the logits of the tokens beside it do not exist")
         check_choice(choice, batch, student_hidden)
         choice = choice.each(torch.flatten)
-    if entropy_out is not None and (entropy_out.shape != batch or not entropy_out.is_floating_point()):
-        raise ValueError(
-            f"entropy_out must be a floating tensor of shape {tuple(batch)}, as the tokens have it, got "
-            f"{entropy_out.dtype} {tuple(entropy_out.shape)}"
-        )
     if shift:
         labels = next_labels(labels, ignore_index)
     labels = labels.flatten()

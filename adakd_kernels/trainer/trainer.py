@@ -136,7 +136,7 @@ class AdaKDTrainer(Trainer):
     ) -> None:
         if not isinstance(args, TrainerOptions):
             raise TypeError(f"args must be an AdaKDConfig, got {type(args).__name__}")
-        if data_collator is not None and getattr(args, "padding_free", False):
+        if data_collator is not None and args.padding_free:
             raise ValueError("padding_free is an option of the default data_collator, but another one is given")
         self._streams: list[LoadedRecords] = []
         train_dataset = self._loaded(args, train_dataset, processing_class, "train_dataset")
