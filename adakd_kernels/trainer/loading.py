@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import errno
 import glob
 import json
 import logging
@@ -11,7 +9,6 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,16 +16,25 @@ import datasets
 import numpy as np
 import torch
 from datasets.fingerprint import Hasher
-from pyarrow.lib import ArrowException
 from torch import Tensor
 
 from .records import IGNORE_INDEX, DataError, split_record, tokenize_record
+from .sources import (
+    TEXTS,
+    cached_map,
+    cached_texts,
+    csv_rows,
+    json_array,
+    json_lines,
+    numbered,
+    read_table,
+    saved_table,
+)
 
 __all__ = [
     "LONG_RECORDS",
     "LoadedRecords",
     "StreamOf",
-    "cached_map",
     "load_for",
     "load_prompts_for",
     "load_records",
@@ -49,8 +55,6 @@ PROMPTS = datasets.Features(
     conversation=datasets.Value("bool"),
 )
 """Of prompts and completions: both as JSON, and whether they are messages."""
-TEXTS = datasets.Features(number=datasets.Value("int64"), json=datasets.Value("large_string"))
-"""Of records that are not parsed yet: their line or index, and their text."""
 STREAM_BATCH = 100
 """Records of a stream that are tokenised together."""
 WORKERS = 256
@@ -146,7 +150,7 @@ def load_records(
     if not isinstance(data[0], Mapping) or "input_ids" in data[0] or tokenizer is None:
         return LoadedRecords(data, name, torch.tensor([[len(data), 0, 0]]))
     texts = tuple(json.dumps(data[index], default=_plain_value) for index in range(len(data)))
-    source = _cached_texts(_numbered, {"texts": texts}, [*texts], name)
+    source = cached_texts(numbered, {"texts": texts}, [*texts], name)
     return _from_texts(source, make.at(f"{name}[", "]"), name, num_proc)
 
 
@@ -362,7 +366,7 @@ def _from_file(path: Path, make: _Tokenize, num_proc: int | None) -> LoadedRecor
     name = str(path)
     try:
         if path.is_dir():
-            return _from_table(_from_folder(path), make.at(f"{name}, row ", first=1), name, num_proc)
+            return _from_table(saved_table(path), make.at(f"{name}, row ", first=1), name, num_proc)
         with path.open("rb") as file:
             begins_with = next((line.strip()[:1] for line in file if line.strip()), b"")
         state = [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
@@ -370,42 +374,15 @@ def _from_file(path: Path, make: _Tokenize, num_proc: int | None) -> LoadedRecor
         raise DataError(f"{name}: cannot be read: {error.strerror or error}") from None
     if path.suffix.lower() == ".parquet":
         # Escaped, because `datasets` takes a path for a pattern.
-        table = _read(name, datasets.load_dataset, "parquet", data_files=glob.escape(name), split="train")
+        table = read_table(name, datasets.load_dataset, "parquet", data_files=glob.escape(name), split="train")
         return _from_table(table, make.at(f"{name}, row ", first=1), name, num_proc)
     # All other files become texts in JSON, parsed a record at a time: no type is guessed, and the line is known.
     if path.suffix.lower() == ".csv":
-        return _from_texts(_cached_texts(_csv_rows, {"path": path}, state, name), make.at(f"{name}:"), name, num_proc)
+        return _from_texts(cached_texts(csv_rows, {"path": path}, state, name), make.at(f"{name}:"), name, num_proc)
     if begins_with == b"[":
-        source = _cached_texts(_json_array, {"path": path}, state, name)
+        source = cached_texts(json_array, {"path": path}, state, name)
         return _from_texts(source, make.at(f"{name}, row "), name, num_proc)
-    return _from_texts(_cached_texts(_json_lines, {"path": path}, state, name), make.at(f"{name}:"), name, num_proc)
-
-
-def _from_folder(path: Path) -> datasets.Dataset:
-    """The data set that `save_to_disk` wrote, or the only split of several."""
-    found: Any = _read(str(path), datasets.load_from_disk, str(path))
-    if not isinstance(found, datasets.DatasetDict):
-        return found
-    if len(found) > 1:
-        raise DataError(
-            f"{path}: holds the splits {', '.join(found)}: give the folder of one, {path / next(iter(found))}"
-        )
-    return next(iter(found.values()))
-
-
-def _read(name: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """What a function of `datasets` reads; a `DataError` inside its own errors comes out."""
-    try:
-        return function(*args, **options)
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, DataError):
-                raise cause from None
-            if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                raise cause from None
-            last, cause = cause, cause.__cause__ or cause.__context__
-        raise DataError(f"{name}: cannot be read: {type(last).__name__}: {last}") from error
+    return _from_texts(cached_texts(json_lines, {"path": path}, state, name), make.at(f"{name}:"), name, num_proc)
 
 
 def _from_table(source: Any, make: _Tokenize, name: str, num_proc: int | None) -> LoadedRecords:
@@ -478,64 +455,6 @@ def _tokenized(source: Any, function: Any, features: Any, name: str, num_proc: i
     return LoadedRecords(records, name, torch.tensor([[read, truncated, read - kept]]))
 
 
-def cached_map(source: Any, function: Any, key: list[Any], name: str, **options: Any) -> Any:
-    """`Dataset.map` of whole batches, whose result is read from the cache of `datasets` the next time.
-
-    In a folder of its own: the cache of a data set in memory would be memory, and that of a folder the folder itself.
-
-    Args:
-        source: a `datasets.Dataset`.
-        function: from batch, and indices, to batch.
-        key: what the result depends on besides the source and the code.
-        name: what messages call the data.
-        **options: others of `Dataset.map`.
-    """
-    fingerprint = _hash([source._fingerprint, type(function).__name__, *key])
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "adakd"
-    folder.mkdir(parents=True, exist_ok=True)
-    num_proc = options.pop("num_proc", None) or 1
-    try:
-        return source.map(
-            function,
-            batched=True,
-            remove_columns=source.column_names,
-            cache_file_name=str(folder / f"{fingerprint}.arrow"),
-            new_fingerprint=fingerprint,
-            num_proc=min(num_proc, len(source)) if num_proc > 1 else None,
-            **options,
-        )
-    except ArrowException as error:
-        raise DataError(f"{name}: cannot be tokenised: its records differ in the type of a field: {error}") from error
-
-
-def _cached_texts(rows: Callable[..., Any], arguments: dict[str, Any], state: list[Any], name: str) -> Any:
-    """The texts that a generator gives, from the cache of `datasets` while `state`, which makes them, is the same."""
-    fingerprint = _hash([rows.__name__, *state])
-    return _read(
-        name,
-        datasets.Dataset.from_generator,
-        _one_at_least,
-        features=TEXTS,
-        gen_kwargs={"rows": rows, "name": name, **arguments},
-        fingerprint=fingerprint,
-    )
-
-
-def _one_at_least(rows: Callable[..., Any], name: str, **arguments: Any) -> Iterator[dict[str, Any]]:
-    """What `rows` gives; `datasets` has a message of its own for nothing."""
-    row = None
-    for row in rows(**arguments):
-        yield row
-    if row is None:
-        raise DataError(f"{name}: nothing to train on: it has no records")
-
-
-def _hash(parts: list[Any]) -> str:
-    """A fingerprint of values, and of the code that makes records of them."""
-    code = [Path(__file__).with_name(f"{module}.py").read_bytes() for module in ("records", "loading", "collator")]
-    return sha256(repr([*parts, *code]).encode()).hexdigest()[:32]
-
-
 def _state(tokenizer: Any) -> str:
     """What the ids depend on; not padding and truncation, which a tokenizer changes as it is used."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -546,51 +465,6 @@ def _state(tokenizer: Any) -> str:
         return repr([state, tokenizer.chat_template, tokenizer.special_tokens_map])
     except Exception:  # it cannot be pickled, so nothing is read from the cache
         return uuid.uuid4().hex
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a JSONL file; blank ones are skipped."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}:{number}: not JSON: {error}") from None
-            if text.strip():
-                yield {"number": number, "json": text}
-
-
-def _json_array(path: Path) -> Iterator[dict[str, Any]]:
-    """The elements of a JSON file that is one array."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON: {error}") from None
-    for number, row in enumerate(rows, 1):
-        yield {"number": number, "json": json.dumps(row)}
-
-
-def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a CSV file with a header, by the line on which they begin; all fields are texts."""
-    csv.field_size_limit(2**31 - 1)
-    number = 1
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            fields = reader.fieldnames or ()  # reads the header
-            number = reader.line_num + 1
-            for row in reader:
-                if None in row:
-                    raise DataError(f"{path}:{number}: has more fields than the header, {len(fields)}")
-                yield {"number": number, "json": json.dumps(row)}
-                number = reader.line_num + 1
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}:{number}: not CSV: {error}") from None
-
-
-def _numbered(texts: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    for number, text in enumerate(texts):
-        yield {"number": number, "json": text}
 
 
 def _parsed(text: str, where: str) -> dict[str, Any]:

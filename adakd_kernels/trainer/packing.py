@@ -14,8 +14,9 @@ from torch import nn
 
 from .collator import ID, join_records, record_name
 from .heads import base_model, evaluation_mode
-from .loading import StreamOf, cached_map, progress_bars
+from .loading import StreamOf, progress_bars
 from .records import DataError
+from .sources import cached_map
 
 __all__ = ["check_borders", "pack_records"]
 
