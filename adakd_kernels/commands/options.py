@@ -92,7 +92,7 @@ class RunOptions:
         default=None, metadata={"help": "Train an adapter (LoRA) of this rank alone; left out, all weights."}
     )
     lora_alpha: int | None = field(
-        default=None, metadata={"help": "The adapter counts lora_alpha / lora_r times; left out, 2 times."}
+        default=None, metadata={"help": "What the adapter adds is scaled by lora_alpha / lora_r; left out, by 2."}
     )
     lora_dropout: float | None = field(
         default=None, metadata={"help": "Dropout in front of the adapter; left out, 0.05."}

@@ -416,7 +416,7 @@ def _from_stream(source: Any, make: _Tokenize, name: str) -> LoadedRecords:
     _check_tokenizer(make, name)
     make.counts = torch.zeros(WORKERS, 3, dtype=torch.long).share_memory_()  # type: ignore[no-untyped-call]
     if isinstance(source, datasets.IterableDataset):
-        # The processes that read the stream share the counts, so what counts is what they have in common.
+        # The processes that read the stream add to the same counts, in memory that they share.
         options = {"batched": True, "batch_size": STREAM_BATCH, "with_indices": True, "remove_columns": columns}
         records = source.map(make, features=FEATURES, **options).remove_columns("truncated")
     else:

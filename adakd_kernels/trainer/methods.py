@@ -13,7 +13,7 @@ OURS = "ours"
 """A value that is not published."""
 
 WITHOUT_ADAKD: dict[str, Any] = {"focus_ratio": 1.0, "temperature_scale": 0.0}
-"""Every token counts, at the base temperature."""
+"""Every valid token is selected, at the base temperature."""
 
 
 class Setting(NamedTuple):

@@ -62,7 +62,7 @@ class Measure:
     """Called as an `AdaKDLoss` is, but computes the difficulties alone.
 
     Args:
-        loss_fn: whose measure of difficulty, and what follows the heads, count.
+        loss_fn: gives the measure of difficulty, and what follows the heads.
     """
 
     inplace = False
