@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 import re
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -151,23 +150,9 @@ def poisoned_memory_of_the_native_kernels(request: pytest.FixtureRequest) -> Ite
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of what two processes left of `trainer_process.SCENARIOS`, run once for all tests and workers."""
-    from filelock import FileLock
+    from .trainer_process import once_for_all_workers, run_two_ranks
 
-    from .trainer_process import run_two_ranks
-
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two_ranks"
-    outcome = folder / "outcome.txt"
-    with FileLock(folder.with_suffix(".lock")):
-        if not outcome.exists():
-            folder.mkdir()
-            try:
-                run_two_ranks(folder)
-                outcome.write_text("")
-            except (AssertionError, subprocess.TimeoutExpired) as error:
-                outcome.write_text(repr(error))
-    assert outcome.read_text() == ""
-    return folder
+    return once_for_all_workers(tmp_path_factory, "two_ranks", run_two_ranks)
 
 
 @pytest.fixture

@@ -57,7 +57,14 @@ INSTRUCTIONS = [
 
 
 def tiny_model(
-    architecture: str, *, layers: int = 1, vocab_size: int = 64, hidden: int = 16, seed: int = 0, dropout: float = 0.0
+    architecture: str,
+    *,
+    layers: int = 1,
+    vocab_size: int = 64,
+    hidden: int = 16,
+    seed: int = 0,
+    dropout: float = 0.0,
+    kv_heads: int = 1,
 ) -> PreTrainedModel:
     """A random causal language model in fp32; its weights follow from the arguments.
 
@@ -74,7 +81,8 @@ def tiny_model(
         return GPT2LMHeadModel(config)
     sizes: dict[str, Any] = {
         "vocab_size": vocab_size, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256, "initializer_range": 0.5,
+        "num_attention_heads": 2, "num_key_value_heads": kv_heads, "max_position_embeddings": 256,
+        "initializer_range": 0.5,
     }  # fmt: skip
     if architecture in ("llama", "smollm2"):
         return LlamaForCausalLM(LlamaConfig(**sizes, **ids, tie_word_embeddings=architecture == "smollm2"))
@@ -143,11 +151,13 @@ def write_jsonl(path: Path, records: list[Any] | None = None) -> Path:
     return path
 
 
-def save_pair(folder: Path, architecture: str = "gpt2", *, chat_template: bool = False) -> tuple[Path, Path]:
+def save_pair(
+    folder: Path, architecture: str = "gpt2", *, chat_template: bool = False, kv_heads: int = 1
+) -> tuple[Path, Path]:
     """A student of one layer and a teacher of two, saved with one tokenizer; their folders."""
     tokenizer = tiny_tokenizer(chat_template=chat_template)
     for name, layers in (("student", 1), ("teacher", 2)):
-        model = tiny_model(architecture, layers=layers, vocab_size=len(tokenizer), seed=layers)
+        model = tiny_model(architecture, layers=layers, vocab_size=len(tokenizer), seed=layers, kv_heads=kv_heads)
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     return folder / "student", folder / "teacher"

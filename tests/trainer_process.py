@@ -197,6 +197,25 @@ def adapted_trainer(folder: Path, batch_size: int = 8, route: str = "auto", **op
     )  # fmt: skip
 
 
+def once_for_all_workers(tmp_path_factory: Any, name: str, function: Callable[[Path], None]) -> Path:
+    """The folder in which `function` was called, by the first worker that needs it; its failure is that of all."""
+    from filelock import FileLock
+
+    base = tmp_path_factory.getbasetemp()
+    folder: Path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    outcome = folder / "outcome.txt"
+    with FileLock(folder.with_suffix(".lock")):
+        if not outcome.exists():
+            folder.mkdir()
+            try:
+                function(folder)
+                outcome.write_text("")
+            except (AssertionError, subprocess.TimeoutExpired) as error:
+                outcome.write_text(repr(error))
+    assert outcome.read_text() == ""
+    return folder
+
+
 def run_two_ranks(folder: Path) -> None:
     """Run `SCENARIOS` in two processes that find each other; each leaves a file of each scenario."""
     with socket.socket() as free:

@@ -40,6 +40,7 @@ from transformers.integrations.integration_utils import (
 
 from ..trainer.adapters import check_checkpoint, is_adapter_folder, load_student, save_merged
 from ..trainer.evaluation import MEASURES
+from ..trainer.tensor_parallel import split_as, split_over
 from .interruption import Interruption
 from .model_card import write_model_card
 from .models import RunModels, lines_to_try, load, lora_config, quantization
@@ -320,15 +321,17 @@ def _trainer(
         for loaded in data.values():
             print(loaded, file=sys.stderr)
     hub["attn_implementation"] = options.attn_implementation
+    bits.update(split_over(getattr(config, "tp_size", 1)))
     student = load(
         "student", models.student, load_student, base=models.base, dtype=options.student_dtype, **hub, **bits
     )
     teacher = None
-    if models.teacher is not None:
-        teacher = load(
-            "teacher", models.teacher, AutoModelForCausalLM.from_pretrained, dtype=options.teacher_dtype, **hub
-        )
     try:
+        hub.update(split_as(student, getattr(config, "teacher_parallel", "none")))
+        if models.teacher is not None:
+            teacher = load(
+                "teacher", models.teacher, AutoModelForCausalLM.from_pretrained, dtype=options.teacher_dtype, **hub
+            )
         trainer = make(
             student,
             teacher,

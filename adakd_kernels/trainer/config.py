@@ -20,6 +20,7 @@ __all__ = ["DATA_OPTIONS", "AdaKDConfig", "AdaKDOptions", "TrainerOptions"]
 ROUTES = ("auto", "logits", "hidden")
 ON_NAN = ("raise", "skip")
 SELECTIONS = ("micro_batch", "step")
+TEACHER_PARALLEL = ("none", "tp")
 DATA_OPTIONS = ("max_length", "long_records", "packing", "padding_free", "dataset_num_proc")
 """Options of `AdaKDConfig` that say how data become records and batches."""
 LEAST = {
@@ -153,6 +154,17 @@ class TrainerOptions(AdaKDOptions):
             "hidden states where both models have a plain output layer."
         },
     )
+    tp_size: int = field(
+        default=1,
+        metadata={
+            "help": "Tensor parallelism: over how many processes a model that is given by name is split, by the plan "
+            "of its class; 1 or all of them."
+        },
+    )
+    teacher_parallel: str = field(
+        default="none",
+        metadata={"help": "How a teacher given by name is split over processes: 'none', or 'tp', as the student is."},
+    )
     on_nan: str = field(
         default="raise",
         metadata={
@@ -175,6 +187,15 @@ class TrainerOptions(AdaKDOptions):
             raise ValueError(f"logits_route must be one of {', '.join(ROUTES)}, got {self.logits_route!r}")
         if self.on_nan not in ON_NAN:
             raise ValueError(f"on_nan must be one of {', '.join(ON_NAN)}, got {self.on_nan!r}")
+        if self.teacher_parallel not in TEACHER_PARALLEL:
+            raise ValueError(
+                f"teacher_parallel must be one of {', '.join(TEACHER_PARALLEL)}, got {self.teacher_parallel!r}"
+            )
+        if self.tp_size not in (1, args.world_size):
+            raise ValueError(
+                f"tp_size must be 1 or the number of processes, which is {args.world_size}, got {self.tp_size!r}: "
+                "start one process for each part, with 'torchrun --nproc-per-node'"
+            )
         if self.selection not in SELECTIONS:
             raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {self.selection!r}")
 

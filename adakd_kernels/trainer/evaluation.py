@@ -9,14 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
 from ..adaptive import exact_dtype
 from ..divergences import ReverseKL
-from ..functional import token_statistics
+from ..functional import token_divergence, token_statistics
 from ..linear.chunks import CHUNK_BYTES
 from ..linear.heads import HeadInput, make_heads, spans
+from ..vocab_parallel import VocabParallel
 from .heads import HeadOptions
 from .records import IGNORE_INDEX
 
@@ -47,8 +48,16 @@ class HeldOutSums:
         self.loss += torch.stack((loss.detach().to(self.loss) * items, items))
 
     @torch.no_grad()
-    def add_logits(self, student: Tensor, teacher: Tensor, targets: Tensor) -> None:
-        """Add the tokens of a batch: logits (B, K, Vˢ) and (B, K, Vᵗ), and the token that each predicts, (B, K)."""
+    def add_logits(
+        self, student: Tensor, teacher: Tensor, targets: Tensor, vocab_parallel: VocabParallel | None = None
+    ) -> None:
+        """Add the tokens of a batch: logits (B, K, Vˢ) and (B, K, Vᵗ), and the token that each predicts, (B, K).
+
+        With `vocab_parallel`, the logits are this rank's columns, and every rank adds the same numbers.
+        """
+        if vocab_parallel is not None:
+            self._add(*_measures_of_parts(student, teacher, targets, vocab_parallel))
+            return
         forward_kl, valid, normalizers_1 = token_statistics(
             student, teacher, targets != IGNORE_INDEX, None, "forward_kl"
         )
@@ -59,7 +68,10 @@ class HeldOutSums:
         cross_entropy = ops.token_cross_entropy(student, teacher, targets, valid, normalizers_1)
         vocab = min(student.shape[-1], teacher.shape[-1])
         agreement = (student[..., :vocab].argmax(-1) == teacher[..., :vocab].argmax(-1)) & valid
-        per_token = (forward_kl, reverse_kl, cross_entropy, agreement, valid)
+        self._add(forward_kl, reverse_kl, cross_entropy, agreement, valid)
+
+    def _add(self, *per_token: Tensor) -> None:
+        """Add `MEASURES` of each token, and whether it is valid."""
         self.measures += torch.stack([values.sum(dtype=self.measures.dtype) for values in per_token]).to(
             self.measures.device
         )
@@ -68,11 +80,12 @@ class HeldOutSums:
     def add_hidden(
         self,
         student_hidden: Tensor,  # (B, K, Hˢ)
-        student_head: nn.Linear,
+        student_head: Any,  # with `weight` (Vˢ, Hˢ) and `bias` (Vˢ,) or None
         teacher_hidden: Tensor,  # (B, K, Hᵗ)
-        teacher_head: nn.Linear,
+        teacher_head: Any,  # likewise
         options: tuple[HeadOptions, HeadOptions],  # what follows each head
         targets: Tensor,  # (B, K)
+        vocab_parallel: VocabParallel | None = None,  # the heads are this rank's rows
     ) -> None:
         """Add the tokens of a batch from what the heads get: one pass of the heads, the logits of a chunk at a time."""
         heads = make_heads(
@@ -81,12 +94,15 @@ class HeldOutSums:
                 for hidden, head, after in zip(
                     (student_hidden, teacher_hidden), (student_head, teacher_head), options, strict=True
                 )
-            )
+            ),
+            shards=vocab_parallel,
         )
         targets = targets.flatten()
         positions = (targets != IGNORE_INDEX).nonzero().flatten()
         budget = CHUNK_BYTES.get(targets.device.type, 2**30)
-        rows = max(64, budget // sum(head.row_bytes for head in heads))
+        rows = max(64, budget // max(1, sum(head.row_bytes for head in heads)))
+        if vocab_parallel is not None:  # as many messages on every rank, whatever its number of columns
+            rows = int(vocab_parallel.gather(torch.tensor([[[rows]]], device=targets.device)).min())
         buffers = [head.empty_rows(min(rows, len(positions))) for head in heads]
         with torch.autocast(targets.device.type, enabled=False):  # the heads have taken autocast's type
             for a, b in spans(0, len(positions), rows):
@@ -95,13 +111,32 @@ class HeldOutSums:
                     head.raw_logits(index, logits[: b - a])
                     head.capped(logits[: b - a], logits[: b - a])
                 student, teacher = (logits[: b - a].unsqueeze(0) for logits in buffers)
-                self.add_logits(student, teacher, targets[index].unsqueeze(0))
+                self.add_logits(student, teacher, targets[index].unsqueeze(0), vocab_parallel)
 
     def means(self, accelerator: Any) -> dict[str, float]:
         """Loss and measures of all ranks together; NaN where no token is valid. Waits for the device and the ranks."""
         *measures, tokens, loss, items = accelerator.reduce(torch.cat((self.measures, self.loss)))
         values = torch.stack([loss / items, *(total / tokens for total in measures)]).tolist()
         return dict(zip(("loss", *MEASURES), values, strict=True))
+
+
+def _measures_of_parts(
+    student: Tensor, teacher: Tensor, targets: Tensor, vocab_parallel: VocabParallel
+) -> tuple[Tensor, ...]:
+    """`MEASURES` of each token, and whether it is valid, from columns of the vocabulary; equal on all ranks."""
+    found = token_statistics(student, teacher, targets != IGNORE_INDEX, targets, "forward_kl", vocab_parallel)
+    reverse_kl = token_divergence(
+        student, teacher, 1.0, ReverseKL.name, mask=found.valid, vocab_parallel=vocab_parallel
+    )
+    common = vocab_parallel.common(student.shape[-1], teacher.shape[-1], "logits")
+    tops = []
+    for logits in (student[..., :common], teacher[..., :common]):
+        none = logits.new_full((*logits.shape[:-1], 1), -torch.inf)  # behind the columns, of which there may be none
+        value, index = torch.cat((logits, none), dim=-1).max(-1)
+        values, indices = (vocab_parallel.gather(x.unsqueeze(0))[:, 0] for x in (value, index + vocab_parallel.first))
+        tops.append(indices.gather(0, values.argmax(0, keepdim=True)))
+    agreement = (tops[0] == tops[1]).squeeze(0) & found.valid
+    return found.difficulty, reverse_kl, found.cross_entropy, agreement, found.valid
 
 
 def without_repeats(labels: Tensor, loader: Any, rank: int, ranks: int) -> Tensor:

@@ -136,18 +136,22 @@ def hidden_states(model: Any, inputs: dict[str, Any]) -> Tensor:
     return hidden
 
 
-def plain_head(model: Any) -> HeadOptions:
+def plain_head(model: Any, split: bool = False) -> HeadOptions:
     """What stands between the head and the logits of a model, tried out on two tokens.
 
     The head is replaced by one that gives known numbers, and the model's logits are compared with what its
     configuration says about them. So an unknown model is not taken for a plain one, however small its logits are.
+
+    Args:
+        model: a causal language model.
+        split: its head is split by tensor parallelism, which gives it a forward of its own.
 
     Raises:
         NoPlainHeadError: the head is no plain `nn.Linear`, or the logits are not the head's result, scaled by
             `logit_scale` or `logits_scaling` and capped by `final_logit_softcapping` of the configuration.
     """
     head = output_head(model)
-    if type(head) is not nn.Linear or "forward" in vars(head):
+    if type(head) is not nn.Linear or ("forward" in vars(head) and not split):
         raise NoPlainHeadError(f"its head is no plain nn.Linear but {type(head).__name__}, perhaps wrapped")
     options, length = configured_head(model.config), 2 + virtual_tokens(model)[1]
     # Numbers as large as logits get, so that a soft-cap shows.

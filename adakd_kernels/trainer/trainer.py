@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
 
 from ..adaptive import LossAdaptiveFocus
 from ..loss import AdaKDLoss
-from .adapters import OwnBase, base_of_adapter, check_checkpoint, load_student, teacher_of, with_adapter
+from .adapters import OwnBase, base_of_adapter, check_checkpoint, is_adapted, load_student, teacher_of, with_adapter
 from .checkpoints import last_checkpoint
 from .collator import ID, AdaKDDataCollator, CheckedCollator
 from .config import AdaKDConfig, TrainerOptions
@@ -50,9 +50,23 @@ from .models import (
 from .packing import check_borders, pack_records
 from .records import IGNORE_INDEX, check_same_tokenizer
 from .step_selection import CHOSEN, Chosen, Measure, Measured, StepSelection, check_step_selection
+from .tensor_parallel import (
+    HeadParts,
+    check_gathers,
+    check_ranks,
+    check_split_head,
+    load_optimizer,
+    load_weights,
+    save_optimizer,
+    split_as,
+    split_over,
+    tensor_parallel_size,
+)
 
 __all__ = ["AdaKDTrainer"]
 
+SCHEDULER = "scheduler.pt"
+"""File of a checkpoint, as `Trainer` names it."""
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 KEEP_BYTES = 2**28
 """Bytes for logits kept between the two phases of the hidden route: those of a small batch are computed once."""
@@ -141,13 +155,14 @@ class AdaKDTrainer(Trainer):
         self._streams: list[LoadedRecords] = []
         train_dataset = self._loaded(args, train_dataset, processing_class, "train_dataset")
         eval_dataset = self._loaded(args, eval_dataset, processing_class, "eval_dataset")
+        if isinstance(model, (str, Path)):
+            with _named("model", model):
+                model = load_student(model, base_of_adapter(model), dtype=torch.float32, **split_over(args.tp_size))
         if isinstance(teacher, (str, Path)):
             _check_tokenizer_of(teacher, processing_class)
             with _named("teacher", teacher):
-                teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype="auto")
-        if isinstance(model, (str, Path)):
-            with _named("model", model):
-                model = load_student(model, base_of_adapter(model), dtype=torch.float32)
+                split = split_as(model, args.teacher_parallel)
+                teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype="auto", **split)
         self._peft_config = peft_config
         student: Any = model
         if model is not None:
@@ -156,15 +171,21 @@ class AdaKDTrainer(Trainer):
             teacher = self._teacher_of(student, teacher)
         if data_collator is None:
             data_collator = self._default_collator(student, teacher, args, processing_class)
-        super().__init__(
-            model=student,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            **kwargs,
-        )
+        # `Trainer` refuses to save the optimizer of a model that is split. This class does it itself.
+        model_alone = args.save_only_model
+        args.save_only_model |= tensor_parallel_size(student) > 1
+        try:
+            super().__init__(
+                model=student,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                **kwargs,
+            )
+        finally:
+            args.save_only_model = model_alone
         if args.n_gpu > 1:
             raise ValueError(
                 f"AdaKDTrainer runs one GPU a process, but this process sees {args.n_gpu}: start it with "
@@ -179,6 +200,7 @@ class AdaKDTrainer(Trainer):
         self.teacher: Any = teacher
         self._traits: Any = None
         self._head_options: tuple[HeadOptions, HeadOptions] | None = None
+        self._head_parts = HeadParts()
         self._said: set[str] = set()
         self._checked_inputs: tuple[Any, ...] = ()
         self._follow_models()
@@ -224,15 +246,18 @@ class AdaKDTrainer(Trainer):
             raise ValueError(
                 "model and teacher share parameters, which would be frozen with the teacher: copy the model"
             )
+        check_ranks(self.model, self.teacher, self.args)
         self.teacher = self._frozen(self.teacher)
-        whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1)
-        if isinstance(self.teacher, OwnBase) and not whole:
+        # The ranks of a tensor-parallel model come here together, so that they can try it out.
+        whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if isinstance(self.teacher, OwnBase) and not (whole and self.get_tp_size() == 1):
             raise ValueError(
                 "the student's own base cannot teach where the student is split over processes (FSDP, DeepSpeed or "
                 "tensor parallelism): give a teacher of its own, such as the folder of the base"
             )
-        check_causal("student", self.model, try_out=whole)
-        check_causal("teacher", self.teacher, try_out=whole)
+        for role, model in (("student", self.model), ("teacher", self.teacher)):
+            check_gathers(role, model)
+            check_causal(role, model, try_out=whole)
         # TRL's strategy "wrapped" lets texts see each other on purpose.
         separate = getattr(self.args, "packing_strategy", None) != "wrapped"
         if whole and separate and (self.args.packing or self.args.padding_free):
@@ -266,6 +291,7 @@ class AdaKDTrainer(Trainer):
         """The teacher in evaluation mode, without gradients, on the training device unless it is placed already."""
         teacher = teacher.requires_grad_(False).eval()
         placed = getattr(teacher, "hf_device_map", None) is not None or getattr(teacher, "is_quantized", False)
+        placed = placed or tensor_parallel_size(teacher) > 1
         return teacher if placed else teacher.to(self.args.device)
 
     def _choose_route(self) -> tuple[HeadOptions, HeadOptions] | None:
@@ -302,15 +328,67 @@ class AdaKDTrainer(Trainer):
         """
         if self.args.torch_compile:
             raise NoPlainHeadError("torch_compile is on, and this route waits for the device")
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1:
-            raise NoPlainHeadError("the head is split over processes (FSDP, DeepSpeed or tensor parallelism)")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise NoPlainHeadError("the head is split over processes (FSDP or DeepSpeed)")
         found = []
         for role, model in (("student", self.model), ("teacher", self.teacher)):
             try:
-                found.append(plain_head(model))
+                split = tensor_parallel_size(model) > 1
+                found.append(plain_head(model, split))
+                if split:
+                    check_split_head(model)
             except NoPlainHeadError as error:
                 raise NoPlainHeadError(f"{role}: {error}") from error
+        self._head_parts = HeadParts.of(output_head(self.model), output_head(self.teacher), self.args.difficulty)
         return found[0], found[1]
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """As `Trainer` has it; `create_accelerator_and_postprocess` sets the parallelism of a CPU."""
+        options: dict[str, Any] = super()._build_accelerator_args(**kwargs)
+        if self.args.device.type == "cpu":
+            self._cpu_parallelism: Any = options.pop("parallelism_config", None)
+        return options
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As `Trainer` has it; tensor parallelism runs on a CPU too.
+
+        accelerate's check of a parallelism has a list of device types, in which a CPU is missing. What accelerate does
+        with tensor parallelism later, namely to give its ranks the same records, is the same on every device.
+        """
+        self._cpu_parallelism = None
+        super().create_accelerator_and_postprocess()
+        if self._cpu_parallelism is not None:
+            state: Any = self.accelerator.state
+            state.parallelism_config = self._cpu_parallelism
+            state.device_mesh = self._cpu_parallelism.get_device_mesh("cpu")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As `Trainer` has it; of a model that is split, each rank saves its part."""
+        if tensor_parallel_size(self.model) == 1:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        save_optimizer(self.model, self.optimizer, output_dir)
+        if self.args.should_save:
+            scheduler: Any = self.lr_scheduler
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As `Trainer` has it, also of a model that was or is split."""
+        if checkpoint is None or not load_optimizer(self.model, self.optimizer, checkpoint):
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler: Any = self.lr_scheduler
+        scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """As `Trainer` has it; each rank of a model that is split reads its part."""
+        if tensor_parallel_size(self.model) == 1 or is_adapted(self.model):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_weights(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """As `Trainer` has it; each rank of a model that is split reads its part."""
+        if tensor_parallel_size(self.model) == 1 or is_adapted(self.model):
+            return super()._load_best_model()
+        load_weights(self.model, str(self.state.best_model_checkpoint))
 
     def _training_loss(self, focus: LossAdaptiveFocus | float) -> AdaKDLoss:
         """The loss of training micro-batches, on the training device."""
@@ -596,6 +674,7 @@ class AdaKDTrainer(Trainer):
         chooses the positions that its head gets.
         """
         student_head, teacher_head = output_head(self.model), output_head(self.teacher)
+        parts = self._head_parts
         if chosen is not None and chosen.teacher_hidden is not None:
             teacher_hidden = chosen.teacher_hidden
         else:
@@ -605,26 +684,29 @@ class AdaKDTrainer(Trainer):
         results: list[Any] = []
 
         def loss_of_hidden(hidden: Tensor) -> Tensor:
+            student, teacher = parts.student(student_head), parts.teacher(teacher_head)
             out = loss_fn.from_hidden(
                 own_positions(hidden, targets.shape[1]),
-                student_head.weight,
+                student.weight,
                 teacher_hidden.to(hidden.device),
-                teacher_head.weight,
+                teacher.weight,
                 targets,
                 num_items,
-                student_bias=student_head.bias,
-                teacher_bias=teacher_head.bias,
+                student_bias=student.bias,
+                teacher_bias=teacher.bias,
                 choice=None if chosen is None else chosen.choice,
+                **parts.options,
             )
             results.append(out)
             if self._held_out is not None and self._head_options is not None:
                 self._held_out.add_hidden(
                     own_positions(hidden, targets.shape[1]),
-                    student_head,
+                    student,
                     teacher_hidden.to(hidden.device),
-                    teacher_head,
+                    teacher,
                     self._head_options,
                     targets,
+                    parts.vocab_parallel,
                 )
             # In place of logits, a graph that reaches every parameter: data parallelism looks there for parameters
             # without a gradient.
@@ -693,7 +775,7 @@ class AdaKDTrainer(Trainer):
             logs["focus_ratio"] = float(focus)
         if getattr(self.args, "on_nan", None) == "skip":
             skipped = torch.tensor(self._finite.skipped, device=self.args.device)
-            logs["skipped_micro_batches"] = self.accelerator.reduce(skipped).item()
+            logs["skipped_micro_batches"] = self.accelerator.reduce(skipped).item() // self.get_tp_size()
         for name, histogram in (("difficulty", self._difficulty), ("temperature", self._temperature)):
             histogram.counts = self.accelerator.reduce(histogram.counts)
             for suffix, value in zip(QUANTILES, histogram.quantiles(*QUANTILES.values()), strict=True):
