@@ -9,6 +9,7 @@ from .token_divergence import (
     token_losses,
 )
 from .token_stats import token_stats
+from .token_terms import token_terms
 
 load_native()
 
@@ -21,4 +22,5 @@ __all__ = [
     "token_divergence_backward_",
     "token_losses",
     "token_stats",
+    "token_terms",
 ]

@@ -6,25 +6,16 @@ normalisers, and the gradient of the student's most likely entry. Probabilities 
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..divergences import DIVERGENCES, Divergence
+from ..divergences import Divergence, with_parameters
 from ..reference import GradientCall, Normalizers
 from .backends import register_triton
 from .token_stats import masked_normalizers
-
-
-def _divergence(name: str, alpha: float, beta: float) -> Divergence:
-    """The instance that an op's name and parameters stand for."""
-    cls = DIVERGENCES[name]
-    given = {"alpha": alpha, "beta": beta}
-    return cls(**{field.name: given[field.name] for field in dataclasses.fields(cls)})
-
 
 Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -49,7 +40,9 @@ def token_divergence(
         confident, (10) cancels there (docs/maths.md, section 4).
     """
     dtype = reference.accumulation_dtype(student, teacher)
-    sums = reference.token_sums(student[mask], teacher[mask], temperature[mask], _divergence(divergence, alpha, beta))
+    sums = reference.token_sums(
+        student[mask], teacher[mask], temperature[mask], with_parameters(divergence, alpha, beta)
+    )
     d, sum_g, peak_grad = (torch.zeros(mask.shape, dtype=dtype, device=mask.device) for _ in range(3))
     peak = torch.full(mask.shape, -1, device=mask.device)
     normalizers_tau = masked_normalizers(mask, dtype)
@@ -104,22 +97,12 @@ def token_divergence_backward(*args: Any) -> Tensor:
         Gradient in the student's shape and type; 0 beyond the common vocabulary.
     """
     call = GradientCall(*args)
+    read = call.weight != 0
+    if call.ce_weight is not None:
+        read |= call.ce_weight != 0
     acc = reference.accumulation_dtype(call.student, call.teacher)
-    weight = call.weight.to(acc)
-    of_divergence = weight != 0
     grad = torch.zeros(call.student.shape, dtype=acc, device=call.student.device)
-    grad[of_divergence] = reference.token_divergence_grad(
-        call.student[of_divergence].to(acc),
-        call.teacher[of_divergence],
-        call.temperature[of_divergence].to(acc),
-        _divergence(call.divergence, call.alpha, call.beta),
-        weight[of_divergence],
-    )
-    if call.labels is not None and call.ce_weight is not None:
-        of_ce = call.ce_weight != 0
-        grad[of_ce] += call.ce_weight[of_ce].to(acc).unsqueeze(-1) * reference.cross_entropy_grad(
-            call.student[of_ce], call.teacher[of_ce], call.labels[of_ce]
-        )
+    grad[read] = reference.rebuilt_gradient(call.rows(read))
     return empty_gradient(call.student).copy_(grad)
 
 
