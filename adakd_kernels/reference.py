@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,9 +71,9 @@ class GradientCall(NamedTuple):
 
     def rows(self, mask: Tensor) -> GradientCall:
         """The call of the tokens in the mask (B, L): (N, V) logits, (N,) numbers and (4, N) bundles."""
-        tensors = {name: value for name, value in self._asdict().items() if isinstance(value, Tensor)}
         bundles = ("normalizers_tau", "normalizers_1")
-        return self._replace(**{n: x[:, mask] if n in bundles else x[mask] for n, x in tensors.items()})
+        own: dict[str, Any] = {name: value for name, value in self._asdict().items() if isinstance(value, Tensor)}
+        return self._replace(**{name: x[:, mask] if name in bundles else x[mask] for name, x in own.items()})
 
 
 def normalizer(logits: Tensor, temperature: Tensor | float = 1.0) -> Normalizer:
@@ -287,6 +287,38 @@ def cross_entropy_grad(student: Tensor, teacher: Tensor, labels: Tensor) -> Tens
     index = torch.arange(z_s.shape[-1], device=z_s.device)
     grad[..., : z_s.shape[-1]] = z_s.softmax(-1) - (index == labels.unsqueeze(-1)).to(z_s.dtype)
     return grad
+
+
+class KlSums(NamedTuple):
+    """Of every row, for both KL divergences: the value, the mass that it weighs logarithms with, τ·∂D/∂zˢ at the peak.
+
+    `kept` is Σ p over the finite entries, `lost` is Σ q over the others; peak and normalisers as in `TokenSums`.
+    """
+
+    forward: Tensor
+    kept: Tensor
+    reverse: Tensor
+    lost: Tensor
+    normalizers: Normalizers
+    peak: Tensor
+    forward_grad: Tensor
+    reverse_grad: Tensor
+
+
+def kl_sums(student: Tensor, teacher: Tensor, temperature: Tensor | float) -> KlSums:
+    """`KlSums` of every row. A row that is empty on a side has kept nothing, and lost the other side's mass."""
+    z_s, z_t, tau = _prepare(student, teacher, temperature)
+    (log_q, of_student), (log_p, of_teacher) = _log_softmax(z_s, tau), _log_softmax(z_t, tau)
+    finite = _finite(log_p, log_q)
+    kept = log_p.exp().where(finite, 0.0).sum(-1)
+    lost = log_q.exp().masked_fill(finite, 0.0).sum(-1)
+    each = {name: get_divergence(name) for name in ("forward_kl", "reverse_kl")}
+    forward, reverse = (_total(log_p, log_q, div) for div in each.values())
+    of_forward, of_reverse = (_gradient(log_p, log_q, div) for div in each.values())
+    return KlSums(
+        forward, kept, reverse, lost, Normalizers(*of_student, *of_teacher), of_forward.peak,
+        of_forward.peak_grad, of_reverse.peak_grad,
+    )  # fmt: skip
 
 
 def token_terms(

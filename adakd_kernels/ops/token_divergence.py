@@ -6,6 +6,7 @@ normalisers, and the gradient of the student's most likely entry. Probabilities 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, get_type_hints
 
 import torch
@@ -171,6 +172,8 @@ def token_losses(
     labels: Tensor | None = None,
     ce_mask: Tensor | None = None,
     normalizers_1: Tensor | None = None,
+    cross_entropy: Tensor | None = None,
+    sums: Callable[..., Sums] | None = None,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Divergence and, where labels are given, cross-entropy of every token, differentiable in the student's logits.
@@ -180,13 +183,16 @@ def token_losses(
         divergence: which, with its parameters.
         labels, ce_mask, normalizers_1: (B, L) label, (B, L) tokens of the cross-entropy, (4, B, L) result of
             `token_stats`; all or none.
+        cross_entropy: (B, L), where it is known already.
+        sums: what gives D and the other results of `token_divergence`, from student, teacher, temperature, mask and
+            divergence; by default the operator. The backward takes them as they are.
         inplace: the backward writes the gradient over the student's logits.
 
     Returns:
         (B, L) divergence, 0 where `mask` is false, and (B, L) cross-entropy, 0 where `ce_mask` is false, or None.
     """
     result: tuple[Tensor, Tensor | None] = TokenLosses.apply(  # type: ignore[no-untyped-call]
-        student, teacher, temperature, mask, labels, ce_mask, normalizers_1, divergence, inplace
+        student, teacher, temperature, mask, labels, ce_mask, normalizers_1, cross_entropy, divergence, sums, inplace
     )
     return result
 
@@ -204,13 +210,19 @@ class TokenLosses(torch.autograd.Function):
         labels: Tensor | None,
         ce_mask: Tensor | None,
         normalizers_1: Tensor | None,
+        cross_entropy: Tensor | None,
         divergence: Divergence,
+        sums: Callable[..., Sums] | None,
         inplace: bool,
     ) -> tuple[Tensor, Tensor | None]:
         name, (alpha, beta) = divergence.name, divergence.parameters
-        d, *saved = token_divergence(student, teacher, temperature, mask, name, alpha, beta)
-        cross_entropy = None
-        if labels is not None and ce_mask is not None and normalizers_1 is not None:
+        if sums is None:
+            d, *saved = token_divergence(student, teacher, temperature, mask, name, alpha, beta)
+        else:
+            d, *saved = sums(student, teacher, temperature, mask, divergence)
+        if cross_entropy is not None:
+            cross_entropy = cross_entropy.clone()
+        elif labels is not None and ce_mask is not None and normalizers_1 is not None:
             cross_entropy = token_cross_entropy(student, teacher, labels, ce_mask, normalizers_1)
         # What inference mode made cannot be saved, and has no version that would tell of a change: it is kept as it is.
         kept = {}
@@ -235,7 +247,7 @@ class TokenLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_d: Tensor, grad_ce: Tensor | None) -> tuple[Tensor | None, ...]:
         if not ctx.needs_input_grad[0]:
-            return (None,) * 9
+            return (None,) * 11
         if ctx.overwritten:
             raise RuntimeError(
                 "the first backward wrote the gradient over the student's logits (inplace=True), so there is no second "
@@ -250,7 +262,9 @@ class TokenLosses(torch.autograd.Function):
             weight, ce_weight = loud_weights(weight, grad_ce.where(ce_mask, 0.0), cross_entropy)
         args = (teacher, temperature, weight, *saved, labels, ce_weight, normalizers_1, *ctx.op_args)
         with torch.no_grad():
-            if ctx.inplace:
+            if not teacher.shape[-1]:  # a shard without a common entry
+                grad = torch.zeros_like(student)
+            elif ctx.inplace:
                 token_divergence_backward_(student, *args)
                 ctx.overwritten = True
                 grad = student
@@ -258,7 +272,7 @@ class TokenLosses(torch.autograd.Function):
                 grad = token_divergence_backward(student, *args)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             grad = OnceDifferentiable.apply(grad, student, grad_d)  # type: ignore[no-untyped-call]
-        return (grad,) + (None,) * 8
+        return (grad,) + (None,) * 10
 
 
 class OnceDifferentiable(torch.autograd.Function):

@@ -49,7 +49,7 @@ class HeldOutSums:
     @torch.no_grad()
     def add_logits(self, student: Tensor, teacher: Tensor, targets: Tensor) -> None:
         """Add the tokens of a batch: logits (B, K, Vˢ) and (B, K, Vᵗ), and the token that each predicts, (B, K)."""
-        forward_kl, valid, normalizers_1 = token_statistics(
+        forward_kl, valid, normalizers_1, *_ = token_statistics(
             student, teacher, targets != IGNORE_INDEX, None, "forward_kl"
         )
         temperature = torch.ones_like(forward_kl)
