@@ -18,6 +18,7 @@ from .divergences import (
 from .functional import AdaKDOutput, TokenChoice, adakd_loss, token_difficulty, token_divergence
 from .linear import linear_adakd_loss, linear_token_divergence
 from .loss import AdaKDLoss, LinearAdaKDLoss
+from .vocab_parallel import VocabParallel
 
 __version__ = version("adakd-kernels")
 
@@ -37,6 +38,7 @@ __all__ = [
     "SkewReverseKL",
     "TokenChoice",
     "TotalVariation",
+    "VocabParallel",
     "adakd_loss",
     "inverse_difficulty_temperature",
     "linear_adakd_loss",

@@ -102,14 +102,19 @@ def check_range(
         raise ValueError(f"{name} must be {expected}, got {value!r}")
 
 
-def check_pair(student: Tensor, teacher: Tensor, kind: str = "logits") -> tuple[Tensor, Tensor, torch.Size]:
-    """Student and teacher `kind`, 'logits' or 'hidden', as (B, L, …) without a copy, and the shape of the tokens."""
+def check_pair(
+    student: Tensor, teacher: Tensor, kind: str = "logits", *, shard: bool = False
+) -> tuple[Tensor, Tensor, torch.Size]:
+    """Student and teacher `kind`, 'logits' or 'hidden', as (B, L, …) without a copy, and the shape of the tokens.
+
+    A `shard` of the vocabulary may have no entry.
+    """
     size, entry = {"logits": ("V", "vocabulary entry"), "hidden": ("H", "feature")}[kind]
     for name, value in ((f"student_{kind}", student), (f"teacher_{kind}", teacher)):
         check_floating(name, value)
         if value.dim() not in (2, 3):
             raise ValueError(f"{name} must be (B, L, {size}) or (N, {size}), got shape {tuple(value.shape)}")
-        if value.shape[-1] == 0:
+        if value.shape[-1] == 0 and not shard:
             raise ValueError(f"{name} must have at least one {entry}, got shape {tuple(value.shape)}")
         if value.stride(-1) != 1 and value.shape[-1] > 1:
             raise ValueError(
@@ -230,10 +235,13 @@ def check_inplace(name: str, student: Tensor) -> None:
         extent += (size - 1) * stride
 
 
-def check_head(side: str, hidden: Tensor, weight: Any, bias: Any) -> None:
-    """Refuse a head that does not fit its hidden states, or a part of the teacher's that requires grad."""
+def check_head(side: str, hidden: Tensor, weight: Any, bias: Any, *, shard: bool = False) -> None:
+    """Refuse a head that does not fit its hidden states, or a part of the teacher's that requires grad.
+
+    A `shard` of the vocabulary may have no entry.
+    """
     if isinstance(weight, Tensor):
-        _check_weight(side, hidden, weight, bias)
+        _check_weight(side, hidden, weight, bias, shard)
         return
     name, came = f"{side}_weight", type(weight).__name__
     if side == "student" and not isinstance(weight, nn.Module):
@@ -244,11 +252,11 @@ def check_head(side: str, hidden: Tensor, weight: Any, bias: Any) -> None:
         raise ValueError(f"{side}_bias must be None where {name} is no tensor: the head adds its own")
 
 
-def _check_weight(side: str, hidden: Tensor, weight: Tensor, bias: Any) -> None:
+def _check_weight(side: str, hidden: Tensor, weight: Tensor, bias: Any, shard: bool) -> None:
     """`check_head` of a weight and perhaps a bias."""
     name, size = f"{side}_weight", hidden.shape[-1]
     check_floating(name, weight)
-    if weight.dim() != 2 or weight.shape[1] != size or weight.numel() == 0:
+    if weight.dim() != 2 or weight.shape[1] != size or not (shard or len(weight)):
         raise ValueError(f"{name} must be (V, {size}), H as {side}_hidden has it, got shape {tuple(weight.shape)}")
     if bias is not None:
         check_floating(f"{side}_bias", bias)

@@ -6,7 +6,7 @@ divergence by its `name` and receive its parameters as `alpha` and `beta`; a par
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 __all__ = [
@@ -183,3 +183,10 @@ def get_divergence(divergence: str | Divergence) -> Divergence:
     raise TypeError(
         f"divergence must be a name or an instance such as JensenShannon(beta=0.1), got {type(divergence).__name__}"
     )
+
+
+def with_parameters(name: str, alpha: float, beta: float) -> Divergence:
+    """The instance that the name and the parameters of an operator stand for."""
+    cls = DIVERGENCES[name]
+    given = {"alpha": alpha, "beta": beta}
+    return cls(**{field.name: given[field.name] for field in fields(cls)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from .checks import (
 )
 from .divergences import DIVERGENCES, Divergence, get_divergence
 from .reference import Normalizers
+from .vocab_parallel import VocabParallel, local_shards
 
 __all__ = ["DIFFICULTIES", "AdaKDOutput", "TokenChoice", "adakd_loss", "token_difficulty", "token_divergence"]
 
@@ -93,6 +95,7 @@ def adakd_loss(
     shift: bool = False,
     inplace: bool = False,
     choice: TokenChoice | None = None,
+    vocab_parallel: VocabParallel | None = None,
 ) -> AdaKDOutput:
     """AdaKD's loss: the hardest tokens, each at its own temperature (equations (1)-(7); Xie et al., arXiv 2510.11615).
 
@@ -124,6 +127,9 @@ def adakd_loss(
             leaf or a view of one, or where rows share memory. Ignored under `torch.compile`.
         choice: how the tokens enter the loss, where it was decided on more than this batch. `focus_ratio`,
             `temperature_scale`, `base_temperature`, `difficulty` and `num_items` are not read then.
+        vocab_parallel: the logits are this rank's columns of the vocabulary, (B, L, V_r) or (N, V_r) each; which and
+            of whom, it says. Labels are indices of the whole vocabulary. None for whole logits, and for DTensors that
+            are split along the vocabulary. See docs/scale.md.
 
     Returns:
         AdaKDOutput(loss, token_loss, difficulty, temperature, selected). With no valid token the loss is 0 and its
@@ -141,7 +147,8 @@ def adakd_loss(
         (5, (2, 5, 100))
     """
     check_no_transform("adakd_loss", student_logits, teacher_logits)
-    student, teacher, batch = check_pair(student_logits, teacher_logits)
+    student_logits, teacher_logits, shards = local_shards(student_logits, teacher_logits, vocab_parallel, "logits")
+    student, teacher, batch = check_shards(student_logits, teacher_logits, shards)
     div = check_options(
         divergence, focus_ratio, temperature_scale, base_temperature, difficulty, ce_weight, ignore_index, num_items,
         shift=shift, inplace=inplace,
@@ -157,7 +164,7 @@ def adakd_loss(
     statistics = None
     with torch.no_grad():
         if choice is None:
-            statistics = token_statistics(student, teacher, labels != ignore_index, labels, difficulty)
+            statistics = token_statistics(student, teacher, labels != ignore_index, labels, difficulty, shards)
             choice = choose_tokens(
                 statistics.difficulty, statistics.valid, focus_ratio, temperature_scale, base_temperature, num_items
             )
@@ -166,12 +173,10 @@ def adakd_loss(
             choice = choice.each(lambda values: values.reshape(student.shape[:2]))
             choice = choice._replace(temperature=choice.temperature.to(reference.accumulation_dtype(student, teacher)))
             if ce_weight:
-                statistics = token_statistics(student, teacher, choice.valid, None, "hellinger")
-    ce_args: dict[str, Any] = {}
-    if ce_weight and statistics is not None:
-        ce_args = {"labels": labels, "ce_mask": statistics.valid, "normalizers_1": statistics.normalizers_1}
+                statistics = token_statistics(student, teacher, choice.valid, labels, "hellinger", shards)
+    options = loss_options(shards, statistics, labels if ce_weight else None)
     token_div, token_ce = ops.token_losses(
-        student, teacher, choice.temperature, choice.selected, div, inplace=inplace, **ce_args
+        student, teacher, choice.temperature, choice.selected, div, inplace=inplace, **options
     )
     token_loss = choice.temperature.square() * token_div
     loss = reduce_loss(token_loss, token_ce, ce_weight, choice)
@@ -187,6 +192,7 @@ def token_difficulty(
     difficulty: str = "hellinger",
     *,
     labels: Tensor | None = None,
+    vocab_parallel: VocabParallel | None = None,
 ) -> Tensor:
     """How far the student is from the teacher on every token, at temperature 1 (equation (2)).
 
@@ -194,7 +200,7 @@ def token_difficulty(
     lies in [0, ln 2], forward and reverse KL and cross-entropy in [0, ∞) (nats). Carries no gradient.
 
     Args:
-        student_logits, teacher_logits: as in `adakd_loss`.
+        student_logits, teacher_logits, vocab_parallel: as in `adakd_loss`.
         mask: (B, L) or (N,) bool, true for valid tokens; None for all. Others give 0 and their rows are not read.
         difficulty: 'hellinger', 'forward_kl', 'reverse_kl', 'jensen_shannon' or 'cross_entropy'.
         labels: (B, L) or (N,) of an integer type, needed by 'cross_entropy' only.
@@ -210,7 +216,8 @@ def token_difficulty(
         >>> bool((token_difficulty(logits, logits + 7.0) < 1e-6).all())
         True
     """
-    student, teacher, batch = check_pair(student_logits, teacher_logits)
+    student_logits, teacher_logits, shards = local_shards(student_logits, teacher_logits, vocab_parallel, "logits")
+    student, teacher, batch = check_shards(student_logits, teacher_logits, shards)
     check_difficulty(difficulty)
     mask = token_mask(mask, batch, student)
     if difficulty == "cross_entropy":
@@ -219,9 +226,8 @@ def token_difficulty(
                 "labels must be given for difficulty='cross_entropy': the token that each position predicts"
             )
         labels = check_labels(labels, batch, student).reshape(student.shape[:2])
-    return token_statistics(student, teacher, mask.reshape(student.shape[:2]), labels, difficulty).difficulty.view(
-        batch
-    )
+    mask = mask.reshape(student.shape[:2])
+    return token_statistics(student, teacher, mask, labels, difficulty, shards).difficulty.view(batch)
 
 
 def token_divergence(
@@ -232,13 +238,14 @@ def token_divergence(
     mask: Tensor | None = None,
     *,
     inplace: bool = False,
+    vocab_parallel: VocabParallel | None = None,
 ) -> Tensor:
     """D(p^τ, q^τ) of every token, unreduced and without the τ² of equation (7); differentiable in the student's logits.
 
     Weight, mask or reduce the result as you like: the gradient (10) is exact for any upstream weight.
 
     Args:
-        student_logits, teacher_logits, divergence, inplace: as in `adakd_loss`.
+        student_logits, teacher_logits, divergence, inplace, vocab_parallel: as in `adakd_loss`.
         temperature: τ > 0, a float, a 0-d tensor or a tensor of shape (B, L) or (N,). A tensor's values are not
             checked: 0 and infinity give the limit in the type's range, a negative τ is taken for 0, NaN gives NaN.
         mask: (B, L) or (N,) bool, true for valid tokens; None for all. Others give 0 and gradient 0, and are not read.
@@ -255,7 +262,8 @@ def token_divergence(
         >>> (4.0 * per_token).mean().backward()
     """
     check_no_transform("token_divergence", student_logits, teacher_logits, temperature)
-    student, teacher, batch = check_pair(student_logits, teacher_logits)
+    student_logits, teacher_logits, shards = local_shards(student_logits, teacher_logits, vocab_parallel, "logits")
+    student, teacher, batch = check_shards(student_logits, teacher_logits, shards)
     div = get_divergence(divergence)
     mask = token_mask(mask, batch, student)
     check_flag("inplace", inplace)
@@ -267,8 +275,34 @@ def token_divergence(
         temperature, batch, student.device, reference.accumulation_dtype(student, teacher)
     )
     shape = student.shape[:2]
-    d, _ = ops.token_losses(student, teacher, temperature.reshape(shape), mask.reshape(shape), div, inplace=inplace)
+    d, _ = ops.token_losses(
+        student, teacher, temperature.reshape(shape), mask.reshape(shape), div, inplace=inplace,
+        **loss_options(shards, None, None),
+    )  # fmt: skip
     return d.view(batch)
+
+
+def check_shards(student: Tensor, teacher: Tensor, shards: VocabParallel | None) -> tuple[Tensor, Tensor, torch.Size]:
+    """`check_pair` of logits; those of a shard without the teacher's columns that are not common."""
+    student, teacher, batch = check_pair(student, teacher, shard=shards is not None)
+    if shards is not None:
+        teacher = teacher[..., : shards.common(student.shape[-1], teacher.shape[-1], "logits")]
+    return student, teacher, batch
+
+
+def loss_options(
+    shards: VocabParallel | None, statistics: TokenStatistics | None, labels: Tensor | None
+) -> dict[str, Any]:
+    """What `ops.token_losses` takes for the cross-entropy, where there are labels, and for rows that are split."""
+    options: dict[str, Any] = {}
+    if labels is not None and statistics is not None:
+        options = {"labels": labels, "ce_mask": statistics.valid, "normalizers_1": statistics.normalizers_1}
+    if shards is not None:
+        maxima = None if statistics is None else statistics.maxima
+        options["sums"] = partial(ops.shard_divergence, shards, maxima=maxima)
+        if labels is not None and statistics is not None:
+            options.update(labels=shards.local(labels), cross_entropy=statistics.cross_entropy)
+    return options
 
 
 def token_mask(mask: Tensor | None, batch: torch.Size, student: Tensor) -> Tensor:
@@ -317,17 +351,28 @@ class TokenStatistics(NamedTuple):
         difficulty: (B, L), 0 for tokens that are not valid.
         valid: (B, L) bool, the tokens in the mask whose rows have a finite entry on both sides.
         normalizers_1: (4, B, L) `Normalizers` at temperature 1.
+        cross_entropy: (B, L), of rows that are split over the vocabulary, else None.
+        maxima: (2, ranks, B, L) maxima of all shards, of rows that are split over the vocabulary, else None.
     """
 
     difficulty: Tensor
     valid: Tensor
     normalizers_1: Tensor
+    cross_entropy: Tensor | None = None
+    maxima: Tensor | None = None
 
 
 def token_statistics(
-    student: Tensor, teacher: Tensor, mask: Tensor, labels: Tensor | None, measure: str
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    labels: Tensor | None,
+    measure: str,
+    shards: VocabParallel | None = None,
 ) -> TokenStatistics:
     """The statistics of the tokens in the mask, their difficulty by the `measure`, one of `DIFFICULTIES`."""
+    if shards is not None:
+        return shard_statistics(shards, student, teacher, mask, labels, measure)
     if measure in ("hellinger", "cross_entropy"):
         difficulty, normalizers_1 = ops.token_stats(student, teacher, mask)
     else:
@@ -339,6 +384,22 @@ def token_statistics(
     if measure == "cross_entropy" and labels is not None:
         difficulty = ops.token_cross_entropy(student, teacher, labels, valid, normalizers_1)
     return TokenStatistics(difficulty, valid, normalizers_1)
+
+
+def shard_statistics(
+    shards: VocabParallel, student: Tensor, teacher: Tensor, mask: Tensor, labels: Tensor | None, measure: str
+) -> TokenStatistics:
+    """`token_statistics` of rows that are split over the vocabulary: one message, for Jensen-Shannon two more."""
+    if labels is None:
+        labels = torch.full(mask.shape, -1, device=mask.device)
+    sent = "hellinger" if measure == "jensen_shannon" else measure
+    numbers = ops.shard_statistics(student, teacher, mask, shards.local(labels), sent)
+    found = ops.merge_statistics(shards.gather(numbers), mask, labels, shards.vocab_size, sent)
+    difficulty = found.difficulty
+    if measure != sent:
+        ones, div = torch.ones_like(difficulty), DIVERGENCES[measure]()
+        difficulty = ops.shard_divergence(shards, student, teacher, ones, found.valid, div, found.maxima)[0]
+    return TokenStatistics(difficulty, *found[1:])
 
 
 def next_labels(labels: Tensor, ignore_index: int) -> Tensor:

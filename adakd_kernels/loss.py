@@ -14,6 +14,7 @@ from .divergences import Divergence
 from .functional import AdaKDOutput, TokenChoice, adakd_loss, tensor_on
 from .linear import linear_adakd_loss
 from .linear.heads import StudentHead, TeacherHead
+from .vocab_parallel import VocabParallel
 
 __all__ = ["AdaKDLoss", "LinearAdaKDLoss"]
 
@@ -121,6 +122,7 @@ class AdaKDLoss(ExactModule):
         num_items: float | Tensor | None = None,
         *,
         choice: TokenChoice | None = None,
+        vocab_parallel: VocabParallel | None = None,
     ) -> AdaKDOutput:
         """`adakd_loss` of one micro-batch, at the current share. Shapes and errors are `adakd_loss`'s."""
         self._check_num_items(num_items, choice)
@@ -133,6 +135,7 @@ class AdaKDLoss(ExactModule):
             focus_ratio=focus_ratio,
             num_items=num_items,
             choice=choice,
+            vocab_parallel=vocab_parallel,
             **options,
         )
         self._record(out, focus_ratio, num_items, choice)
@@ -151,6 +154,8 @@ class AdaKDLoss(ExactModule):
         teacher_bias: Tensor | None = None,
         choice: TokenChoice | None = None,
         entropy_out: Tensor | None = None,
+        vocab_parallel: VocabParallel | None = None,
+        reduce_hidden: bool = False,
     ) -> AdaKDOutput:
         """`linear_adakd_loss` of one micro-batch, at the current share. Shapes and errors are its.
 
@@ -180,6 +185,8 @@ class AdaKDLoss(ExactModule):
             num_items=num_items,
             choice=choice,
             entropy_out=entropy_out,
+            vocab_parallel=vocab_parallel,
+            reduce_hidden=reduce_hidden,
             **self._options(*_LOSS_OPTIONS, *_HEAD_OPTIONS),
         )
         self._record(out, focus_ratio, num_items, choice)

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .divergences import Divergence, get_divergence
+from .divergences import Divergence, get_divergence, with_parameters
 
 Summand = Callable[[Tensor, Tensor, Tensor, Tensor, float, float], Tensor]
 
@@ -69,6 +69,12 @@ class GradientCall(NamedTuple):
     alpha: float
     beta: float
 
+    def rows(self, mask: Tensor) -> GradientCall:
+        """The call of the tokens in the mask (B, L): (N, V) logits, (N,) numbers and (4, N) bundles."""
+        bundles = ("normalizers_tau", "normalizers_1")
+        own: dict[str, Any] = {name: value for name, value in self._asdict().items() if isinstance(value, Tensor)}
+        return self._replace(**{name: x[:, mask] if name in bundles else x[mask] for name, x in own.items()})
+
 
 def normalizer(logits: Tensor, temperature: Tensor | float = 1.0) -> Normalizer:
     """Row maximum m and Σᵥ exp((zᵥ − m)/τ); the maximum is a constant for autograd."""
@@ -85,20 +91,24 @@ def common_vocabulary(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]
     return student[..., :vocab].to(acc), teacher[..., :vocab].to(acc)
 
 
-def _log_softmax(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Normalizer]:
-    """(1) in logs and the normaliser; an empty row stays −inf where torch would give NaN.
+def _log_mass(logits: Tensor, of: Normalizer, temperature: Tensor) -> Tensor:
+    """log of the masses below a normaliser: (1) in logs where it is the row's own; an empty row stays −inf.
 
     The logarithm of a finite logit is finite: where it would leave the type's range it is half of the lowest number, so
     that differences of two are finite too. Its derivative there is 1/τ, as elsewhere.
     """
-    empty = (logits == -math.inf).all(-1)
-    z_max, z_sum = normalizer(logits.masked_fill(empty.unsqueeze(-1), 0.0), temperature)
-    tau = temperature.unsqueeze(-1)
+    tau, empty = temperature.unsqueeze(-1), of.sum == 0
+    z_max, z_sum = of.max.masked_fill(empty, 0.0), of.sum.masked_fill(empty, 1.0)
     log_p = (logits - z_max.unsqueeze(-1)) / tau - z_sum.log().unsqueeze(-1)
     lowest = 0.5 * torch.finfo(logits.dtype).min
     below = (log_p < lowest) & (logits != -math.inf)
-    log_p = torch.where(below, lowest + (logits - logits.detach()) / tau, log_p)
-    return log_p, Normalizer(z_max.masked_fill(empty, -math.inf), z_sum.masked_fill(empty, 0.0))
+    return torch.where(below, lowest + (logits - logits.detach()) / tau, log_p)
+
+
+def _log_softmax(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Normalizer]:
+    """(1) in logs and the normaliser."""
+    of = normalizer(logits, temperature)
+    return _log_mass(logits, of, temperature), of
 
 
 def _log_over_mixture(log_a: Tensor, log_b: Tensor, weight_a: float) -> Tensor:
@@ -276,6 +286,94 @@ def cross_entropy_grad(student: Tensor, teacher: Tensor, labels: Tensor) -> Tens
     grad = torch.zeros(student.shape, dtype=z_s.dtype, device=z_s.device)
     index = torch.arange(z_s.shape[-1], device=z_s.device)
     grad[..., : z_s.shape[-1]] = z_s.softmax(-1) - (index == labels.unsqueeze(-1)).to(z_s.dtype)
+    return grad
+
+
+class KlSums(NamedTuple):
+    """Of every row, for both KL divergences: the value, the mass that it weighs logarithms with, τ·∂D/∂zˢ at the peak.
+
+    `kept` is Σ p over the finite entries, `lost` is Σ q over the others; peak and normalisers as in `TokenSums`.
+    """
+
+    forward: Tensor
+    kept: Tensor
+    reverse: Tensor
+    lost: Tensor
+    normalizers: Normalizers
+    peak: Tensor
+    forward_grad: Tensor
+    reverse_grad: Tensor
+
+
+def kl_sums(student: Tensor, teacher: Tensor, temperature: Tensor | float) -> KlSums:
+    """`KlSums` of every row. A row that is empty on a side has kept nothing, and lost the other side's mass."""
+    z_s, z_t, tau = _prepare(student, teacher, temperature)
+    (log_q, of_student), (log_p, of_teacher) = _log_softmax(z_s, tau), _log_softmax(z_t, tau)
+    finite = _finite(log_p, log_q)
+    kept = log_p.exp().where(finite, 0.0).sum(-1)
+    lost = log_q.exp().masked_fill(finite, 0.0).sum(-1)
+    each = {name: get_divergence(name) for name in ("forward_kl", "reverse_kl")}
+    forward, reverse = (_total(log_p, log_q, div) for div in each.values())
+    of_forward, of_reverse = (_gradient(log_p, log_q, div) for div in each.values())
+    return KlSums(
+        forward, kept, reverse, lost, Normalizers(*of_student, *of_teacher), of_forward.peak,
+        of_forward.peak_grad, of_reverse.peak_grad,
+    )  # fmt: skip
+
+
+def token_terms(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: Tensor,
+    normalizers: Normalizers,
+    constant: Tensor,
+    peak: Tensor,
+    divergence: str | Divergence,
+) -> tuple[Tensor, Tensor]:
+    """Σ f and Σ (g + c·q) over a part of every row, without its entry at `peak` where this is not −1.
+
+    The normalisers are those of the whole row, and c is the row's `constant`. An entry that is not finite adds
+    (c − 1)·q to the second sum where g leaves out a term q, else c·q. A row that is empty as a whole gives 0.
+    """
+    z_s, z_t, tau = _prepare(student, teacher, temperature)
+    div = get_divergence(divergence)
+    log_q = _log_mass(z_s, Normalizer(*normalizers[:2]), tau)
+    log_p = _log_mass(z_t, Normalizer(*normalizers[2:]), tau)
+    c, q, finite = constant.unsqueeze(-1), log_q.exp(), _finite(log_p, log_q)
+    f, g = (_entries(summand[div.name], log_p, log_q, div) for summand in (SUMMANDS, GRADIENTS))
+    g = (g + c * q).where(finite, (c - float(div.name in _G_WITHOUT_Q)) * q)
+    beside = torch.arange(z_s.shape[-1], device=z_s.device) != peak.unsqueeze(-1)
+    empty = (normalizers.sum_s == 0) | (normalizers.sum_t == 0)
+    return f.where(beside, 0.0).sum(-1).where(~empty, 0.0), g.where(beside, 0.0).sum(-1).where(~empty, 0.0)
+
+
+def rebuilt_gradient(call: GradientCall) -> Tensor:
+    """Equation (10) of every row from what its forward left, in the student's shape and the accumulation type.
+
+    `call` has rows (N, V) in the place of (B, L, V). p and q are rebuilt from the normalisers that are given, which
+    need not be those of the logits that are here: the rows may be a part of the vocabulary.
+    """
+    z_s, z_t, tau = _prepare(call.student, call.teacher, call.temperature)
+    of = Normalizers.of(call.normalizers_tau.to(z_s.dtype))
+    div = with_parameters(call.divergence, call.alpha, call.beta)
+    log_q = _log_mass(z_s, Normalizer(*of[:2]), tau)
+    log_p = _log_mass(z_t, Normalizer(*of[2:]), tau)
+    finite = _finite(log_p, log_q)
+    entries = _entries(GRADIENTS[div.name], log_p, log_q, div) - log_q.exp() * call.sum_g.unsqueeze(-1)
+    entries = entries.where(finite, 0.0)
+    index = torch.arange(z_s.shape[-1], device=z_s.device)
+    entries = torch.where(index == call.peak.unsqueeze(-1), call.peak_grad.unsqueeze(-1), entries)
+    # Rows without a weight of D have no normalisers, and what stands in their place may give NaN.
+    weight = call.weight.to(z_s.dtype).unsqueeze(-1)
+    entries = (weight / tau.unsqueeze(-1) * entries).where(weight != 0, 0.0)
+    if call.labels is not None and call.ce_weight is not None and call.normalizers_1 is not None:
+        of_1 = Normalizers.of(call.normalizers_1.to(z_s.dtype))
+        ce_weight = call.ce_weight.to(z_s.dtype).unsqueeze(-1)
+        q_1 = _log_mass(z_s, Normalizer(*of_1[:2]), torch.ones_like(tau)).exp()
+        of_label = (index == call.labels.unsqueeze(-1)).to(z_s.dtype)
+        entries = entries + (ce_weight * (q_1 - of_label)).where(ce_weight != 0, 0.0)
+    grad = torch.zeros(call.student.shape, dtype=z_s.dtype, device=z_s.device)
+    grad[..., : z_s.shape[-1]] = entries
     return grad
 
 

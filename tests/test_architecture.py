@@ -29,6 +29,7 @@ LAYERS = [
     {"reference", "adaptive"},
     {"kernels"},
     {"ops"},
+    {"vocab_parallel"},
     {"functional"},
     {"linear"},
     {"loss"},

@@ -150,7 +150,8 @@ def test_adakd_train_runs_data_parallel_and_tensor_parallel(tmp_path: Path) -> N
     shared = [
         "train", "--student", str(student), "--teacher", str(teacher), "--train_file", str(records), "--eval_file",
         str(records), "--max_steps", "2", "--temperature_scale", "0", "--focus_ratio", "1", "--optim", "sgd",
-        "--learning_rate", "0.1", "--report_to", "none", "--logging_steps", "1", "--save_strategy", "no", "--use_cpu", "--disable_tqdm", "true",
+        "--learning_rate", "0.1", "--report_to", "none", "--logging_steps", "1", "--save_strategy", "no", "--use_cpu",
+        "--disable_tqdm", "true",
     ]  # fmt: skip
     split = ["--tp_size", "2", "--teacher_parallel", "tp", "--logits_route", "hidden"]
     batches = {"data": ["--per_device_train_batch_size", "2"], "tensor": ["--per_device_train_batch_size", "4", *split]}

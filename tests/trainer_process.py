@@ -212,7 +212,8 @@ def once_for_all_workers(tmp_path_factory: Any, name: str, function: Callable[[P
                 outcome.write_text("")
             except (AssertionError, subprocess.TimeoutExpired) as error:
                 outcome.write_text(repr(error))
-    assert outcome.read_text() == ""
+    failure = outcome.read_text()
+    assert not failure, failure
     return folder
 
 

@@ -23,12 +23,14 @@ from ..adaptive import descending
 from ..divergences import Divergence, ReverseKL
 from ..functional import TokenChoice, choose_tokens, token_statistics
 from ..ops.token_divergence import loud_weights
+from ..vocab_parallel import VocabParallel
 from .heads import Head, spans
 
 CHUNK_BYTES = {"cpu": 112 * 2**20}
 """Bytes for the logits of one chunk, by device type; 1 GiB for others."""
 TEACHER_PART = 2
-"""The teacher's buffer has half as many rows as the student's: long student chunks make dW += dZᵀH cheaper."""
+"""The teacher's buffer has half as many rows as the student's: long student chunks make dW += dZᵀH cheaper. Where the
+vocabulary is split it has as many, since each part of a chunk would take messages of its own."""
 
 
 class Tokens(NamedTuple):
@@ -61,13 +63,14 @@ class Objective(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What phase 1 keeps of the tokens: `TokenStatistics`, and cross-entropy and entropy if they are asked for."""
+    """What phase 1 keeps of the tokens: `TokenStatistics`, with cross-entropy and entropy if they are asked for."""
 
     difficulty: Tensor
     valid: Tensor
     normalizers_1: Tensor  # (4, 1, n), the others (1, n)
     cross_entropy: Tensor | None
     entropy: Tensor | None
+    maxima: Tensor | None = None  # (2, ranks, 1, n) of all shards, where the vocabulary is split
 
 
 class Weighted(NamedTuple):
@@ -113,19 +116,25 @@ class Chunks:
         objective: the loss.
         chunk_tokens: rows of a chunk; None for what fits in `CHUNK_BYTES`.
         kept: number of tokens whose logits have a place of their own (`KeptLogits`).
+        shards: where the heads are this rank's columns of the vocabulary. All ranks have to have chunks alike, since
+            they exchange numbers of each: their size follows from shards of one size.
     """
 
     def __init__(
         self, student: Head, teacher: Head, tokens: Tokens, objective: Objective, chunk_tokens: int | None,
-        kept: int = 0,
+        kept: int = 0, shards: VocabParallel | None = None,
     ) -> None:  # fmt: skip
         self.student, self.teacher, self.tokens, self.objective = student, teacher, tokens, objective
+        self.shards = shards
+        self.common = None if shards is None else shards.common(student.vocab, teacher.vocab, "weight")
         self.n = tokens.positions.numel()
         capped = student.softcap is not None
-        part_bytes = teacher.row_bytes + (student.row_bytes if capped else 0)
+        bytes_s, bytes_t = row_bytes(student, teacher, shards)
+        part_bytes = bytes_t + (bytes_s if capped else 0)
         budget = CHUNK_BYTES.get(tokens.positions.device.type, 2**30)
-        self.chunk = chunk_tokens or _chunk_rule(budget, student.row_bytes, part_bytes)
-        self.part = -(-self.chunk // TEACHER_PART)  # rounded up
+        parts = TEACHER_PART if shards is None else 1
+        self.chunk = chunk_tokens or _chunk_rule(budget, bytes_s + part_bytes / parts)
+        self.part = -(-self.chunk // parts)  # rounded up
         self.raw_s = student.empty_rows(min(self.chunk, self.n - kept))
         self.z_t = teacher.empty_rows(min(self.part, self.n - kept))
         # The chain rule of a soft-cap needs tanh(x/cap) beside the gradient over the logits.
@@ -166,7 +175,8 @@ class Chunks:
 
     def pair(self, raw: Tensor, teacher: Tensor) -> Pair:
         """The logits of some tokens from raw ones of the student and those of the teacher, both (rows, V)."""
-        return Pair(raw, self.student.capped(raw, self.z_s[: len(raw)]).unsqueeze(0), teacher.unsqueeze(0))
+        student = self.student.capped(raw, self.z_s[: len(raw)])
+        return Pair(raw, student.unsqueeze(0), teacher[:, : self.common].unsqueeze(0))
 
     def parts(self, *, fold: bool = False) -> Iterator[tuple[slice, Pair]]:
         """Of each part in turn: which of the n tokens it has, and their logits.
@@ -191,21 +201,50 @@ class Chunks:
     def measure(self, pair: Pair, part: slice, statistics: Statistics) -> Statistics:
         """Statistics of the tokens of a part, and a copy of them in those of all tokens."""
         labels = self.tokens.labels[:, part]
+        if self.shards is not None:
+            of_part = self.merged([self.shard_numbers(pair, part)], labels)
+            self._store(of_part, part, statistics)
+            return of_part
         labelled = torch.ones_like(labels, dtype=torch.bool)
         measured = token_statistics(pair.student, pair.teacher, labelled, labels, self.objective.difficulty)
         ce = None
         if self.objective.ce_weight:
             ce = ops.token_cross_entropy(pair.student, pair.teacher, labels, measured.valid, measured.normalizers_1)
         entropy = token_entropy(pair.student, measured.valid) if self.objective.entropy else None
-        of_part = Statistics(*measured, ce, entropy)
+        of_part = Statistics(*measured[:3], ce, entropy)
+        self._store(of_part, part, statistics)
+        return of_part
+
+    def _store(self, of_part: Statistics, part: slice, statistics: Statistics) -> None:
+        """Copy the statistics of a part to those of all tokens."""
         for whole, values in zip(statistics, of_part, strict=True):
             if whole is not None and values is not None:
                 whole[..., part] = values
-        return of_part
 
-    def sums(self, pair: Pair, temperature: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    def shard_numbers(self, pair: Pair, part: slice) -> Tensor:
+        """(k, 1, rows) what this rank tells the others of the tokens of a part."""
+        labels = self.tokens.labels[:, part]
+        labelled = torch.ones_like(labels, dtype=torch.bool)
+        return ops.shard_statistics(pair.student, pair.teacher, labelled, self.local(labels), self.objective.difficulty)
+
+    def merged(self, numbers: list[Tensor], labels: Tensor) -> Statistics:
+        """The statistics of the tokens with these labels, from `shard_numbers` of their parts: one message."""
+        assert self.shards is not None
+        gathered = self.shards.gather(torch.cat(numbers, dim=-1))
+        labelled = torch.ones_like(labels, dtype=torch.bool)
+        found = ops.merge_statistics(gathered, labelled, labels, self.shards.vocab_size, self.objective.difficulty)
+        ce = found.cross_entropy if self.objective.ce_weight else None
+        return Statistics(found.difficulty, found.valid, found.normalizers_1, ce, None, found.maxima)
+
+    def local(self, labels: Tensor) -> Tensor:
+        """Labels as indices of the columns that are here."""
+        return labels if self.shards is None else self.shards.local(labels)
+
+    def sums(self, pair: Pair, temperature: Tensor, mask: Tensor, maxima: Tensor | None = None) -> tuple[Tensor, ...]:
         """D of some tokens (1, rows), and what `gradient` needs of them."""
         of = self.objective.divergence
+        if self.shards is not None:
+            return ops.shard_divergence(self.shards, pair.student, pair.teacher, temperature, mask, of, maxima)
         sums: tuple[Tensor, ...] = ops.token_divergence(
             pair.student, pair.teacher, temperature, mask, of.name, *of.parameters
         )
@@ -217,6 +256,9 @@ class Chunks:
     ) -> None:  # fmt: skip
         """Let the gradient over x of some tokens, of which D has this weight, replace `pair.raw`."""
         of = self.objective.divergence
+        if not pair.teacher.shape[-1]:  # a shard without a common entry
+            pair.raw.zero_()
+            return
         ops.token_divergence_backward_(
             pair.student, pair.teacher, temperature, weight, *saved, *ce_args, of.name, *of.parameters
         )
@@ -229,21 +271,30 @@ class Chunks:
 
         `statistics` are those of the cross-entropy, if the loss has one.
         """
-        d, *saved = self.sums(pair, weighted.temperature, weighted.selected)
+        maxima = None if statistics is None else statistics.maxima
+        d, *saved = self.sums(pair, weighted.temperature, weighted.selected, maxima)
         if not self.differentiates:
             return d
         weight = weighted.weight
         ce_args: tuple[Tensor | None, ...] = (None, None, None)
         if weighted.ce_weight is not None and statistics is not None and statistics.cross_entropy is not None:
             weight, ce_weight = loud_weights(weight, weighted.ce_weight, statistics.cross_entropy)
-            ce_args = (labels, ce_weight, statistics.normalizers_1)
+            ce_args = (self.local(labels), ce_weight, statistics.normalizers_1)
         self.gradient(pair, weighted.temperature, weight, saved, ce_args)
         return d
 
 
-def _chunk_rule(budget: int, bytes_s: int, part_bytes: int) -> int:
-    """Rows of the student's logits that fit in the budget with the buffers of a part: a multiple of 64, 64 at least."""
-    rows = int(budget / (bytes_s + part_bytes / TEACHER_PART))
+def row_bytes(student: Head, teacher: Head, shards: VocabParallel | None) -> tuple[int, int]:
+    """Bytes of the logits of one token, of both models; with `shards` those of an even share, equal on all ranks."""
+    if shards is None:
+        return student.row_bytes, teacher.row_bytes
+    share = -(-shards.vocab_size // shards.ranks)
+    return share * student.dtype.itemsize, share * teacher.dtype.itemsize
+
+
+def _chunk_rule(budget: int, token_bytes: float) -> int:
+    """Rows of the student's logits that fit in the budget: a multiple of 64, 64 at least."""
+    rows = int(budget / token_bytes)
     return max(64, rows // 64 * 64)
 
 
@@ -255,11 +306,15 @@ class KeptLogits:
         n: number of labelled tokens.
         needed: number of tokens that phase 2 takes.
         keep_bytes: memory for the logits.
+        shards: as in `Chunks`. Which tokens are the hardest is then known after all of them only, so that nothing is
+            kept where phase 2 does not take all.
     """
 
-    def __init__(self, student: Head, teacher: Head, n: int, needed: int, keep_bytes: int) -> None:
-        row_bytes = student.row_bytes + teacher.row_bytes
-        self.rows = 0 if student.needs_graph else min(needed, keep_bytes // row_bytes)
+    def __init__(
+        self, student: Head, teacher: Head, n: int, needed: int, keep_bytes: int, shards: VocabParallel | None = None
+    ) -> None:
+        keeps = not student.needs_graph and (shards is None or needed == n)
+        self.rows = min(needed, keep_bytes // sum(row_bytes(student, teacher, shards))) if keeps else 0
         self.replaces = self.rows > 0 and needed < n
         # The last row takes what is not kept, so that the number of tokens that enter need not be read from the device.
         memory = self.rows + int(self.replaces)
@@ -323,6 +378,7 @@ def two_phases(chunks: Chunks, kept: KeptLogits, needed: int) -> TokenResults:
 def phase_1(chunks: Chunks, kept: KeptLogits) -> Statistics:
     """The statistics of every labelled token. The first logits go to where they are kept, while there is room."""
     positions, statistics = chunks.tokens.positions, chunks.empty_statistics()
+    numbers: list[Tensor] = []  # of all parts, in the order of the tokens
     for a, b in spans(0, kept.rows, chunks.chunk) + spans(kept.rows, chunks.n, chunks.chunk):
         keeps = a < kept.rows
         raw = kept.raw_s[a:b] if keeps else chunks.raw_s[: b - a]
@@ -330,10 +386,13 @@ def phase_1(chunks: Chunks, kept: KeptLogits) -> Statistics:
         for i, j in spans(a, b, chunks.part):
             out = kept.z_t[i:j] if keeps else chunks.z_t[: j - i]
             pair = chunks.pair(raw[i - a : j - a], chunks.teacher_logits(positions[i:j], out))
+            if chunks.shards is not None:
+                numbers.append(chunks.shard_numbers(pair, slice(i, j)))
+                continue
             chunks.measure(pair, slice(i, j), statistics)
             if kept.replaces and not keeps:
                 kept.replace(i, j, pair, statistics)
-    return statistics
+    return chunks.merged(numbers, chunks.tokens.labels) if numbers else statistics
 
 
 def _phase_2(chunks: Chunks, kept: KeptLogits, needed: int, statistics: Statistics, weighted: Weighted) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..adaptive import focus_count
 from ..checks import (
     check_entropy_out,
+    check_flag,
     check_head,
     check_head_options,
     check_labels,
@@ -29,6 +30,7 @@ from ..functional import (
     reduce_loss,
 )
 from ..ops.token_divergence import OnceDifferentiable
+from ..vocab_parallel import VocabParallel, local_part, local_shards
 from .chunks import Chunks, KeptLogits, Objective, Tokens, one_phase, phase_1, two_phases
 from .heads import HeadInput, StudentHead, TeacherHead, blocks, make_heads
 
@@ -61,6 +63,8 @@ def linear_adakd_loss(
     shift: bool = False,
     choice: TokenChoice | None = None,
     entropy_out: Tensor | None = None,
+    vocab_parallel: VocabParallel | None = None,
+    reduce_hidden: bool = False,
 ) -> AdaKDOutput:
     """`adakd_loss` of logits z = cap·tanh(x/cap), x = scale·(hWᵀ + b), without the logits (or z = x without a cap).
 
@@ -92,7 +96,14 @@ def linear_adakd_loss(
         choice: as in `adakd_loss`. Each token that has a part in the loss goes through the heads once then.
         entropy_out: (B, L) or (N,), floating, takes the entropy of the student at temperature 1 over the common
             vocabulary, in nats, of the valid tokens, and 0 elsewhere: for one more pass over the student's logits of
-            each chunk. Not with `choice`.
+            each chunk. Not with `choice`, and not where the vocabulary is split.
+        vocab_parallel: heads are this rank's columns of the vocabulary: weights (V_r, H), biases (V_r,), or modules
+            that give (rows, V_r) logits; which and of whom, it says. Hidden states and labels are the same on all
+            ranks. None for whole heads, and for weights (and biases) that are DTensors split along the vocabulary. Not
+            with the difficulty 'jensen_shannon', which would take a pass of its own. See docs/scale.md.
+        reduce_hidden: with a split vocabulary, add up the gradient of the student's hidden states over the ranks.
+            Without it, each rank gets the part that follows from its own columns, and the layer in front of the head
+            adds them up, as column-parallel layers do; of hidden states that are a DTensor, DTensor does.
 
     Returns:
         AdaKDOutput(loss, token_loss, difficulty, temperature, selected), as `adakd_loss`, but `loss` alone carries a
@@ -111,9 +122,14 @@ def linear_adakd_loss(
         >>> int(out.selected.sum()), tuple(hidden.grad.shape), tuple(weight.grad.shape)
         (5, (2, 5, 8), (100, 8))
     """
+    student_weight, teacher_weight, shards = local_shards(student_weight, teacher_weight, vocab_parallel, "weight", 0)
     student_in = HeadInput(student_hidden, student_weight, student_bias, student_scale, student_softcap)
     teacher_in = HeadInput(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
-    batch = check_heads("linear_adakd_loss", student_in, teacher_in)
+    student_in = local_head("student", student_in, shards is not None)
+    teacher_in = local_head("teacher", teacher_in, shards is not None)
+    student_hidden = student_in.hidden
+    batch = check_heads("linear_adakd_loss", student_in, teacher_in, shards=shards)
+    check_flag("reduce_hidden", reduce_hidden)
     div = check_options(
         divergence, focus_ratio, temperature_scale, base_temperature, difficulty, ce_weight, ignore_index, num_items,
         shift=shift,
@@ -123,6 +139,15 @@ def linear_adakd_loss(
     check_head_options(student_softcap, teacher_softcap, student_scale, teacher_scale, chunk_tokens, keep_bytes)
     if entropy_out is not None:
         check_entropy_out(entropy_out, batch, choice)
+    if shards is not None:
+        for refused, what in (
+            (entropy_out is not None, "entropy_out must be None"),
+            (difficulty == "jensen_shannon" and choice is None, "difficulty must not be 'jensen_shannon'"),
+        ):
+            if refused:
+                raise ValueError(f"{what} where the vocabulary is split: it would take one more pass over the logits")
+    elif reduce_hidden:
+        raise ValueError("reduce_hidden must be False where the vocabulary is not split: there is nothing to add up")
     if choice is not None:
         check_choice(choice, batch, student_hidden)
         choice = choice.each(torch.flatten)
@@ -134,7 +159,7 @@ def linear_adakd_loss(
     )
     differentiable = torch.is_grad_enabled()
     with torch.no_grad():
-        student, teacher = make_heads(student_in, teacher_in, differentiable=differentiable)
+        student, teacher = make_heads(student_in, teacher_in, shards=shards, differentiable=differentiable)
         with torch.autocast(student_hidden.device.type, enabled=False):
             labelled = labels != ignore_index
             if choice is not None:
@@ -144,7 +169,7 @@ def linear_adakd_loss(
             positions = masked_positions(labelled, n)
             tokens = Tokens(positions, labels[positions].unsqueeze(0))
             if choice is not None or objective.selects_all_at_one_temperature:
-                chunks = Chunks(student, teacher, tokens, objective, chunk_tokens)
+                chunks = Chunks(student, teacher, tokens, objective, chunk_tokens, shards=shards)
                 own = None
                 if choice is not None:
                     own = choice.each(lambda values: values[positions].unsqueeze(0))
@@ -154,8 +179,8 @@ def linear_adakd_loss(
                 results = one_phase(chunks, own)
             else:
                 needed = n if ce_weight else min(k, n)
-                kept = KeptLogits(student, teacher, n, needed, keep_bytes)
-                chunks = Chunks(student, teacher, tokens, objective, chunk_tokens, kept.rows)
+                kept = KeptLogits(student, teacher, n, needed, keep_bytes, shards)
+                chunks = Chunks(student, teacher, tokens, objective, chunk_tokens, kept.rows, shards)
                 results = two_phases(chunks, kept, needed)
             of_tokens = results.choice
             token_loss = of_tokens.temperature.square() * results.divergence
@@ -177,6 +202,8 @@ def linear_adakd_loss(
         if entropy_out is not None and results.entropy is not None:
             entropy_out.copy_(spread(results.entropy, 0.0).view(batch))
     if student.differentiates:
+        if shards is not None and reduce_hidden and student.d_hidden is not None:
+            shards.add_up(student.d_hidden)
         loss = _WithGradient.apply(loss, results.gradient_scale, student.gradients(), *student.inputs)  # type: ignore[no-untyped-call]
     return AdaKDOutput(loss, *(values.view(batch) for values in per_token))
 
@@ -209,12 +236,21 @@ def masked_positions(mask: Tensor, n: int) -> Tensor:
     return (~mask).to(torch.uint8).argsort(stable=True)[:n]
 
 
-def check_heads(function: str, student: HeadInput, teacher: HeadInput, *others: Any) -> torch.Size:
+def local_head(side: str, head: HeadInput, split: bool) -> HeadInput:
+    """The head with what is here of its hidden states and bias, where they are DTensors."""
+    hidden = local_part(f"{side}_hidden", head.hidden, split, "the same on all ranks")
+    bias = local_part(f"{side}_bias", head.bias, split, "split as its weight is", dim=0)
+    return head._replace(hidden=hidden, bias=bias)
+
+
+def check_heads(
+    function: str, student: HeadInput, teacher: HeadInput, *others: Any, shards: VocabParallel | None = None
+) -> torch.Size:
     """Refuse hidden states and heads that do not fit; the shape of the tokens."""
     check_no_transform(function, *student[:3], *teacher[:3], *others)
     *_, batch = check_pair(student.hidden, teacher.hidden, "hidden")
-    check_head("student", student.hidden, student.weight, student.bias)
-    check_head("teacher", teacher.hidden, teacher.weight, teacher.bias)
+    check_head("student", student.hidden, student.weight, student.bias, shard=shards is not None)
+    check_head("teacher", teacher.hidden, teacher.weight, teacher.bias, shard=shards is not None)
     return batch
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
+from ..vocab_parallel import VocabParallel
 
 StudentHead = Tensor | nn.Module
 TeacherHead = Tensor | Callable[[Tensor], Tensor]
@@ -40,10 +41,12 @@ class Head:
         inputs: the student's tensors that may require grad, in the order of `gradients()`.
         vocab: entries of a row of logits.
         dtype: type of the logits.
+        d_hidden: gradient of the hidden states, (tokens, H), or None where none is asked for.
         needs_graph: whether `fold` differentiates a graph that `raw_logits` has to record.
     """
 
     inputs: list[Tensor | None]
+    d_hidden: Tensor | None = None
     needs_graph = False
 
     def __init__(self, hidden: Tensor, scale: float, softcap: float | None, vocab: int, dtype: torch.dtype) -> None:
@@ -215,9 +218,14 @@ class HeadInput(NamedTuple):
         return ModuleHead(self.hidden, self.weight, self.scale, self.softcap, differentiable)
 
 
-def make_heads(student: HeadInput, teacher: HeadInput, *, differentiable: bool = False) -> tuple[Head, Head]:
+def make_heads(
+    student: HeadInput, teacher: HeadInput, *, shards: VocabParallel | None = None, differentiable: bool = False
+) -> tuple[Head, Head]:
     """Both heads, without the rows of a weight whose entries are not common, and gradients of the student's."""
-    vocab = min([len(side.weight) for side in (student, teacher) if isinstance(side.weight, Tensor)], default=0)
+    rows = [len(side.weight) for side in (student, teacher) if isinstance(side.weight, Tensor)]
+    vocab = min(rows, default=0)
+    if shards is not None and rows:
+        vocab = shards.common(rows[0], rows[-1], "weight")
     return student.head(vocab, differentiable=differentiable), teacher.head(vocab)
 
 

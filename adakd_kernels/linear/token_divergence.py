@@ -12,6 +12,7 @@ from ..checks import check_head_options, check_temperature
 from ..divergences import Divergence, get_divergence
 from ..functional import divergence_temperature, token_mask
 from ..ops.token_divergence import OnceDifferentiable
+from ..vocab_parallel import is_dtensor
 from .chunks import Chunks, Objective, Tokens, power_of_two
 from .function import check_heads, masked_positions, scaled
 from .heads import HeadInput, StudentHead, TeacherHead, make_heads
@@ -67,6 +68,11 @@ def linear_token_divergence(
         >>> tuple(per_token.shape), tuple(hidden.grad.shape), tuple(weight.grad.shape)
         ((2, 5), (2, 5, 8), (100, 8))
     """
+    if is_dtensor(student_weight) or is_dtensor(teacher_weight):
+        raise TypeError(
+            "linear_token_divergence needs whole heads, got a DTensor: take token_divergence of logits that are split "
+            "along the vocabulary, or the weight's full_tensor()"
+        )
     student = HeadInput(student_hidden, student_weight, student_bias, student_scale, student_softcap)
     teacher = HeadInput(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
     batch = check_heads("linear_token_divergence", student, teacher, temperature)

@@ -1,6 +1,7 @@
 """The `adakd::` operators: schema, shapes, and which kernel runs on which device."""
 
 from .backends import Backend, backend, load_native
+from .shards import Shards, merge_statistics, shard_divergence, shard_statistics
 from .token_divergence import (
     token_cross_entropy,
     token_divergence,
@@ -8,17 +9,25 @@ from .token_divergence import (
     token_divergence_backward_,
     token_losses,
 )
+from .token_kl import token_kl
 from .token_stats import token_stats
+from .token_terms import token_terms
 
 load_native()
 
 __all__ = [
     "Backend",
+    "Shards",
     "backend",
+    "merge_statistics",
+    "shard_divergence",
+    "shard_statistics",
     "token_cross_entropy",
     "token_divergence",
     "token_divergence_backward",
     "token_divergence_backward_",
+    "token_kl",
     "token_losses",
     "token_stats",
+    "token_terms",
 ]

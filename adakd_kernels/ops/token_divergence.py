@@ -6,25 +6,17 @@ normalisers, and the gradient of the student's most likely entry. Probabilities 
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
 from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..divergences import DIVERGENCES, Divergence
+from ..divergences import Divergence, with_parameters
 from ..reference import GradientCall, Normalizers
 from .backends import register_triton
 from .token_stats import masked_normalizers
-
-
-def _divergence(name: str, alpha: float, beta: float) -> Divergence:
-    """The instance that an op's name and parameters stand for."""
-    cls = DIVERGENCES[name]
-    given = {"alpha": alpha, "beta": beta}
-    return cls(**{field.name: given[field.name] for field in dataclasses.fields(cls)})
-
 
 Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -49,7 +41,9 @@ def token_divergence(
         confident, (10) cancels there (docs/maths.md, section 4).
     """
     dtype = reference.accumulation_dtype(student, teacher)
-    sums = reference.token_sums(student[mask], teacher[mask], temperature[mask], _divergence(divergence, alpha, beta))
+    sums = reference.token_sums(
+        student[mask], teacher[mask], temperature[mask], with_parameters(divergence, alpha, beta)
+    )
     d, sum_g, peak_grad = (torch.zeros(mask.shape, dtype=dtype, device=mask.device) for _ in range(3))
     peak = torch.full(mask.shape, -1, device=mask.device)
     normalizers_tau = masked_normalizers(mask, dtype)
@@ -104,22 +98,12 @@ def token_divergence_backward(*args: Any) -> Tensor:
         Gradient in the student's shape and type; 0 beyond the common vocabulary.
     """
     call = GradientCall(*args)
+    read = call.weight != 0
+    if call.ce_weight is not None:
+        read |= call.ce_weight != 0
     acc = reference.accumulation_dtype(call.student, call.teacher)
-    weight = call.weight.to(acc)
-    of_divergence = weight != 0
     grad = torch.zeros(call.student.shape, dtype=acc, device=call.student.device)
-    grad[of_divergence] = reference.token_divergence_grad(
-        call.student[of_divergence].to(acc),
-        call.teacher[of_divergence],
-        call.temperature[of_divergence].to(acc),
-        _divergence(call.divergence, call.alpha, call.beta),
-        weight[of_divergence],
-    )
-    if call.labels is not None and call.ce_weight is not None:
-        of_ce = call.ce_weight != 0
-        grad[of_ce] += call.ce_weight[of_ce].to(acc).unsqueeze(-1) * reference.cross_entropy_grad(
-            call.student[of_ce], call.teacher[of_ce], call.labels[of_ce]
-        )
+    grad[read] = reference.rebuilt_gradient(call.rows(read))
     return empty_gradient(call.student).copy_(grad)
 
 
@@ -188,6 +172,8 @@ def token_losses(
     labels: Tensor | None = None,
     ce_mask: Tensor | None = None,
     normalizers_1: Tensor | None = None,
+    cross_entropy: Tensor | None = None,
+    sums: Callable[..., Sums] | None = None,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Divergence and, where labels are given, cross-entropy of every token, differentiable in the student's logits.
@@ -197,13 +183,16 @@ def token_losses(
         divergence: which, with its parameters.
         labels, ce_mask, normalizers_1: (B, L) label, (B, L) tokens of the cross-entropy, (4, B, L) result of
             `token_stats`; all or none.
+        cross_entropy: (B, L), where it is known already.
+        sums: what gives D and the other results of `token_divergence`, from student, teacher, temperature, mask and
+            divergence; by default the operator. The backward takes them as they are.
         inplace: the backward writes the gradient over the student's logits.
 
     Returns:
         (B, L) divergence, 0 where `mask` is false, and (B, L) cross-entropy, 0 where `ce_mask` is false, or None.
     """
     result: tuple[Tensor, Tensor | None] = TokenLosses.apply(  # type: ignore[no-untyped-call]
-        student, teacher, temperature, mask, labels, ce_mask, normalizers_1, divergence, inplace
+        student, teacher, temperature, mask, labels, ce_mask, normalizers_1, cross_entropy, divergence, sums, inplace
     )
     return result
 
@@ -221,13 +210,19 @@ class TokenLosses(torch.autograd.Function):
         labels: Tensor | None,
         ce_mask: Tensor | None,
         normalizers_1: Tensor | None,
+        cross_entropy: Tensor | None,
         divergence: Divergence,
+        sums: Callable[..., Sums] | None,
         inplace: bool,
     ) -> tuple[Tensor, Tensor | None]:
         name, (alpha, beta) = divergence.name, divergence.parameters
-        d, *saved = token_divergence(student, teacher, temperature, mask, name, alpha, beta)
-        cross_entropy = None
-        if labels is not None and ce_mask is not None and normalizers_1 is not None:
+        if sums is None:
+            d, *saved = token_divergence(student, teacher, temperature, mask, name, alpha, beta)
+        else:
+            d, *saved = sums(student, teacher, temperature, mask, divergence)
+        if cross_entropy is not None:
+            cross_entropy = cross_entropy.clone()
+        elif labels is not None and ce_mask is not None and normalizers_1 is not None:
             cross_entropy = token_cross_entropy(student, teacher, labels, ce_mask, normalizers_1)
         # What inference mode made cannot be saved, and has no version that would tell of a change: it is kept as it is.
         kept = {}
@@ -252,7 +247,7 @@ class TokenLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_d: Tensor, grad_ce: Tensor | None) -> tuple[Tensor | None, ...]:
         if not ctx.needs_input_grad[0]:
-            return (None,) * 9
+            return (None,) * 11
         if ctx.overwritten:
             raise RuntimeError(
                 "the first backward wrote the gradient over the student's logits (inplace=True), so there is no second "
@@ -267,7 +262,9 @@ class TokenLosses(torch.autograd.Function):
             weight, ce_weight = loud_weights(weight, grad_ce.where(ce_mask, 0.0), cross_entropy)
         args = (teacher, temperature, weight, *saved, labels, ce_weight, normalizers_1, *ctx.op_args)
         with torch.no_grad():
-            if ctx.inplace:
+            if not teacher.shape[-1]:  # a shard without a common entry
+                grad = torch.zeros_like(student)
+            elif ctx.inplace:
                 token_divergence_backward_(student, *args)
                 ctx.overwritten = True
                 grad = student
@@ -275,7 +272,7 @@ class TokenLosses(torch.autograd.Function):
                 grad = token_divergence_backward(student, *args)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             grad = OnceDifferentiable.apply(grad, student, grad_d)  # type: ignore[no-untyped-call]
-        return (grad,) + (None,) * 8
+        return (grad,) + (None,) * 10
 
 
 class OnceDifferentiable(torch.autograd.Function):

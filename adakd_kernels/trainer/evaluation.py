@@ -58,7 +58,7 @@ class HeldOutSums:
         if vocab_parallel is not None:
             self._add(*_measures_of_parts(student, teacher, targets, vocab_parallel))
             return
-        forward_kl, valid, normalizers_1 = token_statistics(
+        forward_kl, valid, normalizers_1, *_ = token_statistics(
             student, teacher, targets != IGNORE_INDEX, None, "forward_kl"
         )
         temperature = torch.ones_like(forward_kl)
@@ -136,6 +136,7 @@ def _measures_of_parts(
         values, indices = (vocab_parallel.gather(x.unsqueeze(0))[:, 0] for x in (value, index + vocab_parallel.first))
         tops.append(indices.gather(0, values.argmax(0, keepdim=True)))
     agreement = (tops[0] == tops[1]).squeeze(0) & found.valid
+    assert found.cross_entropy is not None
     return found.difficulty, reverse_kl, found.cross_entropy, agreement, found.valid
 
 

@@ -72,10 +72,10 @@ class Measure:
 
     @torch.no_grad()
     def __call__(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, *_: Any, **__: Any) -> Measured:
-        difficulty, valid, _normalizers = token_statistics(
+        found = token_statistics(
             student_logits, teacher_logits, targets != IGNORE_INDEX, targets, self.loss_fn.difficulty
         )
-        return Measured(difficulty.new_zeros(()), difficulty, valid, None)
+        return Measured(found.difficulty.new_zeros(()), found.difficulty, found.valid, None)
 
     def from_hidden(
         self,

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import checkpoint as sharded_checkpoint
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.functional import linear
@@ -272,7 +273,7 @@ def load_weights(model: Any, checkpoint: str | Path) -> None:
 def save_optimizer(model: Any, optimizer: Any, checkpoint: str | Path) -> None:
     """Save the state of the optimizer of a split model; each rank writes its part."""
     state = get_optimizer_state_dict(model, _unwrapped(optimizer), options=BY_PARAMETER)
-    sharded_checkpoint.save(state, checkpoint_id=Path(checkpoint) / OPTIMIZER)
+    save(state, checkpoint_id=Path(checkpoint) / OPTIMIZER)
 
 
 def load_optimizer(model: Any, optimizer: Any, checkpoint: str | Path) -> bool:
@@ -289,7 +290,7 @@ def load_optimizer(model: Any, optimizer: Any, checkpoint: str | Path) -> bool:
             )
         return False
     state = get_optimizer_state_dict(model, _unwrapped(optimizer), options=BY_PARAMETER)
-    sharded_checkpoint.load(state, checkpoint_id=Path(checkpoint) / OPTIMIZER, no_dist=not dist.is_initialized())
+    load(state, checkpoint_id=Path(checkpoint) / OPTIMIZER, no_dist=not dist.is_initialized())
     set_optimizer_state_dict(model, _unwrapped(optimizer), state, options=BY_PARAMETER)
     return True
 

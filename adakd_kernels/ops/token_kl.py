@@ -1,0 +1,56 @@
+"""`adakd::token_kl`: both KL divergences over a part of the vocabulary as if it were the row, in one sweep."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .token_stats import masked_normalizers
+
+Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("adakd::token_kl", mutates_args=())
+def token_kl(
+    student: Tensor, teacher: Tensor, temperature: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What both KL divergences of a whole row need of a part of it (docs/maths.md, section 9).
+
+    Args:
+        student: (B, L, Vˢ) logits of the part.
+        teacher: (B, L, Vᵗ) logits of the part; its common vocabulary is the first min(Vˢ, Vᵗ) entries.
+        temperature: (B, L) τ > 0.
+        mask: (B, L) bool; other tokens give (0, 0, 0, 0, (0, 1, 0, 1), −1, 0, 0) and their rows are not read.
+
+    Returns:
+        (forward, kept, reverse, lost, normalizers_tau, peak, forward_grad, reverse_grad), with p and q of the part:
+        KL(p‖q); Σ p over the finite entries; KL(q‖p); Σ q over the entries that are not finite; the (4, B, L)
+        `Normalizers` at temperature τ; and, as in `token_divergence`, the student's most likely entry or −1, and
+        τ·∂D/∂zˢ there of either divergence. All are (B, L) in the accumulation type but the normalisers and `peak`,
+        which is int64. `kept` and `lost` are relatively exact: no small difference of other results.
+    """
+    dtype = reference.accumulation_dtype(student, teacher)
+    sums = reference.kl_sums(student[mask], teacher[mask], temperature[mask])
+    normalizers_tau, peak = masked_normalizers(mask, dtype), torch.full(mask.shape, -1, device=mask.device)
+    normalizers_tau[:, mask], peak[mask] = torch.stack(sums.normalizers), sums.peak
+
+    def everywhere(values: Tensor) -> Tensor:
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_scatter(mask, values)
+
+    forward, kept, reverse, lost = (everywhere(values) for values in sums[:4])
+    return (
+        forward, kept, reverse, lost, normalizers_tau, peak, everywhere(sums.forward_grad),
+        everywhere(sums.reverse_grad),
+    )  # fmt: skip
+
+
+@token_kl.register_fake
+def _(student: Tensor, teacher: Tensor, temperature: Tensor, mask: Tensor) -> Eight:
+    dtype = reference.accumulation_dtype(student, teacher)
+    forward, kept, reverse, lost, forward_grad, reverse_grad = (
+        torch.empty(mask.shape, dtype=dtype, device=mask.device) for _ in range(6)
+    )
+    normalizers_tau = torch.empty(4, *mask.shape, dtype=dtype, device=mask.device)
+    peak = torch.empty(mask.shape, dtype=torch.int64, device=mask.device)
+    return forward, kept, reverse, lost, normalizers_tau, peak, forward_grad, reverse_grad
