@@ -33,9 +33,13 @@ RUNS: dict[str, tuple[str, str, bool, dict[str, Any]]] = {
     "unequal": ("llama-65", "llama-67", True, {"logits_route": "hidden"}),
     "whole-teacher": ("smollm2-63", "llama-67", False, {"logits_route": "hidden", "difficulty": "cross_entropy"}),
     "biased-capped": ("phi-64", "gemma2-64", True, {"logits_route": "hidden", "divergence": "hellinger"}),
-    "scaled": ("granite-66", "cohere-61", False, {"logits_route": "hidden", "divergence": "total_variation"}),
+    "scaled": (
+        "granite-66", "cohere-61", False,
+        {"logits_route": "hidden", "divergence": "total_variation", "average_tokens_across_devices": False},
+    ),
+    "whole-step": ("llama-65", "llama-67", True, {"logits_route": "hidden", "selection": "step"}),
     "logits": ("llama-65", "llama-67", True, {"logits_route": "logits"}),
-}
+}  # fmt: skip
 """Student, teacher, whether the teacher is split too, and options. The numbers are the sizes of the vocabularies."""
 RESUMED = {
     "max_steps": 4, "save_steps": 2, "learning_rate": 3e-2, "per_device_train_batch_size": 4, "eval_strategy": "steps",

@@ -210,19 +210,25 @@ def linear_adakd_loss(
 
 @torch.no_grad()
 def linear_token_statistics(
-    student: HeadInput, teacher: HeadInput, labels: Tensor, mask: Tensor, measure: str, chunk_tokens: int | None = None
+    student: HeadInput,
+    teacher: HeadInput,
+    labels: Tensor,
+    mask: Tensor,
+    measure: str,
+    chunk_tokens: int | None = None,
+    shards: VocabParallel | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Difficulty and validity of the tokens in the mask (B, L), as `token_statistics` has them, without their logits.
 
     Waits for the device once.
     """
-    heads = make_heads(student, teacher)
+    heads = make_heads(student, teacher, shards=shards)
     with torch.autocast(mask.device.type, enabled=False):
         n = int(mask.sum())
         positions = masked_positions(mask.flatten(), n)
         tokens = Tokens(positions, labels.flatten()[positions].unsqueeze(0))
-        chunks = Chunks(*heads, tokens, Objective(difficulty=measure), chunk_tokens)
-        found = phase_1(chunks, KeptLogits(*heads, n, n, 0))
+        chunks = Chunks(*heads, tokens, Objective(difficulty=measure), chunk_tokens, shards=shards)
+        found = phase_1(chunks, KeptLogits(*heads, n, n, 0, shards))
     difficulty, valid = (
         torch.zeros(mask.numel(), dtype=values.dtype, device=mask.device).index_copy(0, positions, values[0])
         for values in (found.difficulty, found.valid)

@@ -19,6 +19,7 @@ from ..functional import TokenChoice, choose_tokens, token_statistics
 from ..linear.function import linear_token_statistics
 from ..linear.heads import HeadInput
 from ..loss import AdaKDLoss
+from ..vocab_parallel import VocabParallel
 from .records import IGNORE_INDEX
 
 __all__ = ["CHOSEN", "Chosen", "Measure", "Measured", "StepSelection", "check_step_selection"]
@@ -37,7 +38,6 @@ def check_step_selection(trainer: Any) -> None:
     for refused, name, reason in (
         (trainer.is_deepspeed_enabled, "DeepSpeed", whole),
         (trainer.is_fsdp_enabled, "FSDP", whole),
-        (trainer.get_tp_size() > 1, "tensor parallelism", whole),
         (args.torch_compile, "torch_compile", "compiled without a graph, the student may draw other dropout masks"),
         (
             args.world_size > 1 and not args.average_tokens_across_devices,
@@ -87,6 +87,7 @@ class Measure:
         *_: Any,
         student_bias: Tensor | None = None,
         teacher_bias: Tensor | None = None,
+        vocab_parallel: VocabParallel | None = None,
         **__: Any,
     ) -> Measured:
         of = self.loss_fn
@@ -96,6 +97,7 @@ class Measure:
             targets,
             targets != IGNORE_INDEX,
             of.difficulty,
+            shards=vocab_parallel,
         )
         return Measured(difficulty.new_zeros(()), difficulty, valid, teacher_hidden)
 
@@ -151,7 +153,8 @@ class StepSelection:
         Raises:
             RuntimeError: the micro-batches of the step are not known.
         """
-        if self.trainer.args.gradient_accumulation_steps == self.trainer.accelerator.num_processes == 1:
+        processes = self.trainer.accelerator.num_processes // self.trainer.get_tp_size()
+        if self.trainer.args.gradient_accumulation_steps == processes == 1:
             return inputs, None  # nothing else to choose from: (3)-(6) of this micro-batch
         if self.batches:
             self._choose(model)
@@ -174,16 +177,19 @@ class StepSelection:
         for batch in batches:
             states.append(RandomState(model))
             measured.append(self.trainer.measure_micro_batch(model, batch))
-        choices = choose_over_step(measured, self.trainer.loss_fn, self.trainer.accelerator)
+        choices = choose_over_step(measured, self.trainer.loss_fn, self.trainer.accelerator, self.trainer.get_tp_size())
         for choice, found, state in zip(choices, measured, states, strict=True):
             self.chosen.append(Chosen(choice, found.teacher_hidden, state))
 
 
-def choose_over_step(measured: list[Measured], loss_fn: AdaKDLoss, accelerator: Any) -> list[TokenChoice]:
+def choose_over_step(
+    measured: list[Measured], loss_fn: AdaKDLoss, accelerator: Any, copies: int = 1
+) -> list[TokenChoice]:
     """(3)-(6) over the tokens of all micro-batches and ranks; the part of each micro-batch of this rank.
 
     The tokens stand in the order that they have in one big batch of the same records: micro-batch by micro-batch, in
     each of them rank by rank. Data parallelism takes the mean over the ranks, so n and k are divided by their number.
+    So many ranks one after the other as there are `copies` have the same tokens, which count once.
 
     A micro-batch with a difficulty of NaN takes no part, so that the others do without its NaN. Its own valid tokens
     have the temperature NaN.
@@ -196,7 +202,7 @@ def choose_over_step(measured: list[Measured], loss_fn: AdaKDLoss, accelerator: 
         values = found.difficulty.where(found.valid & ~nan, -torch.inf)
         packed[0, row, : values.numel()] = values.flatten()
     packed = accelerator.pad_across_processes(packed, dim=2, pad_index=-torch.inf)
-    everywhere = accelerator.gather(packed).transpose(0, 1)  # (micro-batches, ranks, tokens)
+    everywhere = accelerator.gather(packed)[::copies].transpose(0, 1)  # (micro-batches, ranks, tokens)
     valid = everywhere != -torch.inf
     whole = choose_tokens(
         everywhere.masked_fill(~valid, 0.0),
@@ -205,7 +211,7 @@ def choose_over_step(measured: list[Measured], loss_fn: AdaKDLoss, accelerator: 
         loss_fn.temperature_scale,
         loss_fn.base_temperature,
     )
-    ranks, rank = accelerator.num_processes, accelerator.process_index
+    ranks, rank = accelerator.num_processes // copies, accelerator.process_index // copies
     choices = []
     for row, (found, nan) in enumerate(zip(measured, lost, strict=True)):
         shape, n = found.difficulty.shape, found.difficulty.numel()

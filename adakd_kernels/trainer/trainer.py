@@ -571,9 +571,13 @@ class AdaKDTrainer(Trainer):
         skip_logits, chosen = inputs.pop("skip_logits", False), inputs.pop(CHOSEN, None)
         logits_are_read = return_outputs and not skip_logits
         inputs, targets, ids = self._taken_apart(inputs)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            # The number is global, and gradients, logged losses and the adaptive share are means over the ranks.
-            num_items_in_batch = num_items_in_batch / (self.accelerator.num_processes // self.get_tp_size())
+        if num_items_in_batch is not None:
+            if self.args.average_tokens_across_devices:
+                # The number is global, and gradients, logged losses and the adaptive share are means over the ranks.
+                num_items_in_batch = num_items_in_batch / (self.accelerator.num_processes // self.get_tp_size())
+            else:
+                # `Trainer` divides a number of one rank, too, by the ranks that have the same batch.
+                num_items_in_batch = num_items_in_batch * self.get_tp_size()
         loss_fn = self.loss_fn if model.training else self.eval_loss_fn
         if self._head_options is None or logits_are_read:
             out, outputs = self._from_logits(
