@@ -31,13 +31,14 @@ from .trainer_process import MOVING, PLAIN, config, uneven_records
 
 RUNS: dict[str, tuple[str, str, bool, dict[str, Any]]] = {
     "unequal": ("llama-65", "llama-67", True, {"logits_route": "hidden"}),
-    "whole-teacher": ("smollm2-63", "llama-67", False, {"logits_route": "hidden", "difficulty": "cross_entropy"}),
-    "biased-capped": ("phi-64", "gemma2-64", True, {"logits_route": "hidden", "divergence": "hellinger"}),
-    "scaled": (
-        "granite-66", "cohere-61", False,
-        {"logits_route": "hidden", "divergence": "total_variation", "average_tokens_across_devices": False},
+    "biased-capped": (
+        "phi-64", "gemma2-64", True, {"logits_route": "hidden", "divergence": "hellinger", "selection": "step"}
     ),
-    "whole-step": ("llama-65", "llama-67", True, {"logits_route": "hidden", "selection": "step"}),
+    "tied-scaled-whole": (
+        "cohere-66", "granite-61", False,
+        {"logits_route": "hidden", "divergence": "total_variation", "difficulty": "cross_entropy",
+         "average_tokens_across_devices": False, "focus_ratio": 0.6},
+    ),
     "logits": ("llama-65", "llama-67", True, {"logits_route": "logits"}),
 }  # fmt: skip
 """Student, teacher, whether the teacher is split too, and options. The numbers are the sizes of the vocabularies."""
@@ -207,7 +208,6 @@ def judgements_run(folder: Path, out: Path) -> dict[str, str]:
         "head kept whole": said(planned("replicate")),
         "teacher's head split, student's whole": said(planned("replicate"), teacher_parallel="tp"),
         "head that doubles": said(doubled),
-        "other student": said(load(folder, "llama-65", 1), tp_size=2),
         "split over 2 dimensions": of_head(head(8, plane)),
         "split along the inputs": of_head(head(8, init_device_mesh("cpu", (2,)), Shard(1))),
         "copied": of_head(head(8, init_device_mesh("cpu", (2,)), Replicate())),

@@ -290,7 +290,7 @@ def load_optimizer(model: Any, optimizer: Any, checkpoint: str | Path) -> bool:
             )
         return False
     state = get_optimizer_state_dict(model, _unwrapped(optimizer), options=BY_PARAMETER)
-    load(state, checkpoint_id=Path(checkpoint) / OPTIMIZER, no_dist=not dist.is_initialized())
+    load(state, checkpoint_id=Path(checkpoint) / OPTIMIZER)
     set_optimizer_state_dict(model, _unwrapped(optimizer), state, options=BY_PARAMETER)
     return True
 
