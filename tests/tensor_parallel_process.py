@@ -104,10 +104,11 @@ def run(folder: Path, out: Path, name: str, ranks: int) -> dict[str, Any]:
         callbacks=[gradients],
     )
     trainer.train()
-    evaluation = trainer.evaluate()
+    evaluation, predicted = trainer.evaluate(), trainer.predict(token_records(3, seed=9))
     return {
         "logs": [log for log in trainer.state.log_history if "loss" in log],
         "evaluation": {key: value for key, value in evaluation.items() if "_runtime" not in key and "_per_" not in key},
+        "predicted": {"logits": torch.tensor(predicted.predictions), "labels": torch.tensor(predicted.label_ids)},
         "gradients": gradients.steps,
         "weights": weights(trainer.model),
         "share": trainer.loss_fn.focus_ratio,

@@ -69,6 +69,7 @@ def test_two_ranks_train_and_evaluate_as_one_process(name: str, ranks: Path, tmp
         assert len(got["gradients"]) == len(expected["gradients"]) == 3
         assert all(map(close, got["gradients"], expected["gradients"]))
         assert close(got["weights"], expected["weights"])
+        assert close(got["predicted"], expected["predicted"])
         assert got["logs"] == [pytest.approx(log, rel=1e-6) for log in expected["logs"]]
         assert got["evaluation"] == pytest.approx(expected["evaluation"], rel=1e-6)
     one, other = found

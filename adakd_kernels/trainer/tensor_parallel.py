@@ -107,7 +107,8 @@ def check_gathers(role: str, model: Any) -> None:
         ValueError: its head does not gather them.
     """
     head = output_head(model)
-    if isinstance(getattr(head, "weight", None), DTensor) and hasattr(head, "out_features"):
+    mesh = _mesh(head) if isinstance(head, nn.Linear) else None
+    if mesh is not None and mesh.ndim == 1:
         logits = _tried(head)[0]
         if logits.shape[-1] != head.out_features:
             raise ValueError(
@@ -260,7 +261,8 @@ def _move_rows(head: nn.Linear, mesh: DeviceMesh, first: int, end: int) -> HeadR
 def load_weights(model: Any, checkpoint: str | Path) -> None:
     """Put the weights of a checkpoint into a split model; each rank reads its part."""
     # By `from_pretrained`, which knows checkpoints in several files, renamed weights and tied ones.
-    saved = type(model).from_pretrained(checkpoint, dtype=model.dtype, **split_over(tensor_parallel_size(model)))
+    how = {"dtype": model.dtype, "distributed_config": model.config.distributed_config}
+    saved = type(model).from_pretrained(checkpoint, **how)
     with torch.no_grad():
         for (name, parameter), value in zip(model.named_parameters(), saved.parameters(), strict=True):
             assert parameter.shape == value.shape, name

@@ -731,6 +731,8 @@ class AdaKDTrainer(Trainer):
     ) -> Any:
         """As `Trainer.evaluation_loop`; where there is a loss, the metrics have the means of `HeldOutSums`."""
         held_out = self._held_out = HeldOutSums(self.args.device)
+        if self.get_tp_size() == self.args.world_size > 1:
+            self.gather_function = _as_it_is  # every rank has all of it
         try:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -791,6 +793,10 @@ class AdaKDTrainer(Trainer):
 def _report(loaded: LoadedRecords) -> None:
     """Log how many records there are; what is cut or left out, so that it is seen."""
     logger.log(logging.WARNING if loaded.truncated or loaded.dropped else logging.INFO, "AdaKDTrainer: %s", loaded)
+
+
+def _as_it_is(values: Any) -> Any:
+    return values
 
 
 @contextmanager
