@@ -115,6 +115,24 @@ def run(folder: Path, out: Path, name: str, ranks: int) -> dict[str, Any]:
     }
 
 
+def skipped_run(folder: Path, out: Path, ranks: int = 2) -> dict[str, Any]:
+    """A run in which micro-batches are left out: the teacher is NaN behind the tokens 58 and 59."""
+    teacher, ids = load(folder, "llama-67", ranks), []
+    teacher.model.embed_tokens.register_forward_hook(lambda module, args, out: ids.append(args[0]))
+    teacher.model.norm.register_forward_hook(
+        lambda module, args, out: out.masked_fill((ids.pop() > 57).unsqueeze(-1), float("nan"))
+    )
+    trainer = AdaKDTrainer(
+        model=load(folder, "llama-65", ranks),
+        teacher=teacher,
+        args=config(out, on_nan="skip", max_steps=4, per_device_train_batch_size=2, **PLAIN),
+        train_dataset=uneven_records(),
+    )
+    trainer.train()
+    logs = [log["skipped_micro_batches"] for log in trainer.state.log_history if "loss" in log]
+    return {"skipped": logs, "weights": weights(trainer.model)}
+
+
 def resumed_trainer(folder: Path, out: Path, ranks: int) -> AdaKDTrainer:
     return AdaKDTrainer(
         model=load(folder, "llama-65", ranks),
@@ -217,7 +235,7 @@ def judgements_run(folder: Path, out: Path) -> dict[str, str]:
 
 SCENARIOS: dict[str, Callable[[Path, Path], Any]] = {
     **{name: partial(run, name=name, ranks=2) for name in RUNS},
-    "resumed": resumed_run, "wire": wire_run, "rows": rows_run, "judgements": judgements_run,
+    "skipped": skipped_run, "resumed": resumed_run, "wire": wire_run, "rows": rows_run, "judgements": judgements_run,
 }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from adakd_kernels.trainer.tensor_parallel import check_ranks, split_as, split_o
 
 pytest.importorskip("transformers.distributed.tensor_parallel", reason="this transformers splits models otherwise")
 
-from .tensor_parallel_process import RUNS, SCENARIOS, resumed_trainer, run, weights
+from .tensor_parallel_process import RUNS, SCENARIOS, resumed_trainer, run, skipped_run, weights
 from .tiny_models import save_pair, tiny_model, write_jsonl
 from .trainer_process import ROOT, config, of_both_ranks, once_for_all_workers
 
@@ -91,6 +91,13 @@ def test_a_run_goes_on_from_its_checkpoint_split_and_whole(ranks: Path, tmp_path
     whole.args.load_best_model_at_end = False
     whole.train(str(checkpoint))
     assert close(weights(whole.model), found[0]["last"])
+
+
+def test_micro_batches_that_are_nan_are_left_out_and_counted_once(ranks: Path, tmp_path: Path) -> None:
+    expected = skipped_run(ranks, tmp_path, ranks=1)
+    assert 0 < expected["skipped"][-1] < 4
+    for got in of_both_ranks(ranks, "skipped"):
+        assert got["skipped"] == expected["skipped"] and close(got["weights"], expected["weights"])
 
 
 def test_no_logits_are_sent(ranks: Path) -> None:

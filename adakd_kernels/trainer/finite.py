@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from ..vocab_parallel import is_dtensor
 from .checkpoints import last_checkpoint
 from .collator import record_ids
 from .records import IGNORE_INDEX
@@ -143,4 +144,7 @@ class BeforeStepCallback(TrainerCallback):
 
 def loss_without_gradient(model: nn.Module) -> Tensor:
     """A loss of 0 whose backward gives every parameter a gradient of 0, as data parallelism waits for all of them."""
-    return sum(p.flatten()[:0].sum() for p in model.parameters() if p.requires_grad)  # type: ignore[return-value]
+    own: list[Any] = [p for p in model.parameters() if p.requires_grad]
+    own = [p.to_local() if is_dtensor(p) else p for p in own]  # of tensor parallelism
+    loss: Any = sum(p.flatten()[:0].sum() for p in own)
+    return loss  # type: ignore[no-any-return]
