@@ -15,6 +15,7 @@ from adakd_kernels.divergences import Divergence, JensenShannon
 
 # From the registry, so that every tier tests a new divergence without a change here.
 ONE_OF_EACH: list[Divergence] = [cls() for cls in REGISTRY.values()]
+TWO_SWEEPS = [divergence for divergence in ONE_OF_EACH if divergence.sweeps == 2]
 DIVERGENCES: list[Divergence] = [*ONE_OF_EACH, JensenShannon(beta=0.1)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 VOCABULARIES = [7, 1003, 4097, 50257]
