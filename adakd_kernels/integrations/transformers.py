@@ -9,7 +9,8 @@
     )
     trainer.train(resume_from_checkpoint=last_checkpoint("out"))
 
-One process or `torchrun` / `accelerate launch` with one device a process (DistributedDataParallel).
+One process or `torchrun` / `accelerate launch` with one device a process: data parallelism
+(DistributedDataParallel) or tensor parallelism.
 """
 
 from __future__ import annotations

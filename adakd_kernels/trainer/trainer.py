@@ -100,10 +100,10 @@ class AdaKDTrainer(Trainer):
 
     Args:
         model: the student, a causal language model, or the folder or name that `from_pretrained` loads one from, in
-            fp32. An adapter that lies there is trained further.
+            fp32, split over `args.tp_size` processes. An adapter that lies there is trained further.
         teacher: a causal language model with the same tokenizer, or the folder or name that `from_pretrained` loads one
-            from, in the type it was saved in. None, or the very model that the student's adapter is on: that model
-            teaches with the adapter off, and no second copy of its weights is made.
+            from, in the type it was saved in, split as `args.teacher_parallel` says. None, or the very model that the
+            student's adapter is on: that model teaches with the adapter off, and no second copy of its weights is made.
         args: the options.
         peft_config: a configuration of peft; the student gets a new adapter, and nothing else is trained.
         data_collator: `AdaKDDataCollator` by default. Batches need `labels` aligned with `input_ids`; `logits_to_keep`
@@ -126,8 +126,9 @@ class AdaKDTrainer(Trainer):
         OSError: a model given by name that is not found.
         DataError: data that cannot be read or trained on; of a stream, when it is read.
         ValueError: a model that is bidirectional, an encoder–decoder or without an output layer, special tokens beyond
-            a vocabulary, shared parameters, several GPUs in one process, sequences split over processes, a second
-            adapter, a base that is to teach but would not stay as it is or is split over processes,
+            a vocabulary, shared parameters, several GPUs in one process, sequences split over processes, models that
+            tensor parallelism splits in different ways or not as `args` says, a second adapter, a base that is to teach
+            but would not stay as it is or is split over processes,
             `logits_route="hidden"` where it cannot be taken, or `selection="step"` with what it does not go with.
         NonFiniteLossError: in `train`, a loss or a gradient that is NaN or infinite, before its step; see `on_nan`.
     """
