@@ -6,8 +6,18 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..divergences import with_parameters
+from ..divergences import DIVERGENCES, with_parameters
 from ..reference import Normalizers
+
+
+def check_two_sweeps(divergence: str) -> None:
+    """Every backend of the operator refuses the divergences of one sweep, in these words.
+
+    Raises:
+        RuntimeError: the divergence takes one sweep.
+    """
+    if DIVERGENCES[divergence].sweeps != 2:
+        raise RuntimeError(f"adakd::token_terms takes divergences of two sweeps, and {divergence!r} takes one")
 
 
 @torch.library.custom_op("adakd::token_terms", mutates_args=())
@@ -40,6 +50,7 @@ def token_terms(
         (Σ f, Σ (g + c·q)), (B, L) in the accumulation type; f and g as in docs/maths.md, section 3. An entry
         that is not finite adds (c − 1)·q to the second where g leaves out a term q (`skew_reverse_kl`), else c·q.
     """
+    check_two_sweeps(divergence)
     dtype = reference.accumulation_dtype(student, teacher)
     sums = reference.token_terms(
         student[mask],
