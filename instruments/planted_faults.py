@@ -177,6 +177,16 @@ FAULTS = [
         "if (peak >= 0) narrow_block(&at_peak, 1,", "if (peak > 0) narrow_block(&at_peak, 1,",
         "tests/test_confident_rows.py",
     ),
+    Fault(
+        "the entry that a part leaves out is added in C++", "avx512", "python_bindings/core/token_terms.h",
+        "range(0, rows.vocab, call.peak[n])", "range(0, rows.vocab)",
+        "tests/test_token_terms.py",
+    ),
+    Fault(
+        "c·q is lost where an entry is at -inf", "avx512", "python_bindings/core/two_sweeps.h",
+        "constant<V>((kWithC ? c : 0.0) - ", "constant<V>(0.0 - ",
+        "tests/test_token_terms.py tests/test_contract.py",
+    ),
     # The Triton kernels, in the interpreter.
     Fault(
         "a missing mask", "interpret", "adakd_kernels/kernels/rows.py",
