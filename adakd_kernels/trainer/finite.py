@@ -101,13 +101,15 @@ class FiniteCheck:
         trainer, args = self.trainer, self.trainer.args
         micro_batches, self._step = self._step, []
         norm, self.grad_norm = self.grad_norm, None
-        if norm is None or trainer.accelerator.scaler is not None or trainer.accelerator.optimizer_step_was_skipped:
+        accelerator, deepspeed = trainer.accelerator, trainer.is_deepspeed_enabled
+        if norm is None or accelerator.scaler is not None or (deepspeed and accelerator.mixed_precision == "fp16"):
             norm = 0.0  # a gradient scaler leaves such steps out by itself
         numbers = (norm, *(m.loss for m in micro_batches))
         bad = torch.stack([~torch.as_tensor(number, device=args.device).isfinite() for number in numbers])
-        if not trainer.accelerator.reduce(bad.any().int()).item():
+        if not accelerator.reduce(bad.any().int()).item():
             return
-        taken = trainer.is_deepspeed_enabled and not micro_batches
+        # DeepSpeed leaves most such steps out by itself, but not with every optimizer.
+        taken = deepspeed and not micro_batches and not accelerator.optimizer_step_was_skipped
         if not (self._raises or taken):
             trainer.model.zero_grad()
             if trainer.is_world_process_zero():

@@ -152,20 +152,24 @@ def adopt_fully_sharded(accelerator: Any, plugin: FullyShardedDataParallelPlugin
     accelerator.state.fsdp_plugin = plugin
 
 
-def load_teacher(name: str | Path, kind: str) -> Any:
-    """The teacher in a folder or under a name, in the type it was saved in. Each process reads its part where it can.
+def load_teacher(name: str | Path, teacher_parallel: str = "none", dtype: Any = "auto", **options: Any) -> Any:
+    """The teacher in a folder or under a name, by default in the type it was saved in.
+
+    Where it is to be split, each process reads its part alone, if transformers knows how.
 
     Args:
         name: what `from_pretrained` takes.
-        kind: `teacher_parallel`.
+        teacher_parallel: the option of `AdaKDConfig`.
+        dtype: the type of its weights.
+        **options: further ones of `from_pretrained`.
 
     Raises:
         OSError: it is not found.
     """
-    load = partial(AutoModelForCausalLM.from_pretrained, name, dtype="auto")
-    if kind == "zero3":
+    load = partial(AutoModelForCausalLM.from_pretrained, name, dtype=dtype, **options)
+    if teacher_parallel == "zero3":
         return load()  # where the student has ZeRO-3 too, transformers splits what it loads
-    if kind == "fsdp" and _processes() > 1:
+    if teacher_parallel == "fsdp" and _processes() > 1:
         try:
             return load(distributed_config=DistributedConfig(fsdp_size=_processes()))
         except ValueError as error:
