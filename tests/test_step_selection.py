@@ -292,14 +292,15 @@ def test_a_micro_batch_of_nan_is_left_out_of_the_choice() -> None:
     ("name", "change"),
     [
         ("DeepSpeed", {"is_deepspeed_enabled": True}),
-        ("FSDP", {"is_fsdp_enabled": True}),
+        ("FSDP 1", {"is_fsdp_enabled": True}),
         ("torch_compile", {"torch_compile": True}),
         ("average_tokens_across_devices=False", {"world_size": 2, "average_tokens_across_devices": False}),
     ],
 )
 def test_what_it_does_not_go_with(name: str, change: dict[str, Any]) -> None:
     args = {"torch_compile": False, "world_size": 1, "average_tokens_across_devices": False}
-    parts = {"is_deepspeed_enabled": False, "is_fsdp_enabled": False}
+    parts: dict[str, Any] = {"is_deepspeed_enabled": False, "is_fsdp_enabled": False}
+    parts["accelerator"] = SimpleNamespace(is_fsdp2=False)
     check_step_selection(SimpleNamespace(args=SimpleNamespace(**args), **parts))
     args, parts = ({key: change.get(key, value) for key, value in of.items()} for of in (args, parts))
     with pytest.raises(ValueError, match=f"selection='step' does not go with {name}: .*selection='micro_batch'"):

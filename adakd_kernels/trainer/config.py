@@ -20,7 +20,7 @@ __all__ = ["DATA_OPTIONS", "AdaKDConfig", "AdaKDOptions", "TrainerOptions"]
 ROUTES = ("auto", "logits", "hidden")
 ON_NAN = ("raise", "skip")
 SELECTIONS = ("micro_batch", "step")
-TEACHER_PARALLEL = ("none", "tp")
+TEACHER_PARALLEL = ("none", "fsdp", "zero3", "tp")
 DATA_OPTIONS = ("max_length", "long_records", "packing", "padding_free", "dataset_num_proc")
 """Options of `AdaKDConfig` that say how data become records and batches."""
 LEAST = {
@@ -161,15 +161,19 @@ class TrainerOptions(AdaKDOptions):
             "of its class; 1 or all of them."
         },
     )
-    teacher_parallel: str = field(
-        default="none",
-        metadata={"help": "How a teacher given by name is split over processes: 'none', or 'tp', as the student is."},
-    )
     on_nan: str = field(
         default="raise",
         metadata={
             "help": "What a loss that is NaN or infinite does: 'raise' stops the run before the step; 'skip' leaves "
             "the gradient of its micro-batch out and counts it, and waits for the device on every micro-batch."
+        },
+    )
+
+    teacher_parallel: str = field(
+        default="none",
+        metadata={
+            "help": "How the teacher is split over the processes: 'fsdp' (FSDP2), 'zero3' (DeepSpeed) or 'tp' (tensor "
+            "parallelism); with 'none' it stays as it comes."
         },
     )
 

@@ -107,7 +107,7 @@ def check_gathers(role: str, model: Any) -> None:
         ValueError: its head does not gather them.
     """
     head = output_head(model)
-    mesh = _mesh(head) if isinstance(head, nn.Linear) else None
+    mesh = _mesh(head) if tensor_parallel_size(model) > 1 and isinstance(head, nn.Linear) else None
     if mesh is not None and mesh.ndim == 1:
         logits = _tried(head)[0]
         if logits.shape[-1] != head.out_features:
@@ -172,7 +172,7 @@ class HeadRows(NamedTuple):
     bias: Tensor | None  # (rows,)
 
 
-def local_rows(head: nn.Linear) -> HeadRows:
+def local_rows(head: Any) -> HeadRows:
     """The rows that this rank has; their gradients reach the head's parameters."""
     weight, bias = (x.to_local() if isinstance(x, DTensor) else x for x in (head.weight, head.bias))
     return HeadRows(weight, bias)
@@ -226,7 +226,7 @@ class HeadParts(NamedTuple):
         """This rank's rows of the student's head."""
         return local_rows(head)
 
-    def teacher(self, head: nn.Linear) -> HeadRows:
+    def teacher(self, head: Any) -> HeadRows:
         """The rows of the teacher's head that go with them; of a whole head, a view."""
         if self.moved is not None:
             return self.moved

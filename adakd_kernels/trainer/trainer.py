@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
+from transformers import AutoTokenizer, Trainer, set_seed
 
 from ..adaptive import LossAdaptiveFocus
 from ..loss import AdaKDLoss
@@ -26,14 +27,18 @@ from .focus_callback import FocusCallback
 from .heads import (
     HeadOptions,
     NoPlainHeadError,
+    carry,
     head_traits,
     hidden_states,
     instead_of_head,
+    is_fully_sharded,
     output_head,
     own_positions,
     plain_head,
     takes_positions,
     takes_positions_per_record,
+    through_output,
+    untried_head,
     with_virtual_tokens,
 )
 from .histogram import TokenHistogram
@@ -49,6 +54,21 @@ from .models import (
 )
 from .packing import check_borders, pack_records
 from .records import IGNORE_INDEX, check_same_tokenizer
+from .sharded import (
+    FSDP_NEEDS_AN_ACCELERATOR,
+    adopt_fully_sharded,
+    asks_for_fsdp,
+    can_run,
+    check_teacher_parallel,
+    fsdp_plugin,
+    is_dtensor,
+    is_placed,
+    is_split,
+    load_teacher,
+    reshard,
+    shard_teacher,
+    whole_head,
+)
 from .step_selection import CHOSEN, Chosen, Measure, Measured, StepSelection, check_step_selection
 from .tensor_parallel import (
     HeadParts,
@@ -154,6 +174,7 @@ class AdaKDTrainer(Trainer):
         if data_collator is not None and args.padding_free:
             raise ValueError("padding_free is an option of the default data_collator, but another one is given")
         self._streams: list[LoadedRecords] = []
+        self._said: set[str] = set()
         train_dataset = self._loaded(args, train_dataset, processing_class, "train_dataset")
         eval_dataset = self._loaded(args, eval_dataset, processing_class, "eval_dataset")
         if isinstance(model, (str, Path)):
@@ -163,7 +184,7 @@ class AdaKDTrainer(Trainer):
             _check_tokenizer_of(teacher, processing_class)
             with _named("teacher", teacher):
                 split = split_as(model, args.teacher_parallel)
-                teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype="auto", **split)
+                teacher = load_teacher(teacher, args.teacher_parallel, **split)
         self._peft_config = peft_config
         student: Any = model
         if model is not None:
@@ -198,11 +219,13 @@ class AdaKDTrainer(Trainer):
             check_step_selection(self)
         # The loss is divided by num_items_in_batch here, so Trainer must count the items and not divide again.
         self.model_accepts_loss_kwargs = True
+        if asks_for_fsdp(args) and not self.is_fsdp_enabled and args.device.type == "cpu":
+            self._say(logging.WARNING, FSDP_NEEDS_AN_ACCELERATOR)
         self.teacher: Any = teacher
+        self._teacher_engine: Any = None
         self._traits: Any = None
         self._head_options: tuple[HeadOptions, HeadOptions] | None = None
         self._head_parts = HeadParts()
-        self._said: set[str] = set()
         self._checked_inputs: tuple[Any, ...] = ()
         self._follow_models()
         starts_at_zero = getattr(peft_config, "init_lora_weights", None) is True
@@ -233,6 +256,37 @@ class AdaKDTrainer(Trainer):
             pad_token_id=0 if pad is None else pad, per_record=per_record, padding_free=args.padding_free
         )
 
+    def _build_accelerator_args(self, **kwargs: Any) -> Any:
+        """As `Trainer` has it; accelerate's FSDP2 trains a student that `fully_shard` has wrapped."""
+        if self._comes_fully_sharded and self.args.device.type != "cpu":
+            kwargs["fsdp_plugin"] = kwargs.get("fsdp_plugin") or fsdp_plugin(self.args)
+        options = super()._build_accelerator_args(**kwargs)
+        if self.args.device.type == "cpu":
+            self._cpu_parallelism: Any = options.pop("parallelism_config", None)
+        return options
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As `Trainer` has it; FSDP2 and tensor parallelism run on a CPU too.
+
+        accelerate's check of a parallelism has a list of device types, in which a CPU is missing. What accelerate does
+        with tensor parallelism later, namely to give its ranks the same records, is the same on every device.
+        """
+        self._cpu_parallelism = None
+        super().create_accelerator_and_postprocess()
+        if self._cpu_parallelism is not None:
+            state: Any = self.accelerator.state
+            state.parallelism_config = self._cpu_parallelism
+            state.device_mesh = self._cpu_parallelism.get_device_mesh("cpu")
+        if self._comes_fully_sharded and not self.is_fsdp_enabled:
+            adopt_fully_sharded(self.accelerator, fsdp_plugin(self.args))
+            self.is_fsdp_enabled = True
+
+    @property
+    def _comes_fully_sharded(self) -> bool:
+        """Whether the user has called `fully_shard` on the student. Transformers trains what it has split itself."""
+        loaded_so = getattr(self.model, "is_distributed_loading_by_transformers", False)
+        return is_fully_sharded(self.model) and not loaded_so
+
     def _follow_models(self) -> bool:
         """Judge models and heads where they, or hooks on them, are others than at the last time; whether they were.
 
@@ -248,25 +302,26 @@ class AdaKDTrainer(Trainer):
                 "model and teacher share parameters, which would be frozen with the teacher: copy the model"
             )
         check_ranks(self.model, self.teacher, self.args)
-        self.teacher = self._frozen(self.teacher)
-        # The ranks of a tensor-parallel model come here together, so that they can try it out.
-        whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        if isinstance(self.teacher, OwnBase) and not (whole and self.get_tp_size() == 1):
+        split = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1 or is_split(self.model)
+        if isinstance(self.teacher, OwnBase) and split:
             raise ValueError(
                 "the student's own base cannot teach where the student is split over processes (FSDP, DeepSpeed or "
                 "tensor parallelism): give a teacher of its own, such as the folder of the base"
             )
-        for role, model in (("student", self.model), ("teacher", self.teacher)):
-            check_gathers(role, model)
-            check_causal(role, model, try_out=whole)
+        self.teacher = self._frozen(self.teacher)
+        traits = [head_traits(model) for model in (self.model, self.teacher)]
         # TRL's strategy "wrapped" lets texts see each other on purpose.
         separate = getattr(self.args, "packing_strategy", None) != "wrapped"
-        if whole and separate and (self.args.packing or self.args.padding_free):
-            check_borders("student", self.model)
-            check_borders("teacher", self.teacher)
+        for role, model in (("student", self.model), ("teacher", self.teacher)):
+            check_gathers(role, model)
+            check_causal(role, model, try_out=self._can_try_out(model))
+            if separate and (self.args.packing or self.args.padding_free) and self._can_try_out(model):
+                check_borders(role, model)
         for text in check_special_tokens(self.model, self.teacher, self.processing_class):
             self._say(logging.WARNING, text)
         self._head_options = self._choose_route()
+        for model in (self.model, self.teacher):
+            reshard(model)  # after the tries; an optimizer takes the parts
         self._traits, self._checked_inputs = traits, ()
         return True
 
@@ -288,12 +343,34 @@ class AdaKDTrainer(Trainer):
         """As `Trainer` has it, with the adapter of `peft_config`."""
         return with_adapter(super().call_model_init(trial), self._peft_config)
 
-    def _frozen(self, teacher: nn.Module) -> nn.Module:
-        """The teacher in evaluation mode, without gradients, on the training device unless it is placed already."""
+    def _frozen(self, teacher: Any) -> Any:
+        """The teacher in evaluation mode, without gradients, split as the options say.
+
+        A whole one is on the training device, unless it is placed already.
+        """
         teacher = teacher.requires_grad_(False).eval()
-        placed = getattr(teacher, "hf_device_map", None) is not None or getattr(teacher, "is_quantized", False)
-        placed = placed or tensor_parallel_size(teacher) > 1
+        kind = self.args.teacher_parallel
+        if kind != "tp":
+            check_teacher_parallel(kind, teacher, self.get_tp_size() > 1)
+        if kind in ("fsdp", "zero3"):
+            self._teacher_engine = shard_teacher(kind, teacher, self.model, self.accelerator) or self._teacher_engine
+            return teacher
+        placed = is_placed(teacher) or tensor_parallel_size(teacher) > 1
         return teacher if placed else teacher.to(self.args.device)
+
+    def _can_try_out(self, model: nn.Module) -> bool:
+        """Whether a few tokens can go through a model now, on all processes that share it."""
+        if self._split_by_deepspeed or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
+            return False
+        possible = can_run(model)
+        if self.is_fsdp_enabled:  # where it loads the weights on one process, the others have none yet
+            possible = all(gather_object([possible]))
+        return possible
+
+    @property
+    def _split_by_deepspeed(self) -> bool:
+        """Whether the ranks of tensor parallelism are those of DeepSpeed, and not those of `from_pretrained`."""
+        return bool(self.get_tp_size() > tensor_parallel_size(self.model))
 
     def _choose_route(self) -> tuple[HeadOptions, HeadOptions] | None:
         """What follows the heads of student and teacher on the hidden route, or None for the logits route.
@@ -329,39 +406,24 @@ class AdaKDTrainer(Trainer):
         """
         if self.args.torch_compile:
             raise NoPlainHeadError("torch_compile is on, and this route waits for the device")
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise NoPlainHeadError("the head is split over processes (FSDP or DeepSpeed)")
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise NoPlainHeadError(
+                "FSDP 1 keeps the parameters of a unit in one flat tensor; set version 2 in fsdp_config"
+            )
+        if self._split_by_deepspeed:
+            raise NoPlainHeadError("the head is split over processes by DeepSpeed's tensor parallelism")
         found = []
         for role, model in (("student", self.model), ("teacher", self.teacher)):
+            split = tensor_parallel_size(model) > 1
             try:
-                split = tensor_parallel_size(model) > 1
-                found.append(plain_head(model, split))
+                found.append(plain_head(model, split) if self._can_try_out(model) else untried_head(model))
                 if split:
                     check_split_head(model)
             except NoPlainHeadError as error:
                 raise NoPlainHeadError(f"{role}: {error}") from error
-        self._head_parts = HeadParts.of(output_head(self.model), output_head(self.teacher), self.args.difficulty)
+        if tensor_parallel_size(self.model) > 1:
+            self._head_parts = HeadParts.of(output_head(self.model), output_head(self.teacher), self.args.difficulty)
         return found[0], found[1]
-
-    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        """As `Trainer` has it; `create_accelerator_and_postprocess` sets the parallelism of a CPU."""
-        options: dict[str, Any] = super()._build_accelerator_args(**kwargs)
-        if self.args.device.type == "cpu":
-            self._cpu_parallelism: Any = options.pop("parallelism_config", None)
-        return options
-
-    def create_accelerator_and_postprocess(self) -> None:
-        """As `Trainer` has it; tensor parallelism runs on a CPU too.
-
-        accelerate's check of a parallelism has a list of device types, in which a CPU is missing. What accelerate does
-        with tensor parallelism later, namely to give its ranks the same records, is the same on every device.
-        """
-        self._cpu_parallelism = None
-        super().create_accelerator_and_postprocess()
-        if self._cpu_parallelism is not None:
-            state: Any = self.accelerator.state
-            state.parallelism_config = self._cpu_parallelism
-            state.device_mesh = self._cpu_parallelism.get_device_mesh("cpu")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """As `Trainer` has it; of a model that is split, each rank saves its part."""
@@ -456,6 +518,11 @@ class AdaKDTrainer(Trainer):
         ours = isinstance(getattr(self.data_collator, "collate", self.data_collator), AdaKDDataCollator)
         columns: Any = self._signature_columns
         columns += sorted(ALWAYS_KEPT.union([ID] if ours else []).difference(columns))
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """As `Trainer.create_optimizer`, of the parts that this process holds, also after an evaluation."""
+        reshard(self.model)
+        return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As `Trainer.create_scheduler`; the number of steps of the run also sets up the adaptive share."""
@@ -602,7 +669,7 @@ class AdaKDTrainer(Trainer):
             keep = inputs.get("logits_to_keep")
             micro_batch = MicroBatch(loss.detach(), out.difficulty, out.token_loss.detach(), targets, keep, ids)
             if not self._finite.takes(micro_batch):
-                loss = loss_without_gradient(model)
+                loss = loss_without_gradient(outputs.logits if is_split(self.model) else model)
                 return (loss, outputs) if return_outputs else loss
         if model.training:
             self._difficulty.add(out.difficulty, targets != IGNORE_INDEX)
@@ -616,7 +683,8 @@ class AdaKDTrainer(Trainer):
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer` has it; the norm is kept for the check of the step."""
-        self._finite.grad_norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[no-untyped-call]
+        norm: Any = super()._get_grad_norm(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._finite.grad_norm = norm.full_tensor() if is_dtensor(norm) else norm
         return self._finite.grad_norm
 
     def _check_inputs(self, inputs: dict[str, Any]) -> None:
@@ -678,8 +746,7 @@ class AdaKDTrainer(Trainer):
         Inside the forward, because what wraps a model (data parallelism, autocast) acts there, and the model itself
         chooses the positions that its head gets.
         """
-        student_head, teacher_head = output_head(self.model), output_head(self.teacher)
-        parts = self._head_parts
+        student_head, parts = output_head(self.model), self._head_parts
         if chosen is not None and chosen.teacher_hidden is not None:
             teacher_hidden = chosen.teacher_hidden
         else:
@@ -689,11 +756,16 @@ class AdaKDTrainer(Trainer):
         results: list[Any] = []
 
         def loss_of_hidden(hidden: Tensor) -> Tensor:
-            student, teacher = parts.student(student_head), parts.teacher(teacher_head)
+            # Here the student's head is whole in this process, or the part that tensor parallelism gives it: what puts
+            # it together acts on calls of modules.
+            of_teacher, own = teacher_hidden.to(hidden.device), own_positions(hidden, targets.shape[1])
+            split = tensor_parallel_size(self.teacher) > 1
+            student = parts.student(student_head)
+            teacher = parts.teacher(output_head(self.teacher) if split else whole_head(self.teacher, of_teacher))
             out = loss_fn.from_hidden(
-                own_positions(hidden, targets.shape[1]),
+                own,
                 student.weight,
-                teacher_hidden.to(hidden.device),
+                of_teacher,
                 teacher.weight,
                 targets,
                 num_items,
@@ -705,22 +777,18 @@ class AdaKDTrainer(Trainer):
             results.append(out)
             if self._held_out is not None and self._head_options is not None:
                 self._held_out.add_hidden(
-                    own_positions(hidden, targets.shape[1]),
-                    student,
-                    teacher_hidden.to(hidden.device),
-                    teacher,
-                    self._head_options,
-                    targets,
-                    parts.vocab_parallel,
+                    own, student, of_teacher, teacher, self._head_options, targets, parts.vocab_parallel
                 )
-            # In place of logits, a graph that reaches every parameter: data parallelism looks there for parameters
-            # without a gradient.
-            return out.loss.to(hidden.dtype).expand(*hidden.shape[:-1], 1)
+            # A loss that is left out leaves no trace of NaN in the gradients, as zero times NaN would.
+            if self.args.on_nan == "skip" and is_split(self.model) and not out.loss.isfinite():
+                reached = (hidden, student_head.weight, student_head.bias)
+                return carry(sum(part.sum() for part in reached if part is not None), hidden)  # type: ignore[arg-type]
+            return carry(out.loss, hidden)
 
         with instead_of_head(student_head, loss_of_hidden):
             outputs = model(**with_virtual_tokens(self.model, inputs), return_dict=True)
         (out,) = results
-        return out, outputs
+        return out._replace(loss=through_output(out.loss, outputs.logits)), outputs
 
     def evaluation_loop(
         self,
@@ -734,6 +802,9 @@ class AdaKDTrainer(Trainer):
         held_out = self._held_out = HeldOutSums(self.args.device)
         if self.get_tp_size() == self.args.world_size > 1:
             self.gather_function = _as_it_is  # every rank has all of it
+        if self._comes_fully_sharded and not self.accelerator._models:
+            # Accelerate has nothing to do to this student, but would ask for an optimizer.
+            self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
         try:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
