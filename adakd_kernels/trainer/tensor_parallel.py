@@ -77,13 +77,20 @@ def split_as(student: Any, teacher_parallel: str) -> dict[str, Any]:
 
 
 def check_ranks(student: Any, teacher: Any, args: Any) -> None:
-    """Refuse models that are split in another way than the options say, or than each other.
+    """Refuse models that are split in another way than the options say, or than each other, or in two ways.
 
     Raises:
         ValueError: one of these.
     """
     own, others = tensor_parallel_size(student), tensor_parallel_size(teacher)
     cure = "give its folder or name, or load it with distributed_config=DistributedConfig(tp_size=...)"
+    for role, model in (("student", student), ("teacher", teacher)):
+        parallel = getattr(getattr(base_model(model), "config", None), "distributed_config", None)
+        if tensor_parallel_size(model) > 1 and getattr(parallel, "dp_size", 1) > 1:
+            raise ValueError(
+                f"{role} is split by tensor parallelism and by FSDP (fsdp_size or dp_replicate_size), which do not go "
+                "together here: load it with a tp_size of all processes, or with FSDP alone"
+            )
     if args.tp_size > 1 and own != args.tp_size:
         raise ValueError(f"tp_size is {args.tp_size}, but the model that is given is split over {own}: {cure}")
     if split_as(student, args.teacher_parallel) and others == 1:
@@ -107,7 +114,7 @@ def check_gathers(role: str, model: Any) -> None:
         ValueError: its head does not gather them.
     """
     head = output_head(model)
-    mesh = _mesh(head) if isinstance(head, nn.Linear) else None
+    mesh = _mesh(head) if tensor_parallel_size(model) > 1 and isinstance(head, nn.Linear) else None
     if mesh is not None and mesh.ndim == 1:
         logits = _tried(head)[0]
         if logits.shape[-1] != head.out_features:
@@ -172,7 +179,7 @@ class HeadRows(NamedTuple):
     bias: Tensor | None  # (rows,)
 
 
-def local_rows(head: nn.Linear) -> HeadRows:
+def local_rows(head: Any) -> HeadRows:
     """The rows that this rank has; their gradients reach the head's parameters."""
     weight, bias = (x.to_local() if isinstance(x, DTensor) else x for x in (head.weight, head.bias))
     return HeadRows(weight, bias)
@@ -226,7 +233,7 @@ class HeadParts(NamedTuple):
         """This rank's rows of the student's head."""
         return local_rows(head)
 
-    def teacher(self, head: nn.Linear) -> HeadRows:
+    def teacher(self, head: Any) -> HeadRows:
         """The rows of the teacher's head that go with them; of a whole head, a view."""
         if self.moved is not None:
             return self.moved
