@@ -149,6 +149,10 @@ def test_models_that_are_split_in_different_ways_are_refused(tmp_path: Path) -> 
         check_ranks(whole, whole, same)
     with pytest.raises(ValueError, match="tp_size is 2, but the model that is given is split over 1: give its folder"):
         check_ranks(whole, whole, SimpleNamespace(tp_size=2, teacher_parallel="none"))
+    twice = SimpleNamespace(_tp_size=2, config=SimpleNamespace(distributed_config=SimpleNamespace(dp_size=2)))
+    for pair in ((twice, whole), (two, twice)):
+        with pytest.raises(ValueError, match=r"is split by tensor parallelism and by FSDP .*: load it with a tp_size"):
+            check_ranks(*pair, none)
     with pytest.raises(ValueError, match="tp_size must be 1 or the number of processes, which is 1, got 2: start one"):
         config(tmp_path, tp_size=2)
 

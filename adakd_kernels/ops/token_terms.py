@@ -21,16 +21,6 @@ def check_two_sweeps(divergence: str) -> None:
         raise RuntimeError(f"adakd::token_terms takes divergences of two sweeps, and {divergence!r} takes one")
 
 
-def check_two_sweeps(divergence: str) -> None:
-    """Every backend of the operator refuses the divergences of one sweep, in these words.
-
-    Raises:
-        RuntimeError: the divergence takes one sweep.
-    """
-    if DIVERGENCES[divergence].sweeps != 2:
-        raise RuntimeError(f"adakd::token_terms takes divergences of two sweeps, and {divergence!r} takes one")
-
-
 @torch.library.custom_op("adakd::token_terms", mutates_args=())
 def token_terms(
     student: Tensor,

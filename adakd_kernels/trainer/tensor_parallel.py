@@ -77,13 +77,20 @@ def split_as(student: Any, teacher_parallel: str) -> dict[str, Any]:
 
 
 def check_ranks(student: Any, teacher: Any, args: Any) -> None:
-    """Refuse models that are split in another way than the options say, or than each other.
+    """Refuse models that are split in another way than the options say, or than each other, or in two ways.
 
     Raises:
         ValueError: one of these.
     """
     own, others = tensor_parallel_size(student), tensor_parallel_size(teacher)
     cure = "give its folder or name, or load it with distributed_config=DistributedConfig(tp_size=...)"
+    for role, model in (("student", student), ("teacher", teacher)):
+        parallel = getattr(getattr(base_model(model), "config", None), "distributed_config", None)
+        if tensor_parallel_size(model) > 1 and getattr(parallel, "dp_size", 1) > 1:
+            raise ValueError(
+                f"{role} is split by tensor parallelism and by FSDP (fsdp_size or dp_replicate_size), which do not go "
+                "together here: load it with a tp_size of all processes, or with FSDP alone"
+            )
     if args.tp_size > 1 and own != args.tp_size:
         raise ValueError(f"tp_size is {args.tp_size}, but the model that is given is split over {own}: {cure}")
     if split_as(student, args.teacher_parallel) and others == 1:
