@@ -106,7 +106,7 @@ def options_of(folder: Path, accumulation: int = 2, **options: Any) -> dict[str,
 def split_trainer(folder: Path, split: Split, accumulation: int = 2, **options: Any) -> AdaKDTrainer:
     by_accelerate = split.student == "accelerate"
     if by_accelerate:
-        options |= {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+        options["fsdp"] = True
     named = {"logits_route": split.route, "teacher_parallel": split.option, "selection": split.selection}
     student, teacher = pair(split.tied)
     return (SplitByAccelerate if by_accelerate else AdaKDTrainer)(
@@ -162,6 +162,16 @@ def loaded_run(folder: Path) -> dict[str, Any]:
     split = DistributedConfig(fsdp_size=2)
     student = AutoModelForCausalLM.from_pretrained(saved[0], distributed_config=split, dtype="auto")
     return results(AdaKDTrainer(model=student, teacher=saved[1], **options))
+
+
+def ram_efficient_run(folder: Path) -> dict[str, Any]:
+    """Accelerate's FSDP2 where the first rank alone has the weights of the student."""
+    options = options_of(folder, logits_route="hidden", fsdp=True, fsdp_config={"cpu_ram_efficient_loading": True})
+    student, teacher = pair()
+    if options["args"].process_index > 0:
+        for parameter in student.parameters():
+            nn.init.zeros_(parameter)
+    return results(SplitByAccelerate(model=student, teacher=teacher, **options))
 
 
 def adapted_run(folder: Path, accumulation: int = 2, split: bool = True) -> dict[str, Any]:
@@ -246,7 +256,8 @@ def said_run(folder: Path) -> list[str]:
 
 RUNS: dict[str, Callable[[Path], Any]] = {
     **{str(index): partial(split_run, split=split) for index, split in enumerate(SPLITS)},
-    "evaluated first": evaluated_first_run, "resumed": resumed_run, "loaded": loaded_run, "said": said_run,
+    "evaluated first": evaluated_first_run, "resumed": resumed_run, "loaded": loaded_run,
+    "ram efficient": ram_efficient_run, "said": said_run,
     "half precision": half_precision_run, "nan-raise": partial(nan_run, route="hidden", on_nan="raise"),
     **{f"nan-{route}-{of}": partial(nan_run, route=route, of=of)
        for route, of in (("hidden", "student"), ("hidden", "teacher"), ("logits", "teacher"))},
@@ -310,10 +321,10 @@ def test_two_ranks_equal_one(
         assert rank["split"] == [split.student != "none", split.teacher != "none" or split.option != "none"]
 
 
-@pytest.mark.parametrize("name", ["evaluated first", "loaded"])
+@pytest.mark.parametrize("name", ["evaluated first", "loaded", "ram efficient"])
 def test_other_ways_to_split(ranks: list[dict[str, Any]], alone: Callable[..., dict[str, Any]], name: str) -> None:
     assert_equal([rank[name] for rank in ranks], alone("hidden", False))
-    assert [rank[name]["split"] for rank in ranks] == [[True, True]] * 2
+    assert all(rank[name]["hidden"] and rank[name]["split"] == [True, name != "ram efficient"] for rank in ranks)
 
 
 def test_a_run_is_resumed_to_the_same_numbers(ranks: list[dict[str, Any]]) -> None:
@@ -375,8 +386,10 @@ def test_what_does_not_go_together(ranks: list[dict[str, Any]]) -> None:
         assert found["streamed"].startswith("teacher_parallel='fsdp' splits the teacher, but its weights are placed")
 
 
-def test_one_process_splits_nothing(tmp_path: Path) -> None:
+def test_teachers_that_cannot_be_split(tmp_path: Path) -> None:
     student, teacher = pair()
+    with pytest.raises(ValueError, match="the teacher has no weights on this process"):
+        AdaKDTrainer(model=student, teacher=pair()[1].to("meta"), args=config(tmp_path))
     with pytest.raises(ValueError, match="teacher_parallel='fsdp' splits the teacher over processes, but there is one"):
         AdaKDTrainer(model=student, teacher=teacher, args=config(tmp_path, teacher_parallel="fsdp"))
     with pytest.raises(ValueError, match="teacher_parallel must be one of none, fsdp, zero3, tp, got 'ddp'"):

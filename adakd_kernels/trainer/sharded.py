@@ -203,6 +203,11 @@ def check_teacher_parallel(kind: str, teacher: nn.Module, tensor_parallel: bool)
         ValueError: with the reason, and what to set instead.
     """
     got = f"teacher_parallel={kind!r}"
+    if not is_zero3(teacher) and not can_run(teacher):
+        raise ValueError(
+            "the teacher has no weights on this process (its parameters are on the device 'meta'): load them, and turn "
+            "FSDP's cpu_ram_efficient_loading off meanwhile, which loads them on one process alone"
+        )
     if kind == "none":
         if is_zero3(teacher) and not can_run(teacher):
             raise ValueError(

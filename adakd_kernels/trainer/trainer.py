@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Trainer, set_seed
 
@@ -360,12 +359,8 @@ class AdaKDTrainer(Trainer):
 
     def _can_try_out(self, model: nn.Module) -> bool:
         """Whether a few tokens can go through a model now, on all processes that share it."""
-        if self._split_by_deepspeed or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
-            return False
-        possible = can_run(model)
-        if self.is_fsdp_enabled:  # where it loads the weights on one process, the others have none yet
-            possible = all(gather_object([possible]))
-        return possible
+        by_others = self._split_by_deepspeed or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2)
+        return can_run(model) and not by_others
 
     @property
     def _split_by_deepspeed(self) -> bool:
