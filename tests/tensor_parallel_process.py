@@ -105,7 +105,7 @@ def run(folder: Path, out: Path, name: str, ranks: int) -> dict[str, Any]:
         callbacks=[gradients],
     )
     trainer.train()
-    evaluation, predicted = trainer.evaluate(), trainer.predict(token_records(3, seed=9))
+    evaluation, predicted = trainer.evaluate(), trainer.predict(token_records(11, seed=9))
     return {
         "logs": [log for log in trainer.state.log_history if "loss" in log],
         "evaluation": {key: value for key, value in evaluation.items() if "_runtime" not in key and "_per_" not in key},
