@@ -157,13 +157,12 @@ class TrainerOptions(AdaKDOptions):
     tp_size: int = field(
         default=1,
         metadata={
-            "help": "Tensor parallelism: over how many processes a model that is given by name is split, by the plan "
-            "of its class; 1 or all of them."
+            "help": "Tensor parallelism: over how many processes a model given by name is split; 1 or all of them."
         },
     )
     teacher_parallel: str = field(
         default="none",
-        metadata={"help": "How a teacher given by name is split over processes: 'none', or 'tp', as the student is."},
+        metadata={"help": "How a teacher given by name is split: 'none', or 'tp', as the student is."},
     )
     on_nan: str = field(
         default="raise",
