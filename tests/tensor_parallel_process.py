@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -104,7 +105,7 @@ def run(folder: Path, out: Path, name: str, ranks: int) -> dict[str, Any]:
         callbacks=[gradients],
     )
     trainer.train()
-    evaluation, predicted = trainer.evaluate(), trainer.predict(token_records(3, seed=9))
+    evaluation, predicted = trainer.evaluate(), trainer.predict(token_records(11, seed=9))
     return {
         "logs": [log for log in trainer.state.log_history if "loss" in log],
         "evaluation": {key: value for key, value in evaluation.items() if "_runtime" not in key and "_per_" not in key},
@@ -244,15 +245,20 @@ def main(folder: Path) -> None:
     other = os.fork()
     rank = "0" if other else "1"
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-    config(folder)  # makes the process group
-    for name, scenario in SCENARIOS.items():
-        torch.save(scenario(folder, folder / name), folder / f"{name}.rank{rank}.pt")
-        gc.collect()  # the process group goes after the trainer
-    PartialState().destroy_process_group()
-    if other:
-        os.waitpid(other, 0)
+    failed = True
+    try:
+        config(folder)  # makes the process group
+        for name, scenario in SCENARIOS.items():
+            torch.save(scenario(folder, folder / name), folder / f"{name}.rank{rank}.pt")
+            gc.collect()  # the process group goes after the trainer
+        PartialState().destroy_process_group()
+        failed = False
+    except Exception:
+        traceback.print_exc()
     sys.stderr.flush()
-    os._exit(0)  # gloo's threads may abort while the interpreter shuts down, when all results are written
+    if other and not failed:
+        os.waitpid(other, 0)
+    os._exit(failed)  # gloo's threads may abort or wait while the interpreter shuts down
 
 
 if __name__ == "__main__":

@@ -157,8 +157,7 @@ class TrainerOptions(AdaKDOptions):
     tp_size: int = field(
         default=1,
         metadata={
-            "help": "Tensor parallelism: over how many processes a model that is given by name is split, by the plan "
-            "of its class; 1 or all of them."
+            "help": "Tensor parallelism: over how many processes a model given by name is split; 1 or all of them."
         },
     )
     on_nan: str = field(
@@ -172,8 +171,7 @@ class TrainerOptions(AdaKDOptions):
     teacher_parallel: str = field(
         default="none",
         metadata={
-            "help": "How the teacher is split over the processes: 'fsdp' (FSDP2), 'zero3' (DeepSpeed) or 'tp' (tensor "
-            "parallelism); with 'none' it stays as it comes."
+            "help": "How the teacher is split over the processes: 'none', 'fsdp' (FSDP2), 'zero3' (DeepSpeed) or 'tp'."
         },
     )
 
