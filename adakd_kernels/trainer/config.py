@@ -170,9 +170,7 @@ class TrainerOptions(AdaKDOptions):
 
     teacher_parallel: str = field(
         default="none",
-        metadata={
-            "help": "How the teacher is split over the processes: 'none', 'fsdp' (FSDP2), 'zero3' (DeepSpeed) or 'tp'."
-        },
+        metadata={"help": "How the teacher is split over processes: 'none', 'fsdp', 'zero3' or 'tp'."},
     )
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.integrations import deepspeed as transformers_deepspeed
@@ -208,7 +209,7 @@ def check_teacher_parallel(kind: str, teacher: nn.Module, tensor_parallel: bool)
             "the teacher has no weights on this process (its parameters are on the device 'meta'): load them, and turn "
             "FSDP's cpu_ram_efficient_loading off meanwhile, which loads them on one process alone"
         )
-    if kind == "none":
+    if kind in ("none", "tp"):
         if is_zero3(teacher) and not can_run(teacher):
             raise ValueError(
                 "the teacher was loaded while ZeRO-3 was on, so its weights are split over the processes: set "
@@ -254,24 +255,25 @@ def shard_teacher(kind: str, teacher: Any, student: nn.Module, accelerator: Any)
 
 
 def _mesh(student: nn.Module, accelerator: Any) -> Any:
-    """The mesh over which the student is split, or will be; None for all processes."""
+    """The mesh over which the student is split, or will be; elsewhere one of all processes."""
     for parameter in student.parameters():
         if is_dtensor(parameter):
             return parameter.device_mesh  # type: ignore[attr-defined]
     mesh = getattr(accelerator, "torch_device_mesh", None)
-    return None if mesh is None else mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
+    if mesh is not None and accelerator.parallelism_config.fsdp_dim_names:
+        return mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
+    return init_device_mesh(accelerator.device.type, (_processes(),))
 
 
 def _fully_shard(teacher: Any, mesh: Any) -> None:
     """Each layer is a unit, and so is what is left. All of them give their weights back after the forward."""
     from torch.distributed.fsdp import fully_shard
 
-    options: dict[str, Any] = {} if mesh is None else {"mesh": mesh}
     layers = getattr(base_model(teacher), "_no_split_modules", None) or ()
     for module in list(teacher.modules()):
         if type(module).__name__ in layers:
-            fully_shard(module, **options)
-    fully_shard(teacher, reshard_after_forward=True, **options)
+            fully_shard(module, mesh=mesh)
+    fully_shard(teacher, mesh=mesh, reshard_after_forward=True)
 
 
 def _zero3_engine(teacher: nn.Module) -> Any:

@@ -96,10 +96,12 @@ logger = logging.getLogger(__name__)
 class AdaKDTrainer(Trainer):
     """A `Trainer` that distils a frozen teacher into `model` with AdaKD's loss.
 
-    The teacher is put on the training device in evaluation mode with `requires_grad` off. It keeps its type, is not
-    wrapped for distributed training, and is not part of a checkpoint. A token is valid where its label is not −100.
-    `num_items_in_batch` of `Trainer` makes k micro-batches, and k ranks, add up to one big batch; difficulties,
-    selection and temperatures are those of each micro-batch or, with `selection="step"`, of the whole optimizer step.
+    The teacher is put on the training device in evaluation mode with `requires_grad` off, unless it is split over
+    devices, streamed or quantised already. It keeps its type, is not part of a checkpoint, and is not wrapped for
+    distributed training, but `teacher_parallel` may split it. The student may be split by FSDP2 or DeepSpeed. A token
+    is valid where its label is not −100. `num_items_in_batch` of `Trainer` makes k micro-batches, and k ranks, add up
+    to one big batch; difficulties, selection and temperatures are those of each micro-batch or, with
+    `selection="step"`, of the whole optimizer step.
 
     Logged besides `loss`: `focus_ratio` (the share r after the step), `loss_ema`, `loss_reference`, and p10, p50 and
     p90 of `difficulty` (valid tokens) and `temperature` (selected tokens) since the last log line, over all ranks.
@@ -139,16 +141,16 @@ class AdaKDTrainer(Trainer):
         eval_loss_fn: the loss of the evaluation batches, r = 1.
 
     Raises:
-        ImportError: `peft_config`, and peft is not installed.
+        ImportError: `peft_config`, and peft is not installed; `teacher_parallel="zero3"`, and DeepSpeed is not.
         TypeError: `args` is no `AdaKDConfig`, `peft_config` is none of peft's, there is no teacher, or the data are
             none that `load_records` takes.
         OSError: a model given by name that is not found.
         DataError: data that cannot be read or trained on; of a stream, when it is read.
         ValueError: a model that is bidirectional, an encoder–decoder or without an output layer, special tokens beyond
             a vocabulary, shared parameters, several GPUs in one process, sequences split over processes, models that
-            tensor parallelism splits in different ways or not as `args` says, a second adapter, a base that is to teach
-            but would not stay as it is or is split over processes,
-            `logits_route="hidden"` where it cannot be taken, or `selection="step"` with what it does not go with.
+        tensor parallelism splits in different ways or not as `args` says, a second adapter, a base that is to teach
+        but would not stay as it is or is split over processes, a teacher that cannot be split as `teacher_parallel`
+        says, `logits_route="hidden"` where it cannot be taken, or `selection="step"` with what it does not go with.
         NonFiniteLossError: in `train`, a loss or a gradient that is NaN or infinite, before its step; see `on_nan`.
     """
 
