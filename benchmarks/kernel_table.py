@@ -20,7 +20,13 @@ from .roofline import bound, bytes_moved, entries
 
 PAGE = Path(__file__).parent.parent / "docs" / "kernel-tables.md"
 VOCAB = 151_936
-NAMES = {"stats": "`token_stats`", "forward": "forward", "backward": "backward", "backward_ce": "backward with CE"}
+NAMES = {
+    "stats": "`token_stats`",
+    "kl": "`token_kl`",
+    "forward": "forward",
+    "backward": "backward",
+    "backward_ce": "backward with CE",
+}
 PAIR = 4  # bytes of an entry of both rows in bf16
 
 

@@ -448,6 +448,7 @@ def check_divergence(
     names: Sequence[str] = (),
     ulps: float = 0.0,
     share: float = 1e-3,
+    function: Callable[[Tensor, Tensor, Tensor, Divergence], Tensor] = token_divergence,
 ) -> None:
     """D and its gradient of every row of the backend at work, by the rules above.
 
@@ -458,6 +459,7 @@ def check_divergence(
         ulps: what the gradient may be off, in units of the accumulation type at the masses q·(1 − q), times the
             logarithms that D multiplies them with. That is how well rounded masses and logarithms define a gradient
             whose entries are far smaller than they are. Where it is above the bound of D, it is that bound, too.
+        function: what gives D, differentiable.
     """
     z_s, z_t, wide = student.double(), teacher.double(), tau.double()
     acc = torch.finfo(tau.dtype)
@@ -470,7 +472,7 @@ def check_divergence(
         return reference.token_divergence(s, teacher, tau, divergence)
 
     leaf = student.detach().clone().requires_grad_()
-    value = token_divergence(leaf, teacher, tau, divergence)
+    value = function(leaf, teacher, tau, divergence)
     value.sum().backward()
     assert leaf.grad is not None
     exact = reference.token_divergence(z_s, z_t, wide, divergence)

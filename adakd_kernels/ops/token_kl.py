@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .backends import register_triton
 from .token_stats import masked_normalizers
 
 Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -54,3 +55,10 @@ def _(student: Tensor, teacher: Tensor, temperature: Tensor, mask: Tensor) -> Ei
     normalizers_tau = torch.empty(4, *mask.shape, dtype=dtype, device=mask.device)
     peak = torch.empty(mask.shape, dtype=torch.int64, device=mask.device)
     return forward, kept, reverse, lost, normalizers_tau, peak, forward_grad, reverse_grad
+
+
+@register_triton(token_kl)
+def _(*args: Tensor) -> Eight:
+    from ..kernels.token_kl import token_kl_fwd
+
+    return token_kl_fwd(*args)
