@@ -28,6 +28,7 @@ from .checks import (
     check_token_tensor,
 )
 from .divergences import DIVERGENCES, Divergence, get_divergence
+from .ops.token_stats import TokenStatistics
 from .reference import Normalizers
 from .vocab_parallel import VocabParallel, local_shards
 
@@ -344,24 +345,6 @@ def tensor_on(value: float | Tensor, device: torch.device, dtype: torch.dtype | 
     return torch.full((), value, dtype=dtype, device=device)
 
 
-class TokenStatistics(NamedTuple):
-    """What is known of every token from its logits at temperature 1.
-
-    Attributes:
-        difficulty: (B, L), 0 for tokens that are not valid.
-        valid: (B, L) bool, the tokens in the mask whose rows have a finite entry on both sides.
-        normalizers_1: (4, B, L) `Normalizers` at temperature 1.
-        cross_entropy: (B, L), of rows that are split over the vocabulary, else None.
-        maxima: (2, ranks, B, L) maxima of all shards, of rows that are split over the vocabulary, else None.
-    """
-
-    difficulty: Tensor
-    valid: Tensor
-    normalizers_1: Tensor
-    cross_entropy: Tensor | None = None
-    maxima: Tensor | None = None
-
-
 def token_statistics(
     student: Tensor,
     teacher: Tensor,
@@ -372,7 +355,8 @@ def token_statistics(
 ) -> TokenStatistics:
     """The statistics of the tokens in the mask, their difficulty by the `measure`, one of `DIFFICULTIES`."""
     if shards is not None:
-        return shard_statistics(shards, student, teacher, mask, labels, measure)
+        labels = torch.full(mask.shape, -1, device=mask.device) if labels is None else labels
+        return ops.row_statistics(shards, student, teacher, mask, labels, measure)
     if measure in ("hellinger", "cross_entropy"):
         difficulty, normalizers_1 = ops.token_stats(student, teacher, mask)
     else:
@@ -384,22 +368,6 @@ def token_statistics(
     if measure == "cross_entropy" and labels is not None:
         difficulty = ops.token_cross_entropy(student, teacher, labels, valid, normalizers_1)
     return TokenStatistics(difficulty, valid, normalizers_1)
-
-
-def shard_statistics(
-    shards: VocabParallel, student: Tensor, teacher: Tensor, mask: Tensor, labels: Tensor | None, measure: str
-) -> TokenStatistics:
-    """`token_statistics` of rows that are split over the vocabulary: one message, for Jensen-Shannon two more."""
-    if labels is None:
-        labels = torch.full(mask.shape, -1, device=mask.device)
-    sent = "hellinger" if measure == "jensen_shannon" else measure
-    numbers = ops.shard_statistics(student, teacher, mask, shards.local(labels), sent)
-    found = ops.merge_statistics(shards.gather(numbers), mask, labels, shards.vocab_size, sent)
-    difficulty = found.difficulty
-    if measure != sent:
-        ones, div = torch.ones_like(difficulty), DIVERGENCES[measure]()
-        difficulty = ops.shard_divergence(shards, student, teacher, ones, found.valid, div, found.maxima)[0]
-    return TokenStatistics(difficulty, *found[1:])
 
 
 def next_labels(labels: Tensor, ignore_index: int) -> Tensor:

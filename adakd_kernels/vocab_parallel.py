@@ -47,9 +47,11 @@ class VocabParallel(NamedTuple):
 
     def gather(self, numbers: Tensor) -> Tensor:
         """(k, B, L) numbers of this rank -> (ranks, k, B, L) of all, in their order."""
-        gathered = numbers.new_empty(self.ranks, *numbers.shape)
-        dist.all_gather_into_tensor(gathered, numbers.contiguous(), group=self.group)
-        return gathered
+        gathered = numbers.new_empty(self.ranks * len(numbers), *numbers.shape[1:])
+        # The name since torch 2.13, and before.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(gathered, numbers.contiguous(), group=self.group)
+        return gathered.view(self.ranks, *numbers.shape)
 
     def add_up(self, values: Tensor) -> None:
         """Replace values by their sums over the ranks."""

@@ -26,6 +26,7 @@ NAMES = {
     "forward": "forward",
     "backward": "backward",
     "backward_ce": "backward with CE",
+    "terms": "`token_terms`",
 }
 PAIR = 4  # bytes of an entry of both rows in bf16
 

@@ -55,7 +55,12 @@ class Launch(NamedTuple):
 
 LAUNCHES = [
     Launch(kernel, of_class, itemsize)
-    for kernel, classes in (("stats", ["one_sweep"]), ("forward", CLASSES), ("backward", CLASSES))
+    for kernel, classes in (
+        ("stats", ["one_sweep"]),
+        ("forward", CLASSES),
+        ("backward", CLASSES),
+        ("terms", ["two_sweeps"]),
+    )
     for of_class in classes
     for itemsize in TYPES
 ]
@@ -70,7 +75,7 @@ def kernels(which: Launch) -> list[tuple[str, str]]:
 
 
 def candidates(which: Launch, family: str) -> list[Row]:
-    if which.kernel == "backward":
+    if which.kernel in package.ONE_TILE:
         return [{"warps": warps} for warps in WARPS[family]]
     return [{"tiles": tiles, "warps": warps} for warps in WARPS[family] for tiles in (2, 1)]
 

@@ -34,6 +34,7 @@ from adakd_kernels.divergences import DIVERGENCES, get_divergence
 from adakd_kernels.kernels.token_divergence import token_divergence_bwd, token_divergence_fwd
 from adakd_kernels.kernels.token_kl import token_kl_fwd
 from adakd_kernels.kernels.token_stats import token_stats_fwd
+from adakd_kernels.kernels.token_terms import token_terms_fwd
 from adakd_kernels.ops.token_divergence import empty_gradient
 from adakd_kernels.reference import GradientCall
 
@@ -48,6 +49,7 @@ TARGETS = {
 # (kernel, divergence). Some are one kernel whatever the divergence; its name here is that of the sums they fold.
 KERNELS = [("stats", "hellinger"), ("kl", "jeffreys")]
 KERNELS += [(kernel, div) for kernel in ("forward", "backward", "backward_ce") for div in DIVERGENCES]
+KERNELS += [("terms", name) for name, div in DIVERGENCES.items() if div.sweeps == 2]
 
 
 class _StubDriver:
@@ -102,11 +104,13 @@ def logits(vocab: int, dtype: torch.dtype, batch: int = 2, length: int = 512, pa
 
 
 def launch(kernel: str, divergence: str, student: Tensor, teacher: Tensor, inplace: bool = False) -> None:
-    """Call the launcher of "stats", "kl", "forward", "backward" or "backward_ce" (with cross-entropy) as the ops do."""
+    """Call the launcher of a kernel, as the ops call it; "backward_ce" is the backward with cross-entropy."""
     tokens = student.shape[:2]
     acc = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
     number = torch.ones(tokens, dtype=acc, device=student.device)
     mask = torch.ones(tokens, dtype=torch.bool, device=student.device)
+    place = torch.zeros(tokens, dtype=torch.int64, device=student.device)
+    normalizers = torch.ones(4, *tokens, dtype=acc, device=student.device)
     alpha, beta = get_divergence(divergence).parameters
     if kernel == "stats":
         token_stats_fwd(student, teacher, mask)
@@ -114,14 +118,14 @@ def launch(kernel: str, divergence: str, student: Tensor, teacher: Tensor, inpla
         token_kl_fwd(student, teacher, number, mask)
     elif kernel == "forward":
         token_divergence_fwd(student, teacher, number, mask, divergence, alpha, beta)
+    elif kernel == "terms":
+        token_terms_fwd(student, teacher, number, mask, normalizers, number, place, divergence, alpha, beta)
     else:
         out = student if inplace else empty_gradient(student)
-        labels = torch.zeros(tokens, dtype=torch.int64, device=student.device)
         with_ce = kernel == "backward_ce"
-        normalizers = torch.ones(4, *tokens, dtype=acc, device=student.device)
         call = GradientCall(
-            student, teacher, number, number, number, normalizers, labels, number,
-            labels if with_ce else None, number if with_ce else None, normalizers if with_ce else None,
+            student, teacher, number, number, number, normalizers, place, number,
+            place if with_ce else None, number if with_ce else None, normalizers if with_ce else None,
             divergence, alpha, beta,
         )  # fmt: skip
         token_divergence_bwd(call, out)

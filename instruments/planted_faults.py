@@ -220,6 +220,16 @@ FAULTS = [
         "tests/test_confident_rows.py -k JensenShannon",
     ),
     Fault(
+        "the peak of a part beside its place", "interpret", "adakd_kernels/kernels/token_terms.py",
+        "(tl.load(Peak + n) + skew)", "tl.load(Peak + n)",
+        "tests/test_alignment.py -k parts_of",
+    ),
+    Fault(
+        "a scale that is rounded in the terms of a part", "interpret", "adakd_kernels/kernels/token_terms.py",
+        "tl.fma(x, row.scale_rest, -log_l)", "-log_l",
+        "tests/test_alignment.py -k free_of",
+    ),
+    Fault(
         "arithmetic on bf16", "interpret", "adakd_kernels/kernels/rows.py",
         "    return z.to(rows.scale.dtype)\n", "    return z\n",
         "tests/test_contract.py -k bfloat16",

@@ -15,6 +15,7 @@ from adakd_kernels.divergences import Divergence, JensenShannon
 
 # From the registry, so that every tier tests a new divergence without a change here.
 ONE_OF_EACH: list[Divergence] = [cls() for cls in REGISTRY.values()]
+TWO_SWEEPS = [divergence for divergence in ONE_OF_EACH if divergence.sweeps == 2]
 DIVERGENCES: list[Divergence] = [*ONE_OF_EACH, JensenShannon(beta=0.1)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 VOCABULARIES = [7, 1003, 4097, 50257]
@@ -448,7 +449,7 @@ def check_divergence(
     names: Sequence[str] = (),
     ulps: float = 0.0,
     share: float = 1e-3,
-    function: Callable[[Tensor, Tensor, Tensor, Divergence], Tensor] = token_divergence,
+    function: Callable[..., Tensor] = token_divergence,
 ) -> None:
     """D and its gradient of every row of the backend at work, by the rules above.
 
@@ -459,7 +460,7 @@ def check_divergence(
         ulps: what the gradient may be off, in units of the accumulation type at the masses q·(1 − q), times the
             logarithms that D multiplies them with. That is how well rounded masses and logarithms define a gradient
             whose entries are far smaller than they are. Where it is above the bound of D, it is that bound, too.
-        function: what gives D, differentiable.
+        function: what is tested.
     """
     z_s, z_t, wide = student.double(), teacher.double(), tau.double()
     acc = torch.finfo(tau.dtype)

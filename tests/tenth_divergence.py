@@ -109,7 +109,9 @@ if DIVERGENCE == "{NAME}":
     "tables of the kernels": Edit(
         "docs/kernel-tables.md",
         "| forward | `hellinger` |",
-        "".join(f"| {kernel} | `{NAME}` | …\n" for kernel in ("forward", "backward", "backward with CE")),
+        "".join(
+            f"| {kernel} | `{NAME}` | …\n" for kernel in ("forward", "backward", "backward with CE", "`token_terms`")
+        ),
     ),
     "line of the changelog": Edit("CHANGELOG.md", "- Losses: ", f"- The divergence `{NAME}`.\n"),
 }

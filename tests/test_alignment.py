@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from adakd_kernels import adakd_loss, ops, reference, token_difficulty, token_divergence
+from adakd_kernels.divergences import JensenShannon, with_parameters
 
 from .cases import assert_close_as_eager, gradient, logits, temperatures
 from .conftest import INTERPRETING
@@ -66,6 +67,54 @@ def test_rows_of_every_skew_between_rows_of_nan(vocab, inplace, divergence):
         divergence, 0.1, 0.0,
     )[0]  # fmt: skip
     assert torch.equal(written[~mask], torch.zeros(3, vocab, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("vocab", LONG_ODD)
+def test_parts_of_rows_of_every_skew_between_rows_of_nan(vocab):
+    """A peak that is looked for beside its place stays in the sums, of which it is a large part."""
+    plain = [logits(6, vocab, dtype=torch.bfloat16, seed=seed) for seed in (1, 2)]
+    places = torch.tensor([0, 4096, vocab - 1, 77, 9, 3])
+    for z in plain:
+        z.scatter_(1, places.unsqueeze(1), 16.0)
+    (student, mask), (teacher, _) = map(between_nans, plain)
+    peak, tau, divergence = torch.full((9,), -1), temperatures(9).float(), JensenShannon()
+    peak[mask] = places.where(torch.arange(6) < 4, -1)
+    of = torch.ones(4, 9)
+    of[:, mask] = torch.stack(reference.token_sums(*plain, tau[mask], divergence).normalizers)
+    c = torch.linspace(-0.5, 0.5, 9)
+
+    def terms(s, t):
+        given = [x[..., mask].to(reference.accumulation_dtype(s)) for x in (tau, of, c)]
+        return reference.token_terms(
+            s, t, given[0], reference.Normalizers.of(given[1]), given[2], peak[mask], divergence
+        )
+
+    found = ops.token_terms(
+        student[None], teacher[None], tau[None], mask[None], of[:, None], c[None], peak[None], divergence.name,
+        *divergence.parameters,
+    )  # fmt: skip
+    for x, eager, exact in zip(found, terms(*plain), terms(*(z.double() for z in plain)), strict=True):
+        assert_close_as_eager(x[0, mask], eager, exact)
+        assert not x[0, ~mask].any()
+
+
+@pytest.mark.parametrize("divergence", ["jensen_shannon", "skew_reverse_kl", "total_variation"])
+def test_terms_are_free_of_the_rounding_of_the_scale(divergence):
+    """30 powers of e below the maximum it would move all masses alike by up to 2e-6, which does not average out."""
+    tau = temperatures(1, 12).float()
+    s, t = (logits(1, 12, 4500, seed=seed, scale=0.5) - 30.0 * tau.unsqueeze(-1) for seed in (1, 2))
+    mask, of, c = torch.ones(1, 12, dtype=torch.bool), torch.tensor([0.0, 1.0, 0.0, 1.0]), torch.full((1, 12), 0.6)
+    of, nowhere = of.view(4, 1, 1).expand(4, 1, 12), torch.full((1, 12), -1)
+    alpha, beta = 0.1, 0.5
+
+    def terms(dtype):
+        args = [x.to(dtype) for x in (s, t, tau)]
+        of_rows, div = reference.Normalizers.of(of.to(dtype)), with_parameters(divergence, alpha, beta)
+        return reference.token_terms(*args, of_rows, c.to(dtype), nowhere, div)
+
+    found = ops.token_terms(s, t, tau, mask, of, c, nowhere, divergence, alpha, beta)
+    for x, eager, exact in zip(found, terms(torch.float32), terms(torch.float64), strict=True):
+        assert_close_as_eager((x / exact).float(), (eager / exact).float(), torch.ones_like(exact))
 
 
 def test_rows_that_start_apart_are_not_skewed_together():

@@ -15,6 +15,7 @@ import pytest
 
 import adakd_kernels
 from adakd_kernels.divergences import DIVERGENCES, Divergence
+from adakd_kernels.ops.shards import MERGES, PARTS
 from adakd_kernels.reference import GRADIENTS, SUMMANDS
 
 from . import left_out
@@ -147,6 +148,13 @@ PLACES = {
 def test_every_divergence_stands_in(place):
     missing = [name for name in DIVERGENCES if name not in PLACES[place]()]
     assert not missing, f"missing in {place}: {missing}"
+
+
+def test_every_divergence_of_one_sweep_is_merged_from_shards():
+    one_sweep = {name for name, div in DIVERGENCES.items() if div.sweeps == 1}
+    missing = one_sweep - (MERGES.keys() | PARTS.keys())
+    assert not missing, f"missing in adakd_kernels/ops/shards.py, MERGES: {missing}"
+    assert {part for parts in PARTS.values() for part in parts} <= MERGES.keys()
 
 
 def test_every_divergence_is_registered_and_public():

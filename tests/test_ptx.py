@@ -25,10 +25,11 @@ import triton.language as tl
 from triton.runtime.jit import JITFunction
 
 from adakd_kernels import reference
-from adakd_kernels.divergences import get_divergence
+from adakd_kernels.divergences import AlphaBeta, JensenShannon, SkewReverseKL, TotalVariation, get_divergence
 from adakd_kernels.kernels.token_divergence import token_divergence_bwd, token_divergence_fwd
 from adakd_kernels.kernels.token_kl import token_kl_fwd
 from adakd_kernels.kernels.token_stats import token_stats_fwd
+from adakd_kernels.kernels.token_terms import token_terms_fwd
 from adakd_kernels.reference import GradientCall, Normalizers
 from instruments import ptx_simulator
 from instruments.compiled import TARGETS, compiling_for
@@ -178,6 +179,34 @@ def test_divergence_and_gradient_are_the_reference(divergence, vocab, dtype, tea
         results = forward_and_backward(*pair(vocab, dtype, teacher_dtype), MASK, divergence)
     for result in results:
         assert_close_as_eager(*result, ulps=EXPONENT_ULPS)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "vocab", "dtype", "teacher_dtype"),
+    [(JensenShannon(), LONG, BF16, BF16), (SkewReverseKL(), 2501, FP32, FP32), (AlphaBeta(), SHORT, BF16, FP32),
+     (TotalVariation(), 600, FP64, FP64)],
+    ids=name_of,
+)  # fmt: skip
+def test_terms_of_a_part_are_the_reference(divergence, vocab, dtype, teacher_dtype):
+    """With the normalisers and the c of longer rows; the last token's peak is in the part."""
+    student, teacher = pair(vocab, dtype, teacher_dtype)
+    acc = reference.accumulation_dtype(student, teacher)
+    of = torch.stack(reference.token_sums(student.double(), teacher.double(), 0.8, divergence).normalizers)
+    of[1::2] *= 1.5
+    numbers = [temperatures(1, 3), of, torch.tensor([[0.3, 0.0, -0.4]], dtype=torch.float64)]
+    tau, of, c = (x.to(acc) for x in numbers)
+    peak = torch.tensor([[-1, 0, student[0, 2].argmax()]])
+    with executing():
+        found = token_terms_fwd(student, teacher, tau, MASK, of, c, peak, divergence.name, *divergence.parameters)
+
+    def terms(dtype):
+        s, t, *numbers = (x.to(dtype) for x in (student, teacher, tau, c))
+        of_rows = Normalizers.of(of.to(dtype))
+        return reference.token_terms(s, t, numbers[0], of_rows, numbers[1], peak, divergence)
+
+    for x, eager, exact in zip(found, terms(acc), terms(FP64), strict=True):
+        assert_close_as_eager(x[MASK], eager[MASK], exact[MASK], ulps=EXPONENT_ULPS)
+        assert not x[~MASK].any()
 
 
 @pytest.mark.parametrize(("vocab", "teacher_vocab"), [(LONG, LONG - 40), (301, 4501)])

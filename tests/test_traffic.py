@@ -14,7 +14,7 @@ import torch
 from adakd_kernels import adakd_loss, ops, token_divergence
 from instruments.devices import produced
 
-from .cases import ONE_OF_EACH, logits, name_of, temperatures, tokens
+from .cases import ONE_OF_EACH, TWO_SWEEPS, logits, name_of, temperatures, tokens
 from .conftest import INTERPRETING
 
 if not INTERPRETING:
@@ -169,6 +169,23 @@ def test_other_types_and_the_operators_alone(dtype):
     again = read_again(student, teacher, mask, get_divergence("skew_reverse_kl"))
     assert traffic.passes() == ((2 * 2 + 4 * 2 + 2 * 2) * row + again, 3 * row)
     assert not traffic.faults()
+
+
+@pytest.mark.parametrize("divergence", TWO_SWEEPS, ids=name_of)
+@pytest.mark.parametrize("teacher_vocab", [1003, 517])
+def test_a_part_is_read_once(divergence, teacher_vocab):
+    """Of the rows that are neither masked nor empty as a whole, wherever the peak is."""
+    student, teacher = guarded(logits(2, 3, 1003, dtype=BF16)), guarded(logits(2, 3, teacher_vocab, dtype=BF16, seed=1))
+    mask, of = torch.tensor([[True, False, True], [True, True, True]]), torch.ones(4, 2, 3)
+    of[1, 0, 2], of[3, 1, 0] = 0.0, 0.0
+    number, peak = torch.ones(2, 3), torch.tensor([[7, 0, -1], [3, -1, 516]])
+    with counting() as traffic:
+        f, g = ops.token_terms(
+            student, teacher, number, mask, of, number, peak, divergence.name, *divergence.parameters
+        )
+    read = torch.tensor([[True, False, False], [False, True, True]])
+    assert traffic.passes() == (3 * 2 * min(1003, teacher_vocab) * 2, 0) and not traffic.faults()
+    assert not f[~read].any() and not g[~read].any() and f[read].all() and g[read].all()
 
 
 # The counts above mean something only if the instrument sees what it looks for.

@@ -18,6 +18,8 @@ from triton.runtime import driver
 from ..divergences import DIVERGENCES
 from ..reference import accumulation_dtype
 
+# Kernels whose steps have one tile: none of them moves a maximum, which is what a lane pays for a step.
+ONE_TILE = ("backward", "terms")
 # A row that does not start at a multiple of this many entries is skewed: 16 bytes in 16 bits, the widest load.
 ALIGNED_ENTRIES = 8
 # Below this a row has few whole steps or none, which alone gain from starting at an aligned entry.
@@ -35,11 +37,11 @@ def divergence_class(divergence: str) -> str:
 
 
 def tiles_and_warps(family: str, kernel: str, divergences: str, itemsize: int) -> tuple[int, int]:
-    """By the launch table, for a class of divergences and the itemsize of the wider logits; a backward has one tile."""
+    """By the launch table, for a class of divergences and the itemsize of the wider logits."""
     launch = {"kernel": kernel, "divergences": divergences, "itemsize": itemsize}
     table = LAUNCH_TABLE[family]
     row = next((x for x in table["exceptions"] if launch.items() <= x.items()), table["default"])
-    return 1 if kernel == "backward" else row["tiles"], row["warps"]
+    return 1 if kernel in ONE_TILE else row["tiles"], row["warps"]
 
 
 @triton.constexpr_function
@@ -69,11 +71,11 @@ def launch_config(
         # What comes once a row, and the edges of skewed rows, would take more registers than the sweeps do, only to
         # overlap itself; 64 leave room for half of an SM's warps. Narrow access needs more.
         alike, aligned = _alike_and_aligned(student, teacher, *written)
-        if (kernel == "forward" and (alike or aligned)) or (kernel == "backward" and alike and not aligned):
+        if (kernel == "forward" and (alike or aligned)) or (kernel in ONE_TILE and alike and not aligned):
             config["maxnreg"] = 64
     if itemsize == 8 and family == "cuda":
         config["maxnreg"] = 128  # by itself, the compiler spills rather than take more than 64
-    return config if kernel == "backward" else {"TILES": tiles, **config}
+    return config if kernel in ONE_TILE else {"TILES": tiles, **config}
 
 
 def acc_type(student: Tensor, teacher: Tensor) -> tuple[torch.dtype, tl.dtype]:

@@ -55,14 +55,27 @@ def fold_normalizer(Row, start, rows, m, l, EDGE: tl.constexpr):
 
 
 @triton.jit
-def finite_terms(s, t, scale, of, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr):
-    """(Σf, Σg) of every lane over its finite entries; skew reverse KL leaves q out of g, see `reference.py`."""
-    log_q = log2_mass(s, of.m_s, of.c_s, scale)
-    log_p = log2_mass(t, of.m_t, of.c_t, scale)
+def finite_terms(s, t, log_q, log_p, c, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr):
+    """(Σf, Σg) of every lane over its finite entries, or Σ(g + c·q) where c is given.
+
+    Skew reverse KL leaves q out of g, see `reference.py`.
+    """
     f, g, q = divergence_terms(log_q, log_p, DIVERGENCE, ALPHA, BETA)
     finite = (s != -float("inf")) & (t != -float("inf"))
     lost = -q if DIVERGENCE == "skew_reverse_kl" else 0.0
-    return tl.sum(tl.where(finite, f, 0.0), 1), tl.sum(tl.where(finite, g, lost), 1)
+    f = tl.sum(tl.where(finite, f, 0.0), 1)
+    g = tl.where(finite, g, lost)
+    if c is not None:
+        g = tl.fma(q, c, g)
+    return f, tl.sum(g, 1)
+
+
+@triton.jit
+def own_terms(s, t, scale, of, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr):
+    """(Σf, Σg) of every lane below the row's own `LogMass`."""
+    log_q = log2_mass(s, of.m_s, of.c_s, scale)
+    log_p = log2_mass(t, of.m_t, of.c_t, scale)
+    return finite_terms(s, t, log_q, log_p, None, DIVERGENCE, ALPHA, BETA)
 
 
 @triton.jit
@@ -132,13 +145,13 @@ def sweep_terms(rows, Tau, of, first, DIVERGENCE: tl.constexpr, ALPHA: tl.conste
         start = edge_start(i, rows.V, STEP, rows.SKEWED)
         s = load_tile(rows.S, start, rows, True)
         t = load_tile(rows.T, start, rows, True)
-        f, g = finite_terms(s, t, rows.scale, of_lane, DIVERGENCE, ALPHA, BETA)
+        f, g = own_terms(s, t, rows.scale, of_lane, DIVERGENCE, ALPHA, BETA)
         d += f
         sum_g += g
     for start in range(whole_steps(rows.V, STEP, rows.SKEWED)[0], whole_steps(rows.V, STEP, rows.SKEWED)[1], STEP):
         s = load_tile(rows.S, start, rows, False)
         t = load_tile(rows.T, start, rows, False)
-        f, g = finite_terms(s, t, rows.scale, of_lane, DIVERGENCE, ALPHA, BETA)
+        f, g = own_terms(s, t, rows.scale, of_lane, DIVERGENCE, ALPHA, BETA)
         d += f
         sum_g += g
     # (LANES,) sums over the entries beside the peak: those of its lane are computed anew.
@@ -150,7 +163,7 @@ def sweep_terms(rows, Tau, of, first, DIVERGENCE: tl.constexpr, ALPHA: tl.conste
     start = lane * rows.VEC
     while start < rows.V + rows.skew:
         s, t = load_rest_of_lane(rows, start, first.peak)
-        f, g = finite_terms(s, t, rows.scale, of_row, DIVERGENCE, ALPHA, BETA)
+        f, g = own_terms(s, t, rows.scale, of_row, DIVERGENCE, ALPHA, BETA)
         d += f
         sum_g += g
         start += rows.LANES * rows.LANES * rows.VEC

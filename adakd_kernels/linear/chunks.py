@@ -202,7 +202,7 @@ class Chunks:
         """Statistics of the tokens of a part, and a copy of them in those of all tokens."""
         labels = self.tokens.labels[:, part]
         if self.shards is not None:
-            of_part = self.merged([self.shard_numbers(pair, part)], labels)
+            of_part = self.merged(self.shards, [self.shard_numbers(self.shards, pair, part)], labels)
             self._store(of_part, part, statistics)
             return of_part
         labelled = torch.ones_like(labels, dtype=torch.bool)
@@ -221,18 +221,16 @@ class Chunks:
             if whole is not None and values is not None:
                 whole[..., part] = values
 
-    def shard_numbers(self, pair: Pair, part: slice) -> Tensor:
+    def shard_numbers(self, shards: VocabParallel, pair: Pair, part: slice) -> Tensor:
         """(k, 1, rows) what this rank tells the others of the tokens of a part."""
-        labels = self.tokens.labels[:, part]
+        labels, measure = self.tokens.labels[:, part], self.objective.difficulty
         labelled = torch.ones_like(labels, dtype=torch.bool)
-        return ops.shard_statistics(pair.student, pair.teacher, labelled, self.local(labels), self.objective.difficulty)
+        return ops.shard_statistics(shards, pair.student, pair.teacher, labelled, labels, measure)
 
-    def merged(self, numbers: list[Tensor], labels: Tensor) -> Statistics:
+    def merged(self, shards: VocabParallel, numbers: Sequence[Tensor], labels: Tensor) -> Statistics:
         """The statistics of the tokens with these labels, from `shard_numbers` of their parts: one message."""
-        assert self.shards is not None
-        gathered = self.shards.gather(torch.cat(numbers, dim=-1))
-        labelled = torch.ones_like(labels, dtype=torch.bool)
-        found = ops.merge_statistics(gathered, labelled, labels, self.shards.vocab_size, self.objective.difficulty)
+        gathered, labelled = shards.gather(torch.cat(tuple(numbers), dim=-1)), torch.ones_like(labels, dtype=torch.bool)
+        found = ops.merge_statistics(shards, gathered, labelled, labels, self.objective.difficulty)
         ce = found.cross_entropy if self.objective.ce_weight else None
         return Statistics(found.difficulty, found.valid, found.normalizers_1, ce, None, found.maxima)
 
@@ -387,12 +385,14 @@ def phase_1(chunks: Chunks, kept: KeptLogits) -> Statistics:
             out = kept.z_t[i:j] if keeps else chunks.z_t[: j - i]
             pair = chunks.pair(raw[i - a : j - a], chunks.teacher_logits(positions[i:j], out))
             if chunks.shards is not None:
-                numbers.append(chunks.shard_numbers(pair, slice(i, j)))
+                numbers.append(chunks.shard_numbers(chunks.shards, pair, slice(i, j)))
                 continue
             chunks.measure(pair, slice(i, j), statistics)
             if kept.replaces and not keeps:
                 kept.replace(i, j, pair, statistics)
-    return chunks.merged(numbers, chunks.tokens.labels) if numbers else statistics
+    if chunks.shards is not None and numbers:
+        return chunks.merged(chunks.shards, numbers, chunks.tokens.labels)
+    return statistics
 
 
 def _phase_2(chunks: Chunks, kept: KeptLogits, needed: int, statistics: Statistics, weighted: Weighted) -> Tensor:

@@ -1,7 +1,7 @@
 """The `adakd::` operators: schema, shapes, and which kernel runs on which device."""
 
 from .backends import Backend, backend, load_native
-from .shards import Shards, merge_statistics, shard_divergence, shard_statistics
+from .shards import merge_statistics, row_statistics, shard_divergence, shard_statistics
 from .token_divergence import (
     token_cross_entropy,
     token_divergence,
@@ -17,9 +17,9 @@ load_native()
 
 __all__ = [
     "Backend",
-    "Shards",
     "backend",
     "merge_statistics",
+    "row_statistics",
     "shard_divergence",
     "shard_statistics",
     "token_cross_entropy",

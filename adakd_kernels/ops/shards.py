@@ -19,11 +19,11 @@ from torch import Tensor
 
 from .. import reference
 from ..adaptive import exact_dtype
-from ..divergences import Divergence
+from ..divergences import DIVERGENCES, Divergence
 from ..reference import GRADIENTS, SUMMANDS, Normalizers
 from .token_divergence import Sums, token_divergence
 from .token_kl import token_kl
-from .token_stats import token_stats
+from .token_stats import TokenStatistics, token_stats
 from .token_terms import token_terms
 
 HEAVY = 1.0 / 16.0
@@ -36,6 +36,15 @@ class Shards(Protocol):
     @property
     def rank(self) -> int:
         """Which shard is this rank's."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of common entries of the whole vocabulary."""
+        ...
+
+    def local(self, labels: Tensor) -> Tensor:
+        """Labels as indices of this rank's columns; those of other ranks are outside of them."""
         ...
 
     def gather(self, numbers: Tensor) -> Tensor:
@@ -87,25 +96,34 @@ class Peak(NamedTuple):
 
     def others(self, values: Tensor) -> Tensor:
         """The sum of (ranks, B, L) values over all shards but this rank's."""
-        own = torch.arange(len(values), device=values.device).view(-1, 1, 1) == self.rank
-        return values.masked_fill(own, 0.0).sum(0)
+        return values.masked_fill(_ranks(values) == self.rank, 0.0).sum(0)
 
 
-class Statistics(NamedTuple):
-    """What message 1 tells of the rows, at temperature 1."""
+def row_statistics(
+    shards: Shards, student: Tensor, teacher: Tensor, mask: Tensor, labels: Tensor, measure: str
+) -> TokenStatistics:
+    """The statistics of whole rows: one message, for the difficulty 'jensen_shannon' two more.
 
-    difficulty: Tensor  # 0 for tokens that are not valid
-    valid: Tensor  # bool
-    normalizers_1: Tensor  # (4, B, L) `Normalizers` of the whole rows
-    cross_entropy: Tensor  # NaN for a label beyond the vocabulary, 0 for tokens that are not valid
-    maxima: Tensor  # (2, ranks, B, L) of student and teacher, which message 2 leaves out
+    `labels` (B, L) are indices of the whole vocabulary. The difficulty is one of `DIFFICULTIES`.
+    """
+    sent = "hellinger" if measure == "jensen_shannon" else measure
+    gathered = shards.gather(shard_statistics(shards, student, teacher, mask, labels, sent))
+    found = merge_statistics(shards, gathered, mask, labels, sent)
+    if measure == sent:
+        return found
+    ones, div = torch.ones_like(found.difficulty), DIVERGENCES[measure]()
+    difficulty, *_ = shard_divergence(shards, student, teacher, ones, found.valid, div, found.maxima)
+    return found._replace(difficulty=difficulty)
 
 
-def shard_statistics(student: Tensor, teacher: Tensor, mask: Tensor, labels: Tensor, measure: str) -> Tensor:
+def shard_statistics(
+    shards: Shards, student: Tensor, teacher: Tensor, mask: Tensor, labels: Tensor, measure: str
+) -> Tensor:
     """What this rank sends in message 1, (k, B, L): normalisers, the label's logit, and its part of the difficulty.
 
-    `labels` are indices of the shard; a label that is not in it has the logit −inf.
+    A label that is not in the shard has the logit −inf.
     """
+    labels = shards.local(labels)
     vocab = min(student.shape[-1], teacher.shape[-1])
     dtype = reference.accumulation_dtype(student, teacher)
     if measure in ("hellinger", "cross_entropy"):
@@ -122,14 +140,14 @@ def shard_statistics(student: Tensor, teacher: Tensor, mask: Tensor, labels: Ten
     return torch.stack([*normalizers, logit, *parts])
 
 
-def merge_statistics(gathered: Tensor, mask: Tensor, labels: Tensor, vocab_size: int, measure: str) -> Statistics:
-    """The rows' statistics from message 1 (ranks, k, B, L); `labels` are indices of the whole vocabulary."""
+def merge_statistics(shards: Shards, gathered: Tensor, mask: Tensor, labels: Tensor, measure: str) -> TokenStatistics:
+    """The statistics of whole rows from message 1, (ranks, k, B, L)."""
     dtype, exact = gathered.dtype, gathered.to(exact_dtype(gathered.device))
     max_s, sum_s, max_t, sum_t, logits, *parts = exact.unbind(1)
     ones = torch.ones_like(max_s[0])
     student, teacher = row_masses(max_s, sum_s, ones), row_masses(max_t, sum_t, ones)
     valid = mask & (student.sum != 0) & (teacher.sum != 0)
-    inside = (labels >= 0) & (labels < vocab_size)
+    inside = (labels >= 0) & (labels < shards.vocab_size)
     cross_entropy = (student.max - logits.amax(0) + student.sum.log()).where(inside, math.nan).where(valid, 0.0)
     if measure == "cross_entropy":
         difficulty = cross_entropy
@@ -138,7 +156,7 @@ def merge_statistics(gathered: Tensor, mask: Tensor, labels: Tensor, vocab_size:
     else:
         zero = torch.zeros_like(student.sum)
         difficulty = MERGES[measure](student, teacher, parts[0], parts[1], Peak(0, zero, zero, zero, zero)).d
-    return Statistics(
+    return TokenStatistics(
         difficulty.where(valid, 0.0).to(dtype),
         valid,
         normalizers_of(student, teacher, dtype),

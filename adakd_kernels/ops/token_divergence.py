@@ -262,11 +262,11 @@ class TokenLosses(torch.autograd.Function):
             weight, ce_weight = loud_weights(weight, grad_ce.where(ce_mask, 0.0), cross_entropy)
         args = (teacher, temperature, weight, *saved, labels, ce_weight, normalizers_1, *ctx.op_args)
         with torch.no_grad():
+            ctx.overwritten = ctx.inplace
             if not teacher.shape[-1]:  # a shard without a common entry
-                grad = torch.zeros_like(student)
+                grad = student.zero_() if ctx.inplace else torch.zeros_like(student)
             elif ctx.inplace:
                 token_divergence_backward_(student, *args)
-                ctx.overwritten = True
                 grad = student
             else:
                 grad = token_divergence_backward(student, *args)

@@ -29,7 +29,9 @@ def token_kl(
         KL(p‖q); Σ p over the finite entries; KL(q‖p); Σ q over the entries that are not finite; the (4, B, L)
         `Normalizers` at temperature τ; and, as in `token_divergence`, the student's most likely entry or −1, and
         τ·∂D/∂zˢ there of either divergence. All are (B, L) in the accumulation type but the normalisers and `peak`,
-        which is int64. `kept` and `lost` are relatively exact: no small difference of other results.
+        which is int64. `kept` and `lost` are relatively exact: no small difference of other results. `lost` is exactly
+        0 where every entry is finite. Of a row that is empty on one side, the normalisers and the student's mass, which
+        is lost, are the only results other than 0 and −1.
     """
     dtype = reference.accumulation_dtype(student, teacher)
     sums = reference.kl_sums(student[mask], teacher[mask], temperature[mask])

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .. import reference
 from .backends import register_triton
+
+
+class TokenStatistics(NamedTuple):
+    """What is known of every token from its logits at temperature 1.
+
+    Attributes:
+        difficulty: (B, L), 0 for tokens that are not valid.
+        valid: (B, L) bool, the tokens in the mask whose rows have a finite entry on both sides.
+        normalizers_1: (4, B, L) `Normalizers` at temperature 1.
+        cross_entropy: (B, L), NaN for a label beyond the vocabulary; of rows that are split over it, else None.
+        maxima: (2, ranks, B, L) maxima of all shards of both rows; of rows that are split, else None.
+    """
+
+    difficulty: Tensor
+    valid: Tensor
+    normalizers_1: Tensor
+    cross_entropy: Tensor | None = None
+    maxima: Tensor | None = None
 
 
 def masked_normalizers(mask: Tensor, dtype: torch.dtype) -> Tensor:

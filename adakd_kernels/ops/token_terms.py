@@ -6,8 +6,19 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..divergences import with_parameters
+from ..divergences import DIVERGENCES, with_parameters
 from ..reference import Normalizers
+from .backends import register_triton
+
+
+def check_two_sweeps(divergence: str) -> None:
+    """Every backend of the operator refuses the divergences of one sweep, in these words.
+
+    Raises:
+        RuntimeError: the divergence takes one sweep.
+    """
+    if DIVERGENCES[divergence].sweeps != 2:
+        raise RuntimeError(f"adakd::token_terms takes divergences of two sweeps, and {divergence!r} takes one")
 
 
 @torch.library.custom_op("adakd::token_terms", mutates_args=())
@@ -40,6 +51,7 @@ def token_terms(
         (Σ f, Σ (g + c·q)), (B, L) in the accumulation type; f and g as in docs/maths.md, section 3. An entry
         that is not finite adds (c − 1)·q to the second where g leaves out a term q (`skew_reverse_kl`), else c·q.
     """
+    check_two_sweeps(divergence)
     dtype = reference.accumulation_dtype(student, teacher)
     sums = reference.token_terms(
         student[mask],
@@ -60,3 +72,24 @@ def _(student: Tensor, teacher: Tensor, temperature: Tensor, mask: Tensor, *args
     dtype = reference.accumulation_dtype(student, teacher)
     f, g = (torch.empty(mask.shape, dtype=dtype, device=mask.device) for _ in range(2))
     return f, g
+
+
+@register_triton(token_terms)
+def _(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: Tensor,
+    mask: Tensor,
+    normalizers_tau: Tensor,
+    constant: Tensor,
+    peak: Tensor,
+    divergence: str,
+    alpha: float,
+    beta: float,
+) -> tuple[Tensor, Tensor]:
+    from ..kernels.token_terms import token_terms_fwd
+
+    check_two_sweeps(divergence)
+    return token_terms_fwd(
+        student, teacher, temperature, mask, normalizers_tau, constant, peak, divergence, alpha, beta
+    )
