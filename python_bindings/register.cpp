@@ -157,6 +157,35 @@ Eight token_kl(const Tensor& student, const Tensor& teacher, const Tensor& tempe
   return {forward, kept, reverse, lost, normalizers_tau, peak, forward_grad, reverse_grad};
 }
 
+Two token_terms(const Tensor& student, const Tensor& teacher, const Tensor& temperature, const Tensor& mask,
+                const Tensor& normalizers_tau, const Tensor& constant, const Tensor& peak,
+                const std::string& divergence, double alpha, double beta) {
+  const adakd::Divergence which = divergence_of(divergence);
+  if (!kernels().takes_two_sweeps(which)) {
+    throw std::runtime_error("adakd::token_terms takes divergences of two sweeps, and '" + divergence + "' takes one");
+  }
+  const ScalarType type = accumulation_type(student, teacher);
+  const auto fresh = [&] { return torch::stable::new_empty(student, mask.sizes(), type); };
+  Tensor f = fresh(), g = fresh();
+  // The converted tensors live until the last token is done: the call holds pointers only.
+  const Tensor tau = numbers(temperature, type), selected = torch::stable::contiguous(mask);
+  const Tensor of_tau = numbers(normalizers_tau, type), c = numbers(constant, type);
+  const Tensor left_out = numbers(peak, ScalarType::Long);
+  const adakd::TermsCall call{rows_of(student, teacher),
+                              which,
+                              alpha,
+                              beta,
+                              tau.data_ptr(),
+                              static_cast<const bool*>(selected.data_ptr()),
+                              normalizers_of(of_tau),
+                              c.data_ptr(),
+                              static_cast<const int64_t*>(left_out.data_ptr()),
+                              f.data_ptr(),
+                              g.data_ptr()};
+  for_each_token(kernels().token_terms, call, mask.numel());
+  return {f, g};
+}
+
 // Asks for large pages under memory that is about to be written for the first time: clearing it page by page as it is
 // touched takes the system about as long as computing what goes into it. Each page is touched here by one thread: two
 // that meet at one would both clear it.
@@ -216,6 +245,7 @@ STABLE_TORCH_LIBRARY_IMPL(adakd, CPU, library) {
   library.impl("token_stats", TORCH_BOX(&token_stats));
   library.impl("token_divergence", TORCH_BOX(&token_divergence));
   library.impl("token_kl", TORCH_BOX(&token_kl));
+  library.impl("token_terms", TORCH_BOX(&token_terms));
   library.impl("token_divergence_backward", TORCH_BOX(&token_divergence_backward<false>));
   library.impl("token_divergence_backward_", TORCH_BOX(&token_divergence_backward<true>));
 }

@@ -3,6 +3,7 @@
 #include "token_divergence_backward.h"
 #include "token_kl.h"
 #include "token_stats.h"
+#include "token_terms.h"
 
 namespace adakd {
 namespace ADAKD_ISA {
@@ -25,10 +26,21 @@ void kl(const KlCall& call, int64_t n) {
   in_double(call.rows) ? token_kl_row<Doubles>(call, n) : token_kl_row<Floats>(call, n);
 }
 
+void terms(const TermsCall& call, int64_t n) {
+  const FlushSubnormals flush;
+  in_double(call.rows) ? token_terms_row<Doubles>(call, n) : token_terms_row<Floats>(call, n);
+}
+
 void backward(const GradientCall& call, int64_t n) {
   const FlushSubnormals flush;
   in_double(call.rows) ? token_divergence_backward_row<Doubles>(call, n)
                        : token_divergence_backward_row<Floats>(call, n);
+}
+
+bool takes_two_sweeps(Divergence name) {
+  bool two = false;
+  with_divergence(name, [&](auto tag) { two = decltype(tag)::template Of<Floats>::kTwoSweeps; });
+  return two;
 }
 
 // y[i] = function(x[i]); the last vector is filled up with ones. The tests check exp2 and log2 by it.
@@ -53,7 +65,8 @@ void map_log2(const float* x, float* y, int64_t n) { map([](Floats v) { return l
 #define ADAKD_NAME_OF(isa) #isa
 #define ADAKD_NAME(isa) ADAKD_NAME_OF(isa)
 extern const Kernels table;
-const Kernels table{ADAKD_NAME(ADAKD_ISA), stats, divergence, kl, backward, map_exp2, map_log2};
+const Kernels table{ADAKD_NAME(ADAKD_ISA), stats,    divergence, kl,      terms, backward,
+                    takes_two_sweeps,      map_exp2, map_log2};
 
 }  // namespace ADAKD_ISA
 }  // namespace adakd

@@ -60,6 +60,18 @@ struct KlCall {
   Normalizers out;                        // at temperature τ
 };
 
+struct TermsCall {
+  Rows rows;  // a part of the vocabulary
+  Divergence divergence;
+  double alpha, beta;
+  const void* temperature;
+  const bool* mask;
+  Normalizers in;        // of the whole rows, at temperature τ
+  const void* constant;  // c
+  const int64_t* peak;   // the entry that is left out, or -1
+  void *f, *g;           // Σf and Σ (g + c·q)
+};
+
 struct GradientCall {
   Rows rows;
   Divergence divergence;
@@ -80,7 +92,9 @@ struct Kernels {
   void (*token_stats)(const StatsCall&, int64_t n);
   void (*token_divergence)(const DivergenceCall&, int64_t n);
   void (*token_kl)(const KlCall&, int64_t n);
+  void (*token_terms)(const TermsCall&, int64_t n);
   void (*token_divergence_backward)(const GradientCall&, int64_t n);
+  bool (*takes_two_sweeps)(Divergence);  // whether token_terms has the divergence
   void (*exp2)(const float* x, float* y, int64_t n);
   void (*log2)(const float* x, float* y, int64_t n);
 };

@@ -52,13 +52,16 @@ template <class V> struct Frame {
   }
 };
 
-// The second sweep: Σf and Σg over the entries beside the peak, with g as the divergence's terms() gives it.
-template <class D> struct TermsFold {
+// The second sweep: Σf and Σg over the entries beside the peak, with g as the divergence's terms() gives it. With
+// kConstant it is Σ (g + c·q): where g and c·q nearly cancel in every entry, rounded sums of either would not.
+template <class D, bool kConstant = false> struct TermsFold {
   static constexpr bool kPeak = false;  // the first sweep has found it
+  static constexpr bool kWithC = kConstant || D::template Of<double>::kSign;  // whether g is g + c·q
+  static constexpr bool kWithoutQ = D::template Of<double>::kWithoutQ;
 
   LogNormalizers normalizers;
   double alpha, beta;
-  double peak_sign = 0.0;  // for kSign: the sign of log2(q/p) at the peak
+  double c = 0.0;  // with kWithC
   double f = 0.0, g = 0.0;
 
   TermsFold(const LogNormalizers& normalizers, double alpha, double beta)
@@ -75,7 +78,7 @@ template <class D> struct TermsFold {
       const bool known = std::fabs(peak_gap) > -8.0 * std::numeric_limits<Scalar<V>>::epsilon() * first.masses.log_q;
       const V s = constant<V>(first.peak.s), t = constant<V>(first.peak.t);
       const double gap = known ? peak_gap : Frame<V>(normalizers).template entry<true>(s, t).gap[0];
-      peak_sign = gap > 0.0 ? 1.0 : gap < 0.0 ? -1.0 : 0.0;
+      c = gap > 0.0 ? -0.5 : gap < 0.0 ? 0.5 : 0.0;
       return;
     }
     // A shift of all log-ratios against the peak's does not average out over the vocabulary, and would be an error of
@@ -97,7 +100,7 @@ template <class D> struct TermsFold {
 
   template <bool kGuarded, class V, class T> Added add(const Block<T>& block) {
     Parameters<V> parameters(alpha, beta);
-    parameters.peak_sign = constant<V>(peak_sign);
+    parameters.peak_sign = constant<V>(-2.0 * c);
     return unswitched<typename D::template Of<V>>(parameters, [&](const Parameters<V>& x) ADAKD_INLINE_LAMBDA {
       return add<kGuarded, V>(block, x);
     });
@@ -106,7 +109,7 @@ template <class D> struct TermsFold {
   template <bool kGuarded, class V, class T>
   ADAKD_INLINE Added add(const Block<T>& block, const Parameters<V>& parameters) {
     using Divergence = typename D::template Of<V>;
-    const V peak_c = constant<V>(-0.5 * peak_sign);  // total variation's c of the peak
+    const V c_here = constant<V>(c), c_lost = constant<V>((kWithC ? c : 0.0) - (kWithoutQ ? 1.0 : 0.0));
     const Divergence divergence(parameters);
     const Frame<V> frame(normalizers);
     const V minus_infinity = broadcast<V>(-kInfinity), zero = V{};
@@ -116,12 +119,14 @@ template <class D> struct TermsFold {
       const Entry<V> at = frame.template entry<kGuarded>(s, t);
       V f_here, g_here;
       divergence.terms(at, f_here, g_here);
+      if constexpr (kConstant && !Divergence::kSign) g_here += c_here * exp2(at.log_q);
       V gap = at.gap;
       if (kGuarded) {
         const Mask<V> finite = (s != minus_infinity) & (t != minus_infinity);
         // An entry that is not finite has g = 0, but its q still enters Σg: as -q where terms() leaves the term q out
-        // of g, as c·q where terms() adds c·q to g.
-        const V lost = Divergence::kWithoutQ ? -exp2(at.log_q) : Divergence::kSign ? peak_c * exp2(at.log_q) : zero;
+        // of g, as c·q where c·q is added to g.
+        V lost = zero;
+        if constexpr (kWithC || kWithoutQ) lost = c_lost * exp2(at.log_q);
         f_here = finite ? f_here : zero;
         g_here = finite ? g_here : lost;
         gap = finite ? gap : zero;
@@ -156,19 +161,18 @@ template <class D> struct TermsFold {
     RowResult r;
     r.d = f;
     if (!first.peak.finite()) {
-      r.sum_g = Divergence::kWithoutQ ? g - q : g;
+      r.sum_g = kWithoutQ ? g - q : g;
       return r;
     }
     const Parameters<double> parameters = Parameters<V>(alpha, beta).in_double();
     double peak_f, peak_g;
     Divergence(parameters).terms(Entry<double>{m.log_q, m.log_q - m.gap, m.gap}, peak_f, peak_g);
     r.d += peak_f;
-    if (Divergence::kSign) {
-      // g is Σ(g + c·q) already.
-      r.set_gradient(first.peak.index, q, -0.5 * peak_sign, g);
+    if (kWithC) {
+      r.set_gradient(first.peak.index, q, c, g);
     } else {
-      const double c = -peak_g / q;
-      r.set_gradient(first.peak.index, q, c, g + c * m.other_q);
+      const double peak_c = -peak_g / q;
+      r.set_gradient(first.peak.index, q, peak_c, g + peak_c * m.other_q);
     }
     return r;
   }
