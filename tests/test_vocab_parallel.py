@@ -88,7 +88,8 @@ def test_rows_of_any_kind(divergence, ranks, dtype):
     check = partial(check_divergence, divergence=divergence, function=partial(split_divergence, ranks=ranks))
     far = some({**FAR, **DRIFTING, **EXTREME}, *list({**FAR, **DRIFTING, **EXTREME})[ranks % 3 :: 3])
     confident = some(CONFIDENT, "agree 1e-06", "surer 1e-03") if INTERPRETING else CONFIDENT
-    for cases, ulps in ((confident, 0.0), (far, DEEP)):
+    # What is rounded once more than in whole rows: normalisers, c of the peak, and the numbers of the messages.
+    for cases, ulps in ((confident, 4.0), (far, DEEP)):
         check(*stack(cases, VOCAB, dtype), names=list(cases), ulps=ulps)
 
 

@@ -282,7 +282,14 @@ def _two_sweeps(
     heavy = (log_q >= math.log(HEAVY)) & (z_t != -math.inf)
     log_q = log_q.where(heavy, 0.0)
     log_p = ((z_t - of.max_t) / tau - of.sum_t.log()).where(heavy, 0.0)
-    c = saturated((_peak_terms(GRADIENTS, divergence, log_q, log_p) / -log_q.exp()).where(heavy, 0.0), dtype)
+    if any(divergence.parameters):
+        # By the operator, whose roundings of the parameters are then the same in g of the peak and of other entries.
+        one, other = (z.where(heavy, 0.0).to(dtype).unsqueeze(-1) for z in (z_s, z_t))
+        zero, nowhere = torch.zeros_like(temperature), torch.full_like(place, -1)
+        _, g = _token_terms(one, other, temperature, mask & heavy, of_rows, zero, nowhere, divergence)
+    else:
+        g = _peak_terms(GRADIENTS, divergence, log_q, log_p)
+    c = saturated((g.to(log_q.dtype) / -log_q.exp()).where(heavy, 0.0), dtype)
     mine = heavy & (owner == shards.rank)
     place = place.where(mine, -1)
     f, rest = _token_terms(student, teacher, temperature, mask, of_rows, c, place, divergence)
