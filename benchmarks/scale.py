@@ -32,6 +32,7 @@ MOST_BYTES = {"each": 330, "rank": 150}
 """While the numbers of a token are merged: bytes, and bytes for each rank."""
 STATE = {"AdamW": 2, "SGD with momentum": 1, "SGD": 0}
 """Numbers that an optimizer keeps for each parameter."""
+ADAPTER = 0.01  # of the parameters are those of an adapter, assumed
 
 
 class Model(NamedTuple):
@@ -130,9 +131,9 @@ def bucket_memory(parameters: float, itemsize: int = 4) -> float:
 def whole_units(root: float, layer: float, itemsize: int = 2, trained: bool = True) -> float:
     """The most that FSDP2 has in one piece of its root unit and of the layers, each of which is a unit."""
     if trained:
-        # Of a unit its weights, their gradient, and that gradient as it is sent. The next layer's weights arrive
-        # meanwhile, and the gradient of the one before may still be on its way.
-        return itemsize * max(3 * root, root + 5 * layer)
+        # Of a unit its weights, their gradient, that gradient as it is sent, and as it arrives. The next layer's weights
+        # come meanwhile, and the gradient of the one before may still be on its way.
+        return itemsize * max(4 * root, root + 5 * layer)
     # Weights as they arrive, and in their places.
     return itemsize * (2 * root + 4 * layer)
 
@@ -166,10 +167,14 @@ def ddp_wire(parameters: float, ranks: int, itemsize: int = 4) -> float:
     return 2 * part(ranks) * parameters * itemsize
 
 
-def fsdp_wire(parameters: float, root: float, ranks: int, itemsize: int = 2, trained: bool = True) -> float:
-    """Of one micro-batch: weights gathered in the forward; all but the root unit's again, and gradients scattered."""
-    times = parameters + ((parameters - root) + parameters if trained else 0)
-    return part(ranks) * times * itemsize
+def fsdp_wire(parameters: float, ranks: int, itemsize: int = 2, trained: bool = True) -> float:
+    """Of one micro-batch: weights gathered in the forward; in the backward again, and gradients summed into parts."""
+    return (3 if trained else 1) * part(ranks) * parameters * itemsize
+
+
+def head_wire(vocab: int, hidden: int, ranks: int, itemsize: int = 2) -> float:
+    """The teacher's head, which the loss from hidden states needs after the teacher's forward."""
+    return part(ranks) * vocab * hidden * itemsize
 
 
 def tensor_parallel_wire(
@@ -202,35 +207,44 @@ class Setting(NamedTuple):
     tokens: int = 8192  # of a micro-batch, of a GPU or of all tensor-parallel ones
 
 
-def loss_memory(of: Setting, ranks: int = 1) -> float:
-    return hidden_memory(of.tokens, of.student.vocab, of.student.hidden, ranks)
+def loss_of(of: Setting, ranks: int = 1, trained_head: bool = True) -> float:
+    student = of.student
+    return hidden_memory(of.tokens, student.vocab, student.hidden, ranks, trained_head=trained_head)
 
 
-def plain(of: Setting) -> float:
-    student = of.student.parameters
-    copies = cast_memory(student) + (bucket_memory(student) if of.gpus > 1 else 0)
-    return trained_memory(student) + copies + frozen_memory(of.teacher.parameters) + loss_memory(of)
+def whole_student(of: Setting) -> float:
+    size = of.student.parameters
+    return trained_memory(size) + cast_memory(size) + (bucket_memory(size) if of.gpus > 1 else 0) + loss_of(of)
 
 
-def teacher_streamed(of: Setting) -> float:
-    """On the GPU: a layer of the teacher, or its head."""
-    return plain(of) - frozen_memory(of.teacher.parameters) + frozen_memory(max(of.teacher.layer, of.teacher.root))
+def sharded_student(of: Setting) -> float:
+    student = of.student
+    return trained_memory(student.parameters, of.gpus) + whole_units(student.root, student.layer) + loss_of(of)
 
 
-def student_sharded(of: Setting) -> float:
-    student = trained_memory(of.student.parameters, of.gpus) + whole_units(of.student.root, of.student.layer)
-    return student + frozen_memory(of.teacher.parameters) + loss_memory(of)
+def adapted_student(of: Setting) -> float:
+    size = of.student.parameters
+    return frozen_memory(size) + trained_memory(ADAPTER * size) + loss_of(of, trained_head=False)
 
 
-def both_sharded(of: Setting) -> float:
-    whole, teacher = frozen_memory(of.teacher.parameters), of.teacher
-    split = frozen_memory(teacher.parameters, of.gpus) + whole_units(teacher.root, teacher.layer, trained=False)
-    return student_sharded(of) - whole + split
+def sharded_adapted_student(of: Setting) -> float:
+    parts = frozen_memory(of.student.parameters, of.gpus)
+    parts += whole_units(of.student.root, of.student.layer, trained=False)
+    return parts + trained_memory(ADAPTER * of.student.parameters, of.gpus) + loss_of(of, trained_head=False)
 
 
-def streamed_beside_shards(of: Setting) -> float:
-    whole = frozen_memory(of.teacher.parameters)
-    return student_sharded(of) - whole + frozen_memory(max(of.teacher.layer, of.teacher.root))
+def whole_teacher(of: Setting) -> float:
+    return frozen_memory(of.teacher.parameters)
+
+
+def sharded_teacher(of: Setting) -> float:
+    teacher = of.teacher
+    return frozen_memory(teacher.parameters, of.gpus) + whole_units(teacher.root, teacher.layer, trained=False)
+
+
+def streamed_teacher(of: Setting) -> float:
+    """On the GPU: a layer, or the head."""
+    return frozen_memory(max(of.teacher.layer, of.teacher.embedding))
 
 
 def tensor_parallel(of: Setting) -> float:
@@ -238,17 +252,25 @@ def tensor_parallel(of: Setting) -> float:
     student, teacher = (model.parameters - model.embedding for model in (of.student, of.teacher))
     split = trained_memory(student, of.gpus) + cast_memory(student, of.gpus) + frozen_memory(teacher, of.gpus)
     whole = trained_memory(of.student.embedding) + frozen_memory(of.teacher.embedding)
-    return split + whole + loss_memory(of, of.gpus)
+    return split + whole + loss_of(of, of.gpus)
 
 
-ENGINES: dict[str, Callable[[Setting], float]] = {
-    "whole": plain,
-    "teacher in CPU memory": teacher_streamed,
-    "student sharded": student_sharded,
-    "both sharded": both_sharded,
-    "student sharded, teacher in CPU memory": streamed_beside_shards,
+Memory = Callable[[Setting], float]
+ON_ONE: dict[str, tuple[Memory, Memory]] = {
+    "whole ← whole": (whole_student, whole_teacher),
+    "whole ← CPU": (whole_student, streamed_teacher),
+    "LoRA ← whole": (adapted_student, whole_teacher),
+    "LoRA ← CPU": (adapted_student, streamed_teacher),
 }
-"""In the order in which they are to be tried, but for tensor parallelism, which is chosen for another reason."""
+ON_SEVERAL: dict[str, tuple[Memory, Memory]] = {
+    "whole ← whole": (whole_student, whole_teacher),
+    "sharded ← whole": (sharded_student, whole_teacher),
+    "sharded ← sharded": (sharded_student, sharded_teacher),
+    "sharded ← CPU": (sharded_student, streamed_teacher),
+    "LoRA, sharded ← sharded": (sharded_adapted_student, sharded_teacher),
+    "LoRA, sharded ← CPU": (sharded_adapted_student, streamed_teacher),
+}
+"""In the order in which they are to be tried; tensor parallelism is chosen for another reason."""
 
 
 def fits(number: float) -> bool:
@@ -257,20 +279,19 @@ def fits(number: float) -> bool:
 
 def engine(of: Setting) -> str:
     """The first engine that fits, and what it takes."""
-    for name, memory in ENGINES.items():
-        streams, shards = "CPU" in name, "sharded" in name
-        if (of.gpus == 1 and shards) or (of.gpus > 1 and streams and not shards):
-            continue
-        if fits(memory(of)):
-            return f"{name}: {gigabytes(memory(of))}"
+    for name, parts in (ON_ONE if of.gpus == 1 else ON_SEVERAL).items():
+        taken = sum(memory(of) for memory in parts)
+        if fits(taken):
+            return f"{name}, {gigabytes(taken)}"
     return "–"
 
 
 def both_wire(of: Setting) -> float:
-    """Of one micro-batch, student and teacher sharded."""
+    """Of one micro-batch from hidden states, student and teacher sharded."""
     student, teacher = of.student, of.teacher
-    of_teacher = fsdp_wire(teacher.parameters, teacher.root, of.gpus, trained=False)
-    return fsdp_wire(student.parameters, student.root, of.gpus) + of_teacher
+    of_teacher = fsdp_wire(teacher.parameters, of.gpus, trained=False)
+    of_teacher += head_wire(teacher.vocab, teacher.hidden, of.gpus)
+    return fsdp_wire(student.parameters, of.gpus) + of_teacher
 
 
 def equal_tokens(of: Setting) -> float:
@@ -301,7 +322,7 @@ def thousands(number: float) -> str:
     return f"{number / 2**10:,.0f}k" if number < 2**20 else f"{number / 2**20:,.0f}M"
 
 
-PAIRS = [("1.5B", "7B"), ("1.5B", "72B"), ("7B", "14B"), ("7B", "72B"), ("14B", "72B"), ("32B", "72B"), ("72B", "72B")]
+PAIRS = [("1.5B", "7B"), ("7B", "14B"), ("7B", "72B"), ("14B", "32B"), ("14B", "72B"), ("32B", "72B"), ("72B", "72B")]
 
 
 def engine_table(full: bool) -> Iterator[str]:
@@ -320,8 +341,8 @@ def choice_table(full: bool) -> Iterator[str]:
         "teacher over PCIe 5 |"
     )
     yield "|---|--:|--:|--:|--:|--:|"
-    names = MODELS if full else ("7B", "14B")
-    for student, teacher in [(a, b) for a in names for b in MODELS if MODELS[b].parameters > MODELS[a].parameters]:
+    every = [(a, b) for a in MODELS for b in MODELS if MODELS[b].parameters > MODELS[a].parameters]
+    for student, teacher in every if full else PAIRS[1:5]:
         of = Setting(MODELS[student], MODELS[teacher], gpus=8)
         holds, sent = tensor_parallel(of), both_wire(of)
         cells = (
