@@ -129,13 +129,15 @@ def bucket_memory(parameters: float, itemsize: int = 4) -> float:
 
 
 def whole_units(root: float, layer: float, itemsize: int = 2, trained: bool = True) -> float:
-    """The most that FSDP2 has in one piece of its root unit and of the layers, each of which is a unit."""
+    """The most that FSDP2 has in one piece of its root unit and of the layers, each of which is a unit.
+
+    Of a frozen unit these are the weights as they arrive, and in their places; of a trained one, its weights, their
+    gradient, and that gradient as it is sent. The next layer's weights come meanwhile, and the gradients of the one
+    before may still be on their way.
+    """
     if trained:
-        # Of a unit its weights, their gradient, that gradient as it is sent, and as it arrives. The next layer's weights
-        # come meanwhile, and the gradient of the one before may still be on its way.
-        return itemsize * max(4 * root, root + 5 * layer)
-    # Weights as they arrive, and in their places.
-    return itemsize * (2 * root + 4 * layer)
+        return itemsize * max(2 * root + 3 * layer, root + 4 * layer)
+    return itemsize * max(2 * root + 2 * layer, root + 3 * layer)
 
 
 # Bytes on the wire.

@@ -118,8 +118,8 @@ def held(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> in
     return sum((x.to_local() if isinstance(x, DTensor) else x).nbytes for x in kept)
 
 
-def trained(model: nn.Module) -> dict[str, float]:
-    """What a step of AdamW receives, and the most that it holds beside the inputs."""
+def trained(model: nn.Module, peak: bool = False) -> dict[str, float]:
+    """What a step of AdamW receives, and what is held after it; with `peak` the most that it holds."""
     ids, optimizer = torch.arange(TOKENS), torch.optim.AdamW(model.parameters())
 
     def step() -> None:
@@ -130,20 +130,23 @@ def trained(model: nn.Module) -> dict[str, float]:
     step()
     with Received() as received:
         step()
-    state = held(model, optimizer)
-    optimizer.zero_grad()
-    return {"received": received.bytes, "state": state, "peak": held(model, optimizer) + Cpu().peak_bytes(step)}
+    found = {"received": received.bytes, "state": held(model, optimizer)}
+    if peak:
+        optimizer.zero_grad()
+        found["peak"] = held(model, optimizer) + Cpu().peak_bytes(step)
+    return found
 
 
-def fsdp(vocab: int, hidden: int, inner: int) -> dict[str, Any]:
-    """A student, and a teacher, of which each layer is a unit and the rest another one."""
+def fsdp(vocab: int, hidden: int, inner: int, peak: bool = False) -> dict[str, Any]:
+    """A student, and a teacher, of which each layer is a unit and the rest another one, over the world's ranks."""
     decoder = Decoder(vocab, hidden, inner)
     found: dict[str, Any] = {"sizes": decoder.sizes()}
     student, teacher = Stack(decoder), Stack(Decoder(vocab, hidden, inner)).requires_grad_(False)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for model in (student, teacher):
         for module in (*model.layers, model):
-            fully_shard(module, reshard_after_forward=True)  # what accelerate says, of the root unit too
-    found["student"] = trained(student)
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)  # what accelerate says, of the root unit too
+    found["student"] = trained(student, peak)
 
     @torch.no_grad()
     def teach() -> None:
@@ -153,16 +156,17 @@ def fsdp(vocab: int, hidden: int, inner: int) -> dict[str, Any]:
         teach()
     with Received() as of_head:
         teacher.head.weight.full_tensor()  # type: ignore[operator]
-    peak = held(teacher) + Cpu().peak_bytes(teach)
-    found["teacher"] = {"received": received.bytes, "head": of_head.bytes, "peak": peak}
+    found["teacher"] = {"received": received.bytes, "head": of_head.bytes}
+    if peak:
+        found["teacher"]["peak"] = held(teacher) + Cpu().peak_bytes(teach)
     return found
 
 
 def ddp(vocab: int, hidden: int, inner: int) -> dict[str, Any]:
-    """DDP, whose buckets are there when it is made."""
+    """DDP, whose buckets are there when it is made; sending the weights then would take memory as well."""
     decoder = Decoder(vocab, hidden, inner)
     made: list[nn.Module] = []
-    buckets = Cpu().peak_bytes(lambda: made.append(nn.parallel.DistributedDataParallel(decoder)))
+    buckets = Cpu().peak_bytes(lambda: made.append(nn.parallel.DistributedDataParallel(decoder, init_sync=False)))
     return {"sizes": decoder.sizes(), "buckets": buckets, **trained(made[0])}
 
 
@@ -196,8 +200,8 @@ def main(folder: Path) -> None:
     rank = "0" if other else "1"
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     runpy.run_path(str(folder / "page.py"))  # makes the process group
-    found: dict[str, Any] = {"wide head": fsdp(2000, 32, 64), "wide layers": fsdp(20, 64, 1024)}
-    found["ddp"], found["tp"] = ddp(200, *WIDTHS), tensor_parallel(200, *WIDTHS)
+    kinds = (("fsdp", fsdp), ("ddp", ddp), ("tp", tensor_parallel))
+    found: dict[str, Any] = {name: kind(200, *WIDTHS) for name, kind in kinds}
     found["example"] = runpy.run_path(str(ROOT / "examples" / "vocab_parallel.py"))["main"](["--steps", "3"])
     torch.save(found, folder / f"scale.rank{rank}.pt")
     dist.barrier()

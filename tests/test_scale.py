@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from adakd_kernels import VocabParallel, adakd_loss, linear_adakd_loss
@@ -25,7 +26,7 @@ from benchmarks import scale
 from instruments.devices import Cpu, produced
 
 from .cases import DIVERGENCES, logits, name_of, tokens
-from .scale_process import TOKENS, WIDTHS
+from .scale_process import TOKENS, WIDTHS, fsdp
 from .simulated_ranks import on_ranks
 
 fast, native, interpret = pytest.mark.fast, pytest.mark.native, pytest.mark.interpret
@@ -213,20 +214,34 @@ def ranks(tmp_path_factory):
 
 
 @fast
-@pytest.mark.parametrize("shape", ["wide head", "wide layers"])
-def test_fsdp(shape, ranks):
-    for found in (of_rank[shape] for of_rank in ranks):
-        size, root, layer = found["sizes"].values()
-        state = scale.trained_memory(size, 2)
+def test_fsdp(ranks):
+    for found in (of_rank["fsdp"] for of_rank in ranks):
+        size, root, _ = found["sizes"].values()
         assert found["student"]["received"] == scale.fsdp_wire(size, 2, 4)
-        assert found["student"]["state"] == state
-        peak = state + scale.whole_units(root, layer, 4)
-        # Beside it there are activations; how much is sent at one time differs from run to run.
-        assert_covers(1.02 * peak, found["student"]["peak"], 0.4)
+        assert found["student"]["state"] == scale.trained_memory(size, 2)
         assert found["teacher"]["received"] == scale.fsdp_wire(size, 2, 4, trained=False)
         assert found["teacher"]["head"] == scale.head_wire(root // 2, 1, 2, 4)
-        peak = scale.frozen_memory(size, 2, 4) + scale.whole_units(root, layer, 4, trained=False)
-        assert_covers(1.02 * peak, found["teacher"]["peak"], 0.25)
+
+
+@fast
+@pytest.mark.parametrize("shape", [(2000, 32, 64), (24, 64, 1024), (512, 64, 128)])
+def test_memory_of_fsdp(shape):
+    """At 8 ranks that send nothing: gloo's threads free what they sent some time later, which no GPU does."""
+    fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg", reason="this torch has no fake group")
+    dist.init_process_group("fake", store=fake.FakeStore(), rank=0, world_size=8)
+    try:
+        found = fsdp(*shape, peak=True)
+    finally:
+        dist.destroy_process_group()
+    size, root, layer = found["sizes"].values()
+    assert found["student"]["received"] == scale.fsdp_wire(size, 8, 4)
+    peaks = [
+        scale.trained_memory(size, 8) + scale.whole_units(root, layer, 4),
+        scale.frozen_memory(size, 8, 4) + scale.whole_units(root, layer, 4, trained=False),
+    ]
+    for peak, side in zip(peaks, ("student", "teacher"), strict=True):
+        # Beside it there are activations of a few tokens.
+        assert_covers(1.02 * peak, found[side]["peak"], 0.12)
 
 
 @fast
