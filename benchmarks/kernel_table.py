@@ -22,6 +22,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "kernel-tables.md"
 VOCAB = 151_936
 NAMES = {
     "stats": "`token_stats`",
+    "kl": "`token_kl`",
     "forward": "forward",
     "backward": "backward",
     "backward_ce": "backward with CE",

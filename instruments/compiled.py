@@ -32,6 +32,7 @@ from triton.runtime.jit import JITFunction
 
 from adakd_kernels.divergences import DIVERGENCES, get_divergence
 from adakd_kernels.kernels.token_divergence import token_divergence_bwd, token_divergence_fwd
+from adakd_kernels.kernels.token_kl import token_kl_fwd
 from adakd_kernels.kernels.token_stats import token_stats_fwd
 from adakd_kernels.kernels.token_terms import token_terms_fwd
 from adakd_kernels.ops.token_divergence import empty_gradient
@@ -45,8 +46,8 @@ TARGETS = {
 }
 
 
-# (kernel, divergence). The difficulty is one kernel whatever the divergence; its name here is that of the sum it folds.
-KERNELS = [("stats", "hellinger")]
+# (kernel, divergence). Some are one kernel whatever the divergence; its name here is that of the sums they fold.
+KERNELS = [("stats", "hellinger"), ("kl", "jeffreys")]
 KERNELS += [(kernel, div) for kernel in ("forward", "backward", "backward_ce") for div in DIVERGENCES]
 KERNELS += [("terms", name) for name, div in DIVERGENCES.items() if div.sweeps == 2]
 
@@ -103,7 +104,7 @@ def logits(vocab: int, dtype: torch.dtype, batch: int = 2, length: int = 512, pa
 
 
 def launch(kernel: str, divergence: str, student: Tensor, teacher: Tensor, inplace: bool = False) -> None:
-    """Call the launcher of "stats", "forward", "terms", "backward" or "backward_ce" (with cross-entropy) as ops do."""
+    """Call the launcher of a kernel, as the ops call it; "backward_ce" is the backward with cross-entropy."""
     tokens = student.shape[:2]
     acc = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
     number = torch.ones(tokens, dtype=acc, device=student.device)
@@ -113,6 +114,8 @@ def launch(kernel: str, divergence: str, student: Tensor, teacher: Tensor, inpla
     alpha, beta = get_divergence(divergence).parameters
     if kernel == "stats":
         token_stats_fwd(student, teacher, mask)
+    elif kernel == "kl":
+        token_kl_fwd(student, teacher, number, mask)
     elif kernel == "forward":
         token_divergence_fwd(student, teacher, number, mask, divergence, alpha, beta)
     elif kernel == "terms":

@@ -25,6 +25,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Two = std::tuple<Tensor, Tensor>;
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Eight = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 const adakd::Kernels& kernels() {
   const adakd::Kernels* const chosen = adakd::kernels();
@@ -134,6 +135,28 @@ Five token_divergence(const Tensor& student, const Tensor& teacher, const Tensor
   return {d, sum_g, normalizers_tau, peak, peak_grad};
 }
 
+Eight token_kl(const Tensor& student, const Tensor& teacher, const Tensor& temperature, const Tensor& mask) {
+  const ScalarType type = accumulation_type(student, teacher);
+  const auto fresh = [&] { return torch::stable::new_empty(student, mask.sizes(), type); };
+  Tensor forward = fresh(), kept = fresh(), reverse = fresh(), lost = fresh();
+  Tensor normalizers_tau = new_bundle(student, mask, type), forward_grad = fresh(), reverse_grad = fresh();
+  Tensor peak = torch::stable::new_empty(student, mask.sizes(), ScalarType::Long);
+  const Tensor tau = numbers(temperature, type), selected = torch::stable::contiguous(mask);
+  const adakd::KlCall call{rows_of(student, teacher),
+                           tau.data_ptr(),
+                           static_cast<const bool*>(selected.data_ptr()),
+                           forward.data_ptr(),
+                           kept.data_ptr(),
+                           reverse.data_ptr(),
+                           lost.data_ptr(),
+                           static_cast<int64_t*>(peak.data_ptr()),
+                           forward_grad.data_ptr(),
+                           reverse_grad.data_ptr(),
+                           normalizers_of(normalizers_tau)};
+  for_each_token(kernels().token_kl, call, mask.numel());
+  return {forward, kept, reverse, lost, normalizers_tau, peak, forward_grad, reverse_grad};
+}
+
 Two token_terms(const Tensor& student, const Tensor& teacher, const Tensor& temperature, const Tensor& mask,
                 const Tensor& normalizers_tau, const Tensor& constant, const Tensor& peak,
                 const std::string& divergence, double alpha, double beta) {
@@ -221,6 +244,7 @@ std::conditional_t<kInPlace, void, Tensor> token_divergence_backward(
 STABLE_TORCH_LIBRARY_IMPL(adakd, CPU, library) {
   library.impl("token_stats", TORCH_BOX(&token_stats));
   library.impl("token_divergence", TORCH_BOX(&token_divergence));
+  library.impl("token_kl", TORCH_BOX(&token_kl));
   library.impl("token_terms", TORCH_BOX(&token_terms));
   library.impl("token_divergence_backward", TORCH_BOX(&token_divergence_backward<false>));
   library.impl("token_divergence_backward_", TORCH_BOX(&token_divergence_backward<true>));

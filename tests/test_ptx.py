@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction
 from adakd_kernels import reference
 from adakd_kernels.divergences import AlphaBeta, JensenShannon, SkewReverseKL, TotalVariation, get_divergence
 from adakd_kernels.kernels.token_divergence import token_divergence_bwd, token_divergence_fwd
+from adakd_kernels.kernels.token_kl import token_kl_fwd
 from adakd_kernels.kernels.token_stats import token_stats_fwd
 from adakd_kernels.kernels.token_terms import token_terms_fwd
 from adakd_kernels.reference import GradientCall, Normalizers
@@ -146,6 +147,25 @@ def test_statistics_are_the_reference(vocab, dtype):
         results = stats(*pair(vocab, dtype), MASK)
     for result in results:
         assert_close_as_eager(*result)
+
+
+@pytest.mark.parametrize(("vocab", "dtype"), [(LONG, BF16), (SHORT, FP64)], ids=name_of)
+def test_both_kls_are_the_reference(vocab, dtype):
+    student, teacher = pair(vocab, dtype)
+    tau = temperatures(1, 3)
+    with executing():
+        *numbers, normalizers, peak, forward_grad, reverse_grad = token_kl_fwd(student, teacher, tau, MASK)
+    acc = forward_grad.dtype
+    eager, exact = (
+        reference.kl_sums(student[MASK].to(x), teacher[MASK].to(x), tau[MASK]) for x in (acc, torch.float64)
+    )
+    assert torch.equal(peak, exact.peak.new_full((1, 3), -1).masked_scatter(MASK, exact.peak))
+    found = [*numbers, *normalizers[1::2], forward_grad, reverse_grad]
+    eager, exact = ([*x[:4], *x.normalizers[1::2], *x[6:]] for x in (eager, exact))
+    for ours, other, truth in zip(found, eager, exact, strict=True):
+        assert_close_as_eager(ours[MASK], other, truth, ulps=EXPONENT_ULPS)
+    lost = numbers[3][MASK]
+    assert lost[0] > 0.0 and lost[1] == 0.0
 
 
 @pytest.mark.parametrize(

@@ -292,7 +292,7 @@ def test_a_micro_batch_of_nan_is_left_out_of_the_choice() -> None:
     ("name", "change"),
     [
         ("DeepSpeed", {"is_deepspeed_enabled": True}),
-        ("FSDP", {"is_fsdp_enabled": True}),
+        ("FSDP 1", {"is_fsdp_enabled": True}),
         ("tensor parallelism", {"get_tp_size": lambda: 2}),
         ("torch_compile", {"torch_compile": True}),
         ("average_tokens_across_devices=False", {"world_size": 2, "average_tokens_across_devices": False}),
@@ -301,6 +301,7 @@ def test_a_micro_batch_of_nan_is_left_out_of_the_choice() -> None:
 def test_what_it_does_not_go_with(name: str, change: dict[str, Any]) -> None:
     args = {"torch_compile": False, "world_size": 1, "average_tokens_across_devices": False}
     parts = {"is_deepspeed_enabled": False, "is_fsdp_enabled": False, "get_tp_size": lambda: 1}
+    parts["accelerator"] = SimpleNamespace(is_fsdp2=False)
     check_step_selection(SimpleNamespace(args=SimpleNamespace(**args), **parts))
     args, parts = ({key: change.get(key, value) for key, value in of.items()} for of in (args, parts))
     with pytest.raises(ValueError, match=f"selection='step' does not go with {name}: .*selection='micro_batch'"):

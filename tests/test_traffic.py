@@ -146,6 +146,17 @@ def test_nothing_outside_a_tensor_is_touched(divergence, teacher_vocab):
         assert around.sum() == inside._base.numel() - inside.numel() and inside._base.isnan().all()
 
 
+def test_both_kls_read_a_row_once():
+    student, teacher = guarded(logits(1, 3, 1003, dtype=BF16)), guarded(logits(1, 3, 1019, dtype=BF16, seed=1))
+    mask = torch.tensor([[True, False, True]])
+    student[~mask], teacher[~mask] = torch.nan, torch.nan
+    with counting() as traffic:
+        found = ops.token_kl(student, teacher, temperatures(1, 3), mask)
+    assert not any(x.isnan().any() for x in found)
+    again = read_again(student, teacher, mask, get_divergence("jeffreys"))
+    assert traffic.passes() == (2 * 2 * 1003 * 2 + again, 0) and not traffic.faults()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=name_of)
 def test_other_types_and_the_operators_alone(dtype):
     student, teacher = guarded(logits(1, 3, 133, dtype=dtype)), guarded(logits(1, 3, 133, dtype=dtype, seed=1))

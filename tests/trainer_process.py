@@ -197,20 +197,24 @@ def adapted_trainer(folder: Path, batch_size: int = 8, route: str = "auto", **op
     )  # fmt: skip
 
 
-def run_two_ranks(folder: Path) -> None:
-    """Run `SCENARIOS` in two processes that find each other; each leaves a file of each scenario."""
+def run_two_ranks(folder: Path, *command: str, **environment: str) -> None:
+    """Run `SCENARIOS`, or another command, in two processes that find each other and leave their results in files."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.trainer_process", "ranks", str(folder)]
+    shared = {
+        **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
+        **environment,
+    }  # fmt: skip
+    command = command or ("-m", "tests.trainer_process", "ranks", str(folder))
     ranks = [
         subprocess.Popen(
-            command, cwd=ROOT, env={**shared, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
+            [sys.executable, *command], cwd=ROOT, env={**shared, "RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE, text=True,
         )
         for rank in ("0", "1")
-    ]
-    outputs = [process.communicate(timeout=240) for process in ranks]
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=480) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], outputs
 
 
@@ -289,7 +293,14 @@ def policies_run(folder: Path) -> dict[str, Any]:
     return one_of_two_ranks(folder)
 
 
-SCENARIOS: dict[str, Callable[[Path], Any]] = {"experts": experts_run, "data": data_run}
+def sharded_run(folder: Path) -> dict[str, Any]:
+    """What `test_sharded_models.py` asks of a rank."""
+    from .test_sharded_models import one_of_two_ranks
+
+    return one_of_two_ranks(folder)
+
+
+SCENARIOS: dict[str, Callable[[Path], Any]] = {"experts": experts_run, "data": data_run, "sharded": sharded_run}
 if find_spec("trl"):
     SCENARIOS["policies"] = policies_run
 for _route in ("logits", "hidden"):

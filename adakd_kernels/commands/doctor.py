@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import warnings
 from collections.abc import Callable, Iterator
@@ -129,6 +130,26 @@ def _check_token_divergence(device: torch.device) -> Iterator[tuple[Tensor, Tens
         yield computed, reference.token_divergence(s, t, tau, name), reference.token_divergence(s64, t64, tau64, name)
 
 
+def _check_token_kl(device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    (s, t, tau, _), (s64, t64, tau64, _) = _inputs(device)
+    t[..., ::3], t64[..., ::3] = -math.inf, -math.inf
+    mask = torch.ones(tau.shape, dtype=torch.bool, device=device)
+    forward, kept, reverse, lost, _, peak, *peak_grads = ops.token_kl(s, t, tau, mask)
+    eager, truth = reference.kl_sums(s, t, tau), reference.kl_sums(s64, t64, tau64)
+    yield forward, eager.forward, truth.forward
+    yield kept, eager.kept, truth.kept
+    yield reverse, eager.reverse, truth.reverse
+    yield lost, eager.lost, truth.lost
+    for name, computed in zip(("forward_kl", "reverse_kl"), peak_grads, strict=True):
+
+        def at_peak(student: Tensor, teacher: Tensor, tau: Tensor, name: str = name) -> Tensor:
+            grad = tau.unsqueeze(-1) * reference.token_divergence_grad(student, teacher, tau, name)
+            place = peak.to(grad.device)
+            return grad.gather(-1, place.clamp_min(0).unsqueeze(-1)).squeeze(-1).where(place >= 0, 0.0)
+
+        yield computed, at_peak(s, t, tau), at_peak(s64, t64, tau64)
+
+
 def _check_backward(device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     yield from _gradients(device, inplace=False)
 
@@ -175,6 +196,7 @@ def _check_adakd_loss(device: torch.device) -> Iterator[tuple[Tensor, Tensor, Te
 CHECKS: dict[str, Check] = {
     "token_stats": _check_token_stats,
     "token_divergence": _check_token_divergence,
+    "token_kl": _check_token_kl,
     "token_divergence_backward": _check_backward,
     "token_divergence_backward_": _check_backward_inplace,
     "adakd_loss": _check_adakd_loss,

@@ -31,7 +31,7 @@ except ImportError as error:
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState, TrainingArguments
+from transformers import AutoTokenizer, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
@@ -40,6 +40,7 @@ from transformers.integrations.integration_utils import (
 
 from ..trainer.adapters import check_checkpoint, is_adapter_folder, load_student, save_merged
 from ..trainer.evaluation import MEASURES
+from ..trainer.sharded import load_teacher
 from .interruption import Interruption
 from .model_card import write_model_card
 from .models import RunModels, lines_to_try, load, lora_config, quantization
@@ -325,9 +326,8 @@ def _trainer(
     )
     teacher = None
     if models.teacher is not None:
-        teacher = load(
-            "teacher", models.teacher, AutoModelForCausalLM.from_pretrained, dtype=options.teacher_dtype, **hub
-        )
+        split = {"teacher_parallel": getattr(config, "teacher_parallel", "none")}
+        teacher = load("teacher", models.teacher, load_teacher, dtype=options.teacher_dtype, **split, **hub)
     try:
         trainer = make(
             student,

@@ -38,6 +38,20 @@ class KlSums(NamedTuple):
     keep_t: tl.tensor  # Σ p over them
     gap_s: tl.tensor  # Σ q·(x − y)
     gap_t: tl.tensor  # Σ p·(y − x)
+    lost_s: tl.tensor  # Σ q over the entries at which the teacher has −inf
+
+
+class KlResult(NamedTuple):
+    """What a sweep finds of a row for both KL divergences, not yet cut off at the type's range."""
+
+    forward: tl.tensor  # KL(p‖q)
+    kept: tl.tensor  # Σ p over the finite entries
+    reverse: tl.tensor  # KL(q‖p)
+    lost: tl.tensor  # Σ q over the entries that are not finite
+    peak: tl.tensor  # offset of the student's peak from the row's aligned start
+    t_peak: tl.tensor  # the teacher's logit there
+    forward_rest: tl.tensor  # −τ·∂D/∂zˢ there
+    reverse_rest: tl.tensor
 
 
 @triton.jit
@@ -46,7 +60,7 @@ def move_maxima(f_s, f_t, m_s, m_t, new_s, new_t, sums):
     moved = below(m_s, new_s) - below(m_t, new_t)
     gap_s = (sums.gap_s + sums.keep_s * moved) * f_s
     gap_t = (sums.gap_t - sums.keep_t * moved) * f_t
-    return KlSums(sums.l_s * f_s, sums.l_t * f_t, sums.keep_s * f_s, sums.keep_t * f_t, gap_s, gap_t)
+    return KlSums(sums.l_s * f_s, sums.l_t * f_t, sums.keep_s * f_s, sums.keep_t * f_t, gap_s, gap_t, sums.lost_s * f_s)
 
 
 @triton.jit
@@ -70,12 +84,13 @@ def add_kl(s, t, scale, m_s, m_t, sums):
         sums.keep_t + tl.sum(b_kept, 1),
         sums.gap_s + tl.sum(a_kept * (x - y), 1),
         sums.gap_t + tl.sum(b_kept * (y - x), 1),
+        sums.lost_s + tl.sum(tl.where(t != -float("inf"), 0.0, a), 1),
     )
 
 
 @triton.jit
 def fold_kl(rows, start, m_s, m_t, sums, EDGE: tl.constexpr):
-    """(m_s, m_t, `KlSums`) after one more step. The compiler removes sums that DIVERGENCE does not use."""
+    """(m_s, m_t, `KlSums`) after one more step. The compiler removes sums that the kernel does not use."""
     s = load_tile(rows.S, start, rows, EDGE)
     t = load_tile(rows.T, start, rows, EDGE)
     new_s = tl.maximum(m_s, tl.max(s, 1))
@@ -104,22 +119,30 @@ def only(chosen, sums):
         tl.where(chosen, sums.keep_t, 0.0),
         tl.where(chosen, sums.gap_s, 0.0),
         tl.where(chosen, sums.gap_t, 0.0),
+        tl.where(chosen, sums.lost_s, 0.0),
     )
 
 
 @triton.jit
-def sweep_kl(rows, rounding, DIVERGENCE: tl.constexpr):
-    """(`Normalizers`, `TokenResult`) of a row: forward KL, reverse KL or their sum; `rounding` is that of its scale."""
+def sweep_both(rows, rounding, LOST: tl.constexpr):
+    """(`Normalizers`, `KlResult`) of a row; `rounding` is that of its scale.
+
+    LOST: the lost mass has a sum of its own. As the difference l_s − keep_s it would lose its digits where it is small.
+    """
     STEP: tl.constexpr = rows.TILES * rows.LANES * rows.VEC
     zero = tl.zeros((rows.LANES,), rows.scale.dtype)
     lane_m_s = tl.full((rows.LANES,), lowest(rows.scale.dtype), rows.scale.dtype)
     lane_m_t = lane_m_s
-    sums = KlSums(zero, zero, zero, zero, zero, zero)
+    sums = KlSums(zero, zero, zero, zero, zero, zero, zero)
     for i in range(0, edge_entries(rows.V, rows.V, STEP, rows.SKEWED), STEP):
         start = edge_start(i, rows.V, STEP, rows.SKEWED)
         lane_m_s, lane_m_t, sums = fold_kl(rows, start, lane_m_s, lane_m_t, sums, True)
     for start in range(whole_steps(rows.V, STEP, rows.SKEWED)[0], whole_steps(rows.V, STEP, rows.SKEWED)[1], STEP):
         lane_m_s, lane_m_t, sums = fold_kl(rows, start, lane_m_s, lane_m_t, sums, False)
+    if LOST:  # so that the loop has as many sums as without
+        sums = KlSums(
+            sums.keep_s + sums.lost_s, sums.l_t, sums.keep_s, sums.keep_t, sums.gap_s, sums.gap_t, sums.lost_s
+        )
     m_s, lane = lane_with_peak(lane_m_s, sums.l_s)
     m_t = tl.max(lane_m_t, 0)
     f_s = shrink(lane_m_s, m_s, rows.scale, rounding)
@@ -161,24 +184,34 @@ def sweep_kl(rows, rounding, DIVERGENCE: tl.constexpr):
     reverse = LN2 * ((gap_s / some_s - y * q_kept) * rows.scale + log_ratio * q_kept)
     reverse_rest = LN2 * (gap_s / some_s * q * rows.scale)
     forward = LN2 * (gap_t / some_t * rows.scale - keep_t / some_t * log_ratio - b / some_t * gap)
+    tail_lost = tl.sum(sums.lost_s, 0) if LOST else tail_s - keep_s
     # Where the teacher has −inf at the peak, the peak is the only entry of l_s beside tail_s.
-    q_lost = (tail_s - keep_s) / some_s + tl.where(found & (t_peak == -float("inf")), 1.0 / some_s, 0.0)
+    q_lost = tail_lost / some_s + tl.where(found & (t_peak == -float("inf")), 1.0 / some_s, 0.0)
     p_kept = (keep_t + b) / some_t
     reverse_rest -= (LN2 * gap + 1.0) * (q_lost * q)
     forward_rest *= q / some_t
+    return Normalizers(m_s, l_s, m_t, l_t), KlResult(
+        forward, p_kept, reverse, q_lost, peak, t_peak, forward_rest, reverse_rest
+    )
+
+
+@triton.jit
+def sweep_kl(rows, rounding, DIVERGENCE: tl.constexpr):
+    """(`Normalizers`, `TokenResult`) of a row: forward KL, reverse KL or their sum; `rounding` is that of its scale."""
+    normalizers, both = sweep_both(rows, rounding, False)
     if DIVERGENCE == "forward_kl":
-        d = forward
-        sum_g = -p_kept
-        rest_g = forward_rest
+        d = both.forward
+        sum_g = -both.kept
+        rest_g = both.forward_rest
     elif DIVERGENCE == "reverse_kl":
-        d = reverse
-        sum_g = reverse - q_lost
-        rest_g = reverse_rest
+        d = both.reverse
+        sum_g = both.reverse - both.lost
+        rest_g = both.reverse_rest
     else:
         tl.static_assert(DIVERGENCE == "jeffreys", "a divergence of one sweep needs a fold of its own")
-        d = forward + reverse
-        sum_g = reverse - q_lost - p_kept
-        rest_g = reverse_rest + forward_rest
+        d = both.forward + both.reverse
+        sum_g = both.reverse - both.lost - both.kept
+        rest_g = both.reverse_rest + both.forward_rest
     # Where D leaves the type's range, Σg stops where the backward's log-ratios do, so that the two cancel there too.
     sum_g = tl.minimum(saturated(sum_g), -LN2 * lowest(rows.scale.dtype), propagate_nan=tl.PropagateNan.ALL)
-    return Normalizers(m_s, l_s, m_t, l_t), TokenResult(saturated(d), sum_g, peak, t_peak, saturated(-rest_g))
+    return normalizers, TokenResult(saturated(d), sum_g, both.peak, both.t_peak, saturated(-rest_g))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .backends import register_triton
 from .token_stats import masked_normalizers
 
 Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -28,7 +29,9 @@ def token_kl(
         KL(p‖q); Σ p over the finite entries; KL(q‖p); Σ q over the entries that are not finite; the (4, B, L)
         `Normalizers` at temperature τ; and, as in `token_divergence`, the student's most likely entry or −1, and
         τ·∂D/∂zˢ there of either divergence. All are (B, L) in the accumulation type but the normalisers and `peak`,
-        which is int64. `kept` and `lost` are relatively exact: no small difference of other results.
+        which is int64. `kept` and `lost` are relatively exact: no small difference of other results. `lost` is exactly
+        0 where every entry is finite. Of a row that is empty on one side, the normalisers and the student's mass, which
+        is lost, are the only results other than 0 and −1.
     """
     dtype = reference.accumulation_dtype(student, teacher)
     sums = reference.kl_sums(student[mask], teacher[mask], temperature[mask])
@@ -54,3 +57,10 @@ def _(student: Tensor, teacher: Tensor, temperature: Tensor, mask: Tensor) -> Ei
     normalizers_tau = torch.empty(4, *mask.shape, dtype=dtype, device=mask.device)
     peak = torch.empty(mask.shape, dtype=torch.int64, device=mask.device)
     return forward, kept, reverse, lost, normalizers_tau, peak, forward_grad, reverse_grad
+
+
+@register_triton(token_kl)
+def _(*args: Tensor) -> Eight:
+    from ..kernels.token_kl import token_kl_fwd
+
+    return token_kl_fwd(*args)

@@ -20,6 +20,7 @@ __all__ = ["DATA_OPTIONS", "AdaKDConfig", "AdaKDOptions", "TrainerOptions"]
 ROUTES = ("auto", "logits", "hidden")
 ON_NAN = ("raise", "skip")
 SELECTIONS = ("micro_batch", "step")
+TEACHER_PARALLEL = ("none", "fsdp", "zero3", "tp")
 DATA_OPTIONS = ("max_length", "long_records", "packing", "padding_free", "dataset_num_proc")
 """Options of `AdaKDConfig` that say how data become records and batches."""
 LEAST = {
@@ -161,6 +162,14 @@ class TrainerOptions(AdaKDOptions):
         },
     )
 
+    teacher_parallel: str = field(
+        default="none",
+        metadata={
+            "help": "How the teacher is split over the processes: 'fsdp' (FSDP2), 'zero3' (DeepSpeed) or 'tp' (tensor "
+            "parallelism); with 'none' it stays as it comes."
+        },
+    )
+
     def __post_init__(self) -> None:
         args: Any = self
         if args.greater_is_better is None and str(args.metric_for_best_model).endswith(LOWER_IS_BETTER):
@@ -177,6 +186,10 @@ class TrainerOptions(AdaKDOptions):
             raise ValueError(f"on_nan must be one of {', '.join(ON_NAN)}, got {self.on_nan!r}")
         if self.selection not in SELECTIONS:
             raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {self.selection!r}")
+        if self.teacher_parallel not in TEACHER_PARALLEL:
+            raise ValueError(
+                f"teacher_parallel must be one of {', '.join(TEACHER_PARALLEL)}, got {self.teacher_parallel!r}"
+            )
 
 
 @dataclass

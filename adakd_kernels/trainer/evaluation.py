@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
 from ..adaptive import exact_dtype
@@ -68,9 +68,9 @@ class HeldOutSums:
     def add_hidden(
         self,
         student_hidden: Tensor,  # (B, K, Hˢ)
-        student_head: nn.Linear,
+        student_head: Any,  # with `weight` (V, H) and `bias` (V,) or None
         teacher_hidden: Tensor,  # (B, K, Hᵗ)
-        teacher_head: nn.Linear,
+        teacher_head: Any,  # likewise
         options: tuple[HeadOptions, HeadOptions],  # what follows each head
         targets: Tensor,  # (B, K)
     ) -> None:

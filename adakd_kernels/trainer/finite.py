@@ -75,9 +75,15 @@ class FiniteCheck:
         self._step: list[MicroBatch] = []
 
     def takes(self, micro_batch: MicroBatch) -> bool:
-        """Whether the gradient of a micro-batch counts. With 'raise' all do until `before_step`."""
+        """Whether the gradient of a micro-batch counts. With 'raise' all do until `before_step`.
+
+        Raises:
+            NonFiniteLossError: as `before_step`; with DeepSpeed, which takes a step at the end of a backward.
+        """
         if self._raises:
             self._step.append(micro_batch)
+            if self.trainer.is_deepspeed_enabled:
+                self.before_step()
             return True
         finite = bool(micro_batch.loss.isfinite())
         if not finite:
@@ -95,13 +101,16 @@ class FiniteCheck:
         trainer, args = self.trainer, self.trainer.args
         micro_batches, self._step = self._step, []
         norm, self.grad_norm = self.grad_norm, None
-        if norm is None or trainer.accelerator.scaler is not None:
+        accelerator, deepspeed = trainer.accelerator, trainer.is_deepspeed_enabled
+        if norm is None or accelerator.scaler is not None or (deepspeed and accelerator.mixed_precision == "fp16"):
             norm = 0.0  # a gradient scaler leaves such steps out by itself
         numbers = (norm, *(m.loss for m in micro_batches))
         bad = torch.stack([~torch.as_tensor(number, device=args.device).isfinite() for number in numbers])
-        if not trainer.accelerator.reduce(bad.any().int()).item():
+        if not accelerator.reduce(bad.any().int()).item():
             return
-        if not self._raises:
+        # DeepSpeed leaves most such steps out by itself, but not with every optimizer.
+        taken = deepspeed and not micro_batches and not accelerator.optimizer_step_was_skipped
+        if not (self._raises or taken):
             trainer.model.zero_grad()
             if trainer.is_world_process_zero():
                 self._skip(f"the gradient, whose norm is {float(norm)}")
@@ -113,6 +122,8 @@ class FiniteCheck:
             if not micro_batch.loss.isfinite()
         ]
         found = gather_object(found[:1]) or [f"the loss is finite, but the norm of its gradient is {float(norm)}"]
+        if taken:
+            found[0] += ", and DeepSpeed has taken the step"
         last = last_checkpoint(str(args.output_dir))
         kept = f"the last checkpoint is {last}" if last else f"there is no checkpoint in {args.output_dir}"
         raise NonFiniteLossError(f"step {trainer.state.global_step + 1}, {found[0]}; {kept}")
@@ -141,6 +152,11 @@ class BeforeStepCallback(TrainerCallback):
         self.function()
 
 
-def loss_without_gradient(model: nn.Module) -> Tensor:
-    """A loss of 0 whose backward gives every parameter a gradient of 0, as data parallelism waits for all of them."""
-    return sum(p.flatten()[:0].sum() for p in model.parameters() if p.requires_grad)  # type: ignore[return-value]
+def loss_without_gradient(source: nn.Module | Tensor) -> Tensor:
+    """A loss of 0 whose backward gives every parameter a gradient of 0, as data parallelism waits for all of them.
+
+    `source` is the model; of one that is split over processes, the logits of its forward, because its parameters get
+    their gradients on the way of that forward alone.
+    """
+    parts = [source] if isinstance(source, Tensor) else [p for p in source.parameters() if p.requires_grad]
+    return sum(part.flatten()[:0].sum() for part in parts)  # type: ignore[return-value]

@@ -10,22 +10,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import is_available
 from transformers import modeling_utils
+
+FSDPModule: Any = None
+if is_available():
+    from torch.distributed.fsdp import FSDPModule
 
 __all__ = [
     "HeadOptions",
     "NoPlainHeadError",
     "base_model",
+    "carry",
     "configured_head",
     "evaluation_mode",
     "head_traits",
     "hidden_states",
+    "input_device",
     "instead_of_head",
+    "is_fully_sharded",
     "output_head",
+    "own_class",
     "own_positions",
     "plain_head",
     "takes_positions",
     "takes_positions_per_record",
+    "through_output",
+    "untried_head",
     "virtual_tokens",
     "with_virtual_tokens",
 ]
@@ -56,15 +67,82 @@ def instead_of_head(head: nn.Module, function: Callable[[Tensor], Tensor]) -> It
     # and a TorchFunctionMode puts Python before every operation of the forward. A second module around the same
     # parameters is not the one that autocast and data parallelism have wrapped. Contexts may nest on one head, and
     # each gives back what it found, after an error too.
-    found = vars(head).get("forward")
-    head.forward = function
+    # Accelerate's hooks, which bring a weight to its device, are a `forward` that calls `_old_forward`.
+    name = "_old_forward" if _is_hooked(head) else "forward"
+    found = vars(head).get(name)
+    setattr(head, name, function)
     try:
         yield
     finally:
         if found is None:
-            del head.forward
+            delattr(head, name)
         else:
-            head.forward = found
+            setattr(head, name, found)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether accelerate moves the weights of a module for each of its calls, or its inputs."""
+    return "_hf_hook" in vars(module) and "_old_forward" in vars(module)
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` (FSDP2) has been called on the module."""
+    return FSDPModule is not None and isinstance(module, FSDPModule)
+
+
+def own_class(module: nn.Module) -> type:
+    """The class of a module, without the one that `fully_shard` puts in front of it."""
+    return type(module).__mro__[2] if is_fully_sharded(module) else type(module)
+
+
+def input_device(model: Any) -> torch.device:
+    """The device on which a model takes its inputs."""
+    parameters = base_model(model).parameters()
+    device = next((parameter.device for parameter in parameters if not parameter.is_meta), None)
+    if device is None:  # streamed: accelerate's hooks know where to
+        hooks = (getattr(module, "_hf_hook", None) for module in base_model(model).modules())
+        places = (getattr(hook, "execution_device", None) for hook in hooks)
+        device = next((torch.device(place) for place in places if place is not None), None)
+    return torch.device("cpu") if device is None else device
+
+
+def carry(loss: Tensor, hidden: Tensor) -> Tensor:
+    """(B, K, 1) zeros that stand for the logits of `hidden` (B, K, H); their backward goes on to the loss.
+
+    What wraps a model acts on what its forward returns: data parallelism looks for parameters that this does not
+    reach, and FSDP2 and ZeRO-3 put weights together when a gradient comes to it. So the loss is carried through the
+    rest of the forward, but not its value, as models scale and cap their logits.
+    """
+    return _Carry.apply(loss, (*hidden.shape[:-1], 1), hidden.dtype)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def through_output(loss: Tensor, logits: Tensor) -> Tensor:
+    """The loss, whose backward begins at `logits`, what the forward returned in which `carry` was called."""
+    return _ThroughOutput.apply(loss, logits)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _Carry(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(torch.zeros_like(loss))
+        return torch.zeros(shape, dtype=dtype, device=loss.device)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.saved_tensors[0], None, None
+
+
+class _ThroughOutput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits.new_zeros(()))
+        ctx.shape = logits.shape
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor]:
+        (zero,) = ctx.saved_tensors
+        return grad_loss, zero.expand(ctx.shape)
 
 
 @contextmanager
@@ -147,34 +225,50 @@ def plain_head(model: Any) -> HeadOptions:
             `logit_scale` or `logits_scaling` and capped by `final_logit_softcapping` of the configuration.
     """
     head = output_head(model)
-    if type(head) is not nn.Linear or "forward" in vars(head):
-        raise NoPlainHeadError(f"its head is no plain nn.Linear but {type(head).__name__}, perhaps wrapped")
+    _check_linear(head)
     options, length = configured_head(model.config), 2 + virtual_tokens(model)[1]
-    # Numbers as large as logits get, so that a soft-cap shows.
-    probe = torch.linspace(-60.0, 60.0, length * head.out_features, dtype=head.weight.dtype, device=head.weight.device)
-    probe = probe.view(head.out_features, length).T.unsqueeze(0)  # (1, L, V)
-    seen: list[Tensor] = []
+    seen: list[tuple[torch.Size, Tensor]] = []
 
     def give(hidden: Tensor) -> Tensor:
-        seen.append(hidden)
+        # Numbers as large as logits get, so that a soft-cap shows.
+        probe = torch.linspace(-60.0, 60.0, length * head.out_features, dtype=hidden.dtype, device=hidden.device)
+        probe = probe.view(head.out_features, length).T.unsqueeze(0)  # (1, L, V)
+        seen.append((hidden.shape, probe))
         return probe.clone()  # a model may write over its logits
 
     try:
-        ids = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
+        ids = torch.zeros(1, 2, dtype=torch.long, device=input_device(model))
         with evaluation_mode(model), instead_of_head(head, give):
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             logits = model(**inputs, use_cache=False, return_dict=True).logits
     except Exception as error:
         raise NoPlainHeadError(f"it cannot be tried out on two tokens: {type(error).__name__}: {error}") from error
-    if len(seen) != 1 or seen[0].shape != (1, length, head.in_features):
+    if [shape for shape, _ in seen] != [(1, length, head.in_features)]:
         raise NoPlainHeadError("its head is not called once, on the hidden states of all positions")
-    expected = probe.double() * options.scale
+    ((_, probe),) = seen
+    expected = probe.to(logits.device).double() * options.scale
     if options.softcap is not None:
         expected = options.softcap * torch.tanh(expected / options.softcap)
     tolerance = 8 * torch.finfo(probe.dtype).eps * expected.abs().max()
     if logits.shape != probe.shape or not (logits.double() - expected).abs().max() <= tolerance:
         raise NoPlainHeadError(f"its logits are not its head's result with {options}")
     return options
+
+
+def untried_head(model: Any) -> HeadOptions:
+    """What the configuration says that stands between the head and the logits of a model that cannot be tried out now.
+
+    Raises:
+        NoPlainHeadError: the head is no plain `nn.Linear`.
+    """
+    _check_linear(output_head(model))
+    return configured_head(model.config)
+
+
+def _check_linear(head: Any) -> None:
+    changed = head is not None and "forward" in vars(head) and not _is_hooked(head)
+    if head is None or own_class(head) is not nn.Linear or changed:
+        raise NoPlainHeadError(f"its head is no plain nn.Linear but {type(head).__name__}, perhaps wrapped")
 
 
 def configured_head(config: Any) -> HeadOptions:
@@ -202,7 +296,7 @@ def takes_positions(keep: Tensor, *models: Any) -> bool:
 
 def takes_positions_per_record(*models: Any) -> bool:
     """Whether `logits_to_keep` may be (B, K): in transformers' own models, where it has the function for it."""
-    native = all(type(base_model(model)).__module__.startswith("transformers.models.") for model in models)
+    native = all(own_class(base_model(model)).__module__.startswith("transformers.models.") for model in models)
     return native and hasattr(modeling_utils, "slice_logits_to_keep")
 
 

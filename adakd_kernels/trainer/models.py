@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 
-from .heads import base_model, evaluation_mode, output_head, virtual_tokens
+from .heads import base_model, evaluation_mode, input_device, output_head, own_class, virtual_tokens
 
 __all__ = [
     "ALWAYS_KEPT",
@@ -18,6 +18,7 @@ __all__ = [
     "check_causal",
     "check_inputs",
     "check_special_tokens",
+    "class_name",
     "position_limit",
     "vocabulary_size",
 ]
@@ -31,18 +32,19 @@ PADDING_FREE = {*FlashAttentionKwargs.__annotations__, "seq_idx"}
 def check_causal(role: str, model: nn.Module, try_out: bool = True) -> None:
     """Refuse a model whose logits do not predict each next token from the ones before.
 
-    Two runs on two tokens show it. Without `try_out`, for a model that is split over processes, the configuration alone
-    is asked.
+    Two runs on two tokens show it. Without `try_out`, for a model that cannot run now, its configuration is asked.
 
     Raises:
         ValueError: an encoder–decoder, a model without logits of its vocabulary, or one that looks ahead.
     """
-    name, cure = f"{role} {type(base_model(model)).__name__}", "load a causal language model with AutoModelForCausalLM"
+    name, cure = (
+        f"{role} {class_name(model)}",
+        "load a causal language model with AutoModelForCausalLM",
+    )
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder–decoder, whose logits are not those of its input's next tokens: {cure}")
-    device = next((parameter.device for parameter in base_model(model).parameters()), torch.device("cpu"))
-    outputs: list[Any] = []
+    device, outputs = input_device(model), list[Any]()
     if not try_out:
         return
     try:
@@ -69,13 +71,18 @@ def check_causal(role: str, model: nn.Module, try_out: bool = True) -> None:
         )
 
 
+def class_name(model: Any) -> str:
+    """What messages call a model."""
+    return own_class(base_model(model)).__name__
+
+
 def check_inputs(role: str, model: nn.Module, inputs: dict[str, Any]) -> None:
     """Refuse a batch of which a model would leave something unread.
 
     Raises:
         ValueError: an input that the model does not take, or borders of packed records that it does not see.
     """
-    name = f"{role} {type(base_model(model)).__name__}"
+    name = f"{role} {class_name(model)}"
     unread = [key for key in inputs if key not in _read(model)] if _read(model) else []
     if unread:
         removable = role == "student" and unread[0] not in ALWAYS_KEPT
@@ -104,7 +111,7 @@ def _read(model: Any) -> set[str]:
     for module in {id(m): m for m in (model, base_model(model))}.values():
         parameters = inspect.signature(module.forward).parameters.values()
         names |= {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-        if type(module).__module__.startswith("transformers.models.") and any(
+        if own_class(module).__module__.startswith("transformers.models.") and any(
             p.kind == p.VAR_KEYWORD for p in parameters
         ):
             names |= PADDING_FREE
@@ -125,7 +132,7 @@ def auxiliary_loss(model: Any, outputs: Any) -> Tensor | None:
             if coefficient is not None:
                 return float(coefficient) * loss
     raise ValueError(
-        f"{type(base_model(model)).__name__} returns an auxiliary loss, but names no router_aux_loss_coef: set it in "
+        f"{class_name(model)} returns an auxiliary loss, but names no router_aux_loss_coef: set it in "
         "the configuration, or set output_router_logits=False"
     )
 

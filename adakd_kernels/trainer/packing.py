@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from .collator import ID, join_records, record_name
-from .heads import base_model, evaluation_mode
+from .heads import evaluation_mode, input_device
 from .loading import StreamOf, progress_bars
+from .models import class_name
 from .records import DataError
 from .sources import cached_map
 
@@ -105,7 +106,7 @@ def check_borders(role: str, model: nn.Module) -> None:
     Raises:
         ValueError: two runs on a row of two texts show it.
     """
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = input_device(model)
     logits = []
     try:
         for first in (1, 2):  # 0 is often the padding, whose embedding is 0
@@ -122,6 +123,6 @@ def check_borders(role: str, model: nn.Module) -> None:
     change = (logits[0] - logits[1]).abs().max()
     if change > 4 * torch.finfo(dtype).eps * logits[0].abs().max():
         raise ValueError(
-            f"the {role} {type(base_model(model)).__name__} does not keep the texts of one row apart: set packing and "
+            f"the {role} {class_name(model)} does not keep the texts of one row apart: set packing and "
             "padding_free to False"
         )

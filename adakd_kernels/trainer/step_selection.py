@@ -36,7 +36,7 @@ def check_step_selection(trainer: Any) -> None:
     args, whole = trainer.args, "the student has to run once more, alone and as a whole"
     for refused, name, reason in (
         (trainer.is_deepspeed_enabled, "DeepSpeed", whole),
-        (trainer.is_fsdp_enabled, "FSDP", whole),
+        (trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2, "FSDP 1", whole),
         (trainer.get_tp_size() > 1, "tensor parallelism", whole),
         (args.torch_compile, "torch_compile", "compiled without a graph, the student may draw other dropout masks"),
         (

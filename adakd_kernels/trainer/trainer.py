@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
+from transformers import AutoTokenizer, Trainer, set_seed
 
 from ..adaptive import LossAdaptiveFocus
 from ..loss import AdaKDLoss
@@ -26,14 +26,18 @@ from .focus_callback import FocusCallback
 from .heads import (
     HeadOptions,
     NoPlainHeadError,
+    carry,
     head_traits,
     hidden_states,
     instead_of_head,
+    is_fully_sharded,
     output_head,
     own_positions,
     plain_head,
     takes_positions,
     takes_positions_per_record,
+    through_output,
+    untried_head,
     with_virtual_tokens,
 )
 from .histogram import TokenHistogram
@@ -49,6 +53,21 @@ from .models import (
 )
 from .packing import check_borders, pack_records
 from .records import IGNORE_INDEX, check_same_tokenizer
+from .sharded import (
+    FSDP_NEEDS_AN_ACCELERATOR,
+    adopt_fully_sharded,
+    asks_for_fsdp,
+    can_run,
+    check_teacher_parallel,
+    fsdp_plugin,
+    is_dtensor,
+    is_placed,
+    is_split,
+    load_teacher,
+    reshard,
+    shard_teacher,
+    whole_head,
+)
 from .step_selection import CHOSEN, Chosen, Measure, Measured, StepSelection, check_step_selection
 
 __all__ = ["AdaKDTrainer"]
@@ -63,10 +82,12 @@ logger = logging.getLogger(__name__)
 class AdaKDTrainer(Trainer):
     """A `Trainer` that distils a frozen teacher into `model` with AdaKD's loss.
 
-    The teacher is put on the training device in evaluation mode with `requires_grad` off. It keeps its type, is not
-    wrapped for distributed training, and is not part of a checkpoint. A token is valid where its label is not −100.
-    `num_items_in_batch` of `Trainer` makes k micro-batches, and k ranks, add up to one big batch; difficulties,
-    selection and temperatures are those of each micro-batch or, with `selection="step"`, of the whole optimizer step.
+    The teacher is put on the training device in evaluation mode with `requires_grad` off, unless it is split over
+    devices, streamed or quantised already. It keeps its type, is not part of a checkpoint, and is not wrapped for
+    distributed training, but `teacher_parallel` may split it. The student may be split by FSDP2 or DeepSpeed. A token
+    is valid where its label is not −100. `num_items_in_batch` of `Trainer` makes k micro-batches, and k ranks, add up
+    to one big batch; difficulties, selection and temperatures are those of each micro-batch or, with
+    `selection="step"`, of the whole optimizer step.
 
     Logged besides `loss`: `focus_ratio` (the share r after the step), `loss_ema`, `loss_reference`, and p10, p50 and
     p90 of `difficulty` (valid tokens) and `temperature` (selected tokens) since the last log line, over all ranks.
@@ -106,15 +127,16 @@ class AdaKDTrainer(Trainer):
         eval_loss_fn: the loss of the evaluation batches, r = 1.
 
     Raises:
-        ImportError: `peft_config`, and peft is not installed.
+        ImportError: `peft_config`, and peft is not installed; `teacher_parallel="zero3"`, and DeepSpeed is not.
         TypeError: `args` is no `AdaKDConfig`, `peft_config` is none of peft's, there is no teacher, or the data are
             none that `load_records` takes.
         OSError: a model given by name that is not found.
         DataError: data that cannot be read or trained on; of a stream, when it is read.
         ValueError: a model that is bidirectional, an encoder–decoder or without an output layer, special tokens beyond
             a vocabulary, shared parameters, several GPUs in one process, sequences split over processes, a second
-            adapter, a base that is to teach but would not stay as it is or is split over processes,
-            `logits_route="hidden"` where it cannot be taken, or `selection="step"` with what it does not go with.
+            adapter, a base that is to teach but would not stay as it is or is split over processes, a teacher that
+            cannot be split as `teacher_parallel` says, `logits_route="hidden"` where it cannot be taken, or
+            `selection="step"` with what it does not go with.
         NonFiniteLossError: in `train`, a loss or a gradient that is NaN or infinite, before its step; see `on_nan`.
     """
 
@@ -139,12 +161,13 @@ class AdaKDTrainer(Trainer):
         if data_collator is not None and args.padding_free:
             raise ValueError("padding_free is an option of the default data_collator, but another one is given")
         self._streams: list[LoadedRecords] = []
+        self._said: set[str] = set()
         train_dataset = self._loaded(args, train_dataset, processing_class, "train_dataset")
         eval_dataset = self._loaded(args, eval_dataset, processing_class, "eval_dataset")
         if isinstance(teacher, (str, Path)):
             _check_tokenizer_of(teacher, processing_class)
             with _named("teacher", teacher):
-                teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype="auto")
+                teacher = load_teacher(teacher, args.teacher_parallel)
         if isinstance(model, (str, Path)):
             with _named("model", model):
                 model = load_student(model, base_of_adapter(model), dtype=torch.float32)
@@ -176,10 +199,12 @@ class AdaKDTrainer(Trainer):
             check_step_selection(self)
         # The loss is divided by num_items_in_batch here, so Trainer must count the items and not divide again.
         self.model_accepts_loss_kwargs = True
+        if asks_for_fsdp(args) and not self.is_fsdp_enabled and args.device.type == "cpu":
+            self._say(logging.WARNING, FSDP_NEEDS_AN_ACCELERATOR)
         self.teacher: Any = teacher
+        self._teacher_engine: Any = None
         self._traits: Any = None
         self._head_options: tuple[HeadOptions, HeadOptions] | None = None
-        self._said: set[str] = set()
         self._checked_inputs: tuple[Any, ...] = ()
         self._follow_models()
         starts_at_zero = getattr(peft_config, "init_lora_weights", None) is True
@@ -210,6 +235,25 @@ class AdaKDTrainer(Trainer):
             pad_token_id=0 if pad is None else pad, per_record=per_record, padding_free=args.padding_free
         )
 
+    def _build_accelerator_args(self, **kwargs: Any) -> Any:
+        """As `Trainer` has it; accelerate's FSDP2 trains a student that `fully_shard` has wrapped."""
+        if self._comes_fully_sharded and self.args.device.type != "cpu":
+            kwargs["fsdp_plugin"] = kwargs.get("fsdp_plugin") or fsdp_plugin(self.args)
+        return super()._build_accelerator_args(**kwargs)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As `Trainer` has it; likewise on a CPU."""
+        super().create_accelerator_and_postprocess()
+        if self._comes_fully_sharded and not self.is_fsdp_enabled:
+            adopt_fully_sharded(self.accelerator, fsdp_plugin(self.args))
+            self.is_fsdp_enabled = True
+
+    @property
+    def _comes_fully_sharded(self) -> bool:
+        """Whether the user has called `fully_shard` on the student. Transformers trains what it has split itself."""
+        loaded_so = getattr(self.model, "is_distributed_loading_by_transformers", False)
+        return is_fully_sharded(self.model) and not loaded_so
+
     def _follow_models(self) -> bool:
         """Judge models and heads where they, or hooks on them, are others than at the last time; whether they were.
 
@@ -224,20 +268,20 @@ class AdaKDTrainer(Trainer):
             raise ValueError(
                 "model and teacher share parameters, which would be frozen with the teacher: copy the model"
             )
-        self.teacher = self._frozen(self.teacher)
-        whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1)
-        if isinstance(self.teacher, OwnBase) and not whole:
+        split = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1 or is_split(self.model)
+        if isinstance(self.teacher, OwnBase) and split:
             raise ValueError(
                 "the student's own base cannot teach where the student is split over processes (FSDP, DeepSpeed or "
                 "tensor parallelism): give a teacher of its own, such as the folder of the base"
             )
-        check_causal("student", self.model, try_out=whole)
-        check_causal("teacher", self.teacher, try_out=whole)
+        self.teacher = self._frozen(self.teacher)
+        traits = [head_traits(model) for model in (self.model, self.teacher)]
         # TRL's strategy "wrapped" lets texts see each other on purpose.
         separate = getattr(self.args, "packing_strategy", None) != "wrapped"
-        if whole and separate and (self.args.packing or self.args.padding_free):
-            check_borders("student", self.model)
-            check_borders("teacher", self.teacher)
+        for role, model in (("student", self.model), ("teacher", self.teacher)):
+            check_causal(role, model, try_out=self._can_try_out(model))
+            if separate and (self.args.packing or self.args.padding_free) and self._can_try_out(model):
+                check_borders(role, model)
         for text in check_special_tokens(self.model, self.teacher, self.processing_class):
             self._say(logging.WARNING, text)
         self._head_options = self._choose_route()
@@ -262,11 +306,23 @@ class AdaKDTrainer(Trainer):
         """As `Trainer` has it, with the adapter of `peft_config`."""
         return with_adapter(super().call_model_init(trial), self._peft_config)
 
-    def _frozen(self, teacher: nn.Module) -> nn.Module:
-        """The teacher in evaluation mode, without gradients, on the training device unless it is placed already."""
+    def _frozen(self, teacher: Any) -> Any:
+        """The teacher in evaluation mode, without gradients, split as the options say.
+
+        A whole one is on the training device, unless it is placed already.
+        """
         teacher = teacher.requires_grad_(False).eval()
-        placed = getattr(teacher, "hf_device_map", None) is not None or getattr(teacher, "is_quantized", False)
-        return teacher if placed else teacher.to(self.args.device)
+        kind = self.args.teacher_parallel
+        check_teacher_parallel(kind, teacher, self.get_tp_size() > 1)
+        if kind in ("fsdp", "zero3"):
+            self._teacher_engine = shard_teacher(kind, teacher, self.model, self.accelerator) or self._teacher_engine
+            return teacher
+        return teacher if is_placed(teacher) else teacher.to(self.args.device)
+
+    def _can_try_out(self, model: nn.Module) -> bool:
+        """Whether a few tokens can go through a model now, on all processes that share it."""
+        by_others = self.get_tp_size() > 1 or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2)
+        return can_run(model) and not by_others
 
     def _choose_route(self) -> tuple[HeadOptions, HeadOptions] | None:
         """What follows the heads of student and teacher on the hidden route, or None for the logits route.
@@ -302,12 +358,16 @@ class AdaKDTrainer(Trainer):
         """
         if self.args.torch_compile:
             raise NoPlainHeadError("torch_compile is on, and this route waits for the device")
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1:
-            raise NoPlainHeadError("the head is split over processes (FSDP, DeepSpeed or tensor parallelism)")
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise NoPlainHeadError(
+                "FSDP 1 keeps the parameters of a unit in one flat tensor; set version 2 in fsdp_config"
+            )
+        if self.get_tp_size() > 1:
+            raise NoPlainHeadError("the head is split over processes by tensor parallelism")
         found = []
         for role, model in (("student", self.model), ("teacher", self.teacher)):
             try:
-                found.append(plain_head(model))
+                found.append(plain_head(model) if self._can_try_out(model) else untried_head(model))
             except NoPlainHeadError as error:
                 raise NoPlainHeadError(f"{role}: {error}") from error
         return found[0], found[1]
@@ -377,6 +437,11 @@ class AdaKDTrainer(Trainer):
         ours = isinstance(getattr(self.data_collator, "collate", self.data_collator), AdaKDDataCollator)
         columns: Any = self._signature_columns
         columns += sorted(ALWAYS_KEPT.union([ID] if ours else []).difference(columns))
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """As `Trainer.create_optimizer`, of the parts that this process holds, also after an evaluation."""
+        reshard(self.model)
+        return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As `Trainer.create_scheduler`; the number of steps of the run also sets up the adaptive share."""
@@ -519,7 +584,7 @@ class AdaKDTrainer(Trainer):
             keep = inputs.get("logits_to_keep")
             micro_batch = MicroBatch(loss.detach(), out.difficulty, out.token_loss.detach(), targets, keep, ids)
             if not self._finite.takes(micro_batch):
-                loss = loss_without_gradient(model)
+                loss = loss_without_gradient(outputs.logits if is_split(self.model) else model)
                 return (loss, outputs) if return_outputs else loss
         if model.training:
             self._difficulty.add(out.difficulty, targets != IGNORE_INDEX)
@@ -533,7 +598,8 @@ class AdaKDTrainer(Trainer):
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer` has it; the norm is kept for the check of the step."""
-        self._finite.grad_norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[no-untyped-call]
+        norm: Any = super()._get_grad_norm(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._finite.grad_norm = norm.full_tensor() if is_dtensor(norm) else norm
         return self._finite.grad_norm
 
     def _check_inputs(self, inputs: dict[str, Any]) -> None:
@@ -595,7 +661,7 @@ class AdaKDTrainer(Trainer):
         Inside the forward, because what wraps a model (data parallelism, autocast) acts there, and the model itself
         chooses the positions that its head gets.
         """
-        student_head, teacher_head = output_head(self.model), output_head(self.teacher)
+        student_head = output_head(self.model)
         if chosen is not None and chosen.teacher_hidden is not None:
             teacher_hidden = chosen.teacher_hidden
         else:
@@ -605,10 +671,13 @@ class AdaKDTrainer(Trainer):
         results: list[Any] = []
 
         def loss_of_hidden(hidden: Tensor) -> Tensor:
+            # Here the student's head is whole, whatever splits it: what puts it together acts on calls of modules.
+            of_teacher, own = teacher_hidden.to(hidden.device), own_positions(hidden, targets.shape[1])
+            teacher_head = whole_head(self.teacher, of_teacher)
             out = loss_fn.from_hidden(
-                own_positions(hidden, targets.shape[1]),
+                own,
                 student_head.weight,
-                teacher_hidden.to(hidden.device),
+                of_teacher,
                 teacher_head.weight,
                 targets,
                 num_items,
@@ -618,22 +687,17 @@ class AdaKDTrainer(Trainer):
             )
             results.append(out)
             if self._held_out is not None and self._head_options is not None:
-                self._held_out.add_hidden(
-                    own_positions(hidden, targets.shape[1]),
-                    student_head,
-                    teacher_hidden.to(hidden.device),
-                    teacher_head,
-                    self._head_options,
-                    targets,
-                )
-            # In place of logits, a graph that reaches every parameter: data parallelism looks there for parameters
-            # without a gradient.
-            return out.loss.to(hidden.dtype).expand(*hidden.shape[:-1], 1)
+                self._held_out.add_hidden(own, student_head, of_teacher, teacher_head, self._head_options, targets)
+            # A loss that is left out leaves no trace of NaN in the gradients, as zero times NaN would.
+            if self.args.on_nan == "skip" and is_split(self.model) and not out.loss.isfinite():
+                parts = (hidden, student_head.weight, student_head.bias)
+                return carry(sum(part.sum() for part in parts if part is not None), hidden)  # type: ignore[arg-type]
+            return carry(out.loss, hidden)
 
         with instead_of_head(student_head, loss_of_hidden):
             outputs = model(**with_virtual_tokens(self.model, inputs), return_dict=True)
         (out,) = results
-        return out, outputs
+        return out._replace(loss=through_output(out.loss, outputs.logits)), outputs
 
     def evaluation_loop(
         self,
@@ -645,6 +709,9 @@ class AdaKDTrainer(Trainer):
     ) -> Any:
         """As `Trainer.evaluation_loop`; where there is a loss, the metrics have the means of `HeldOutSums`."""
         held_out = self._held_out = HeldOutSums(self.args.device)
+        if self._comes_fully_sharded and not self.accelerator._models:
+            # Accelerate has nothing to do to this student, but would ask for an optimizer.
+            self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
         try:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix

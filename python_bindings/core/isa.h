@@ -1,6 +1,7 @@
 // The kernels of one instruction set. Compiled once for each, with ADAKD_ISA naming it.
 #include "token_divergence.h"
 #include "token_divergence_backward.h"
+#include "token_kl.h"
 #include "token_stats.h"
 #include "token_terms.h"
 
@@ -18,6 +19,11 @@ void stats(const StatsCall& call, int64_t n) {
 void divergence(const DivergenceCall& call, int64_t n) {
   const FlushSubnormals flush;
   in_double(call.rows) ? token_divergence_row<Doubles>(call, n) : token_divergence_row<Floats>(call, n);
+}
+
+void kl(const KlCall& call, int64_t n) {
+  const FlushSubnormals flush;
+  in_double(call.rows) ? token_kl_row<Doubles>(call, n) : token_kl_row<Floats>(call, n);
 }
 
 void terms(const TermsCall& call, int64_t n) {
@@ -59,7 +65,7 @@ void map_log2(const float* x, float* y, int64_t n) { map([](Floats v) { return l
 #define ADAKD_NAME_OF(isa) #isa
 #define ADAKD_NAME(isa) ADAKD_NAME_OF(isa)
 extern const Kernels table;
-const Kernels table{ADAKD_NAME(ADAKD_ISA), stats,    divergence, terms, backward,
+const Kernels table{ADAKD_NAME(ADAKD_ISA), stats,    divergence, kl,      terms, backward,
                     takes_two_sweeps,      map_exp2, map_log2};
 
 }  // namespace ADAKD_ISA

@@ -50,6 +50,16 @@ struct DivergenceCall {
   Normalizers out;  // at temperature τ
 };
 
+struct KlCall {
+  Rows rows;
+  const void* temperature;
+  const bool* mask;
+  void *forward, *kept, *reverse, *lost;  // KL(p‖q), Σ p over the finite entries; KL(q‖p), Σ q over the others
+  int64_t* peak;                          // as in DivergenceCall
+  void *forward_grad, *reverse_grad;      // τ·∂D/∂zˢ there, of either
+  Normalizers out;                        // at temperature τ
+};
+
 struct TermsCall {
   Rows rows;  // a part of the vocabulary
   Divergence divergence;
@@ -81,6 +91,7 @@ struct Kernels {
   const char* isa;
   void (*token_stats)(const StatsCall&, int64_t n);
   void (*token_divergence)(const DivergenceCall&, int64_t n);
+  void (*token_kl)(const KlCall&, int64_t n);
   void (*token_terms)(const TermsCall&, int64_t n);
   void (*token_divergence_backward)(const GradientCall&, int64_t n);
   bool (*takes_two_sweeps)(Divergence);  // whether token_terms has the divergence

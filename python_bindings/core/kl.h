@@ -10,12 +10,15 @@
 namespace adakd {
 namespace ADAKD_ISA {
 
-template <bool kForward, bool kReverse> struct KLFold {
+// kLost: the mass of the student's entries at which the teacher has -inf gets a sum of its own, `lost_s`. As the
+// difference student.l - keep_s of two rounded sums it would lose its digits where it is small.
+template <bool kForward, bool kReverse, bool kLost = false> struct KLFold {
   static constexpr bool kPeak = true, kGaps = kForward || kReverse;
 
   double scale;
   RunningNormalizer student{}, teacher{};
   double keep_s = 0.0, keep_t = 0.0;  // mass of the finite entries, a part of student.l and teacher.l
+  double lost_s = 0.0;                // with kLost, the other part of student.l
   // Σ a·gap and Σ b·gap over the finite entries, a and b the masses. gap is that of the logits relative to the anchors,
   // (s - student.anchor) - (t - teacher.anchor), so that log2(q/p) is scale·gap plus a constant of the row.
   double gap_s = 0.0, gap_t = 0.0;
@@ -40,20 +43,21 @@ template <bool kForward, bool kReverse> struct KLFold {
     double l_s, l_t, keep_s, keep_t, gap_s, gap_t;
     Maxima max;
     int added;
+    double lost_s = 0.0;  // without guards every entry is finite
     // Not so where an entry at -inf met no guard, or a number left the type's range.
     bool all_finite() const { return std::isfinite(l_s + l_t + gap_s + gap_t); }
   };
 
   // The same sums in the loop: a number for each lane. Sums that nobody reads are removed by the compiler.
   template <class V> struct LaneSums {
-    V l_s{}, l_t{}, keep_s{}, keep_t{}, gap_s{}, gap_t{};
+    V l_s{}, l_t{}, keep_s{}, keep_t{}, gap_s{}, gap_t{}, lost_s{};
   };
 
   template <bool kGuarded, class V, class T> Sums sums(const Block<T>& block) const {
     const V k = constant<V>(scale), m_s = constant<V>(student.origin()), m_t = constant<V>(teacher.origin());
     const V limit = broadcast<V>(peak.template limit<Scalar<V>>(scale));
     const V minus_infinity = broadcast<V>(-kInfinity), zero = V{}, one = constant<V>(1.0);
-    Total<V> l_s, l_t, gap_s, gap_t, keep_s, keep_t;
+    Total<V> l_s, l_t, gap_s, gap_t, keep_s, keep_t, lost_s;
     LaneSums<V> first, second;
     V max_s = minus_infinity, max_t = minus_infinity;
     const auto entry = [&](V s, V t, LaneSums<V>& sum) ADAKD_INLINE_LAMBDA {
@@ -70,6 +74,7 @@ template <bool kForward, bool kReverse> struct KLFold {
         const V a_finite = finite ? a : zero, b_finite = finite ? b : zero, gap = finite ? x - y : zero;
         sum.keep_s += a_finite;
         sum.keep_t += b_finite;
+        if (kLost) sum.lost_s += t != minus_infinity ? zero : a;
         sum.gap_s = fma(a_finite, gap, sum.gap_s);
         sum.gap_t = fma(b_finite, gap, sum.gap_t);
       } else if constexpr (kGaps) {
@@ -93,6 +98,7 @@ template <bool kForward, bool kReverse> struct KLFold {
           if (kForward || (kGaps && kGuarded)) gap_t.take(first.gap_t, second.gap_t);
           if (kGaps && kGuarded) keep_s.take(first.keep_s, second.keep_s);
           if (kGaps && kGuarded) keep_t.take(first.keep_t, second.keep_t);
+          if (kLost && kGuarded) lost_s.take(first.lost_s, second.lost_s);
           return true;
         });
     Sums x{l_s.value(),   l_t.value(), 0.0, 0.0, gap_s.value(), gap_t.value(), {max_lanes(max_s), max_lanes(max_t)},
@@ -100,6 +106,7 @@ template <bool kForward, bool kReverse> struct KLFold {
     // Without guards every entry is finite, or the block is folded again.
     x.keep_s = kGaps && kGuarded ? keep_s.value() : x.l_s;
     x.keep_t = kGaps && kGuarded ? keep_t.value() : x.l_t;
+    if (kLost && kGuarded) x.lost_s = lost_s.value();
     return x;
   }
 
@@ -122,6 +129,7 @@ template <bool kForward, bool kReverse> struct KLFold {
     teacher.l += x.l_t;
     keep_s += x.keep_s;
     keep_t += x.keep_t;
+    lost_s += x.lost_s;
     gap_s += x.gap_s;
     gap_t += x.gap_t;
     student.include(x.max.s);
@@ -156,6 +164,7 @@ template <bool kForward, bool kReverse> struct KLFold {
     shift_gaps(apart(student.origin(), next.s), 0.0);
     const double f = student.move(next.s, scale);
     keep_s *= f;
+    lost_s *= f;
     gap_s *= f;
     if (peak.exists()) {
       const double a = student.mass(peak.s, scale), b = teacher.mass(peak.t, scale);
@@ -166,6 +175,8 @@ template <bool kForward, bool kReverse> struct KLFold {
         keep_t += b;
         gap_s += a * gap_of(peak);
         gap_t += b * gap_of(peak);
+      } else {
+        lost_s += a;
       }
     }
     peak = next;
@@ -211,27 +222,49 @@ template <bool kForward, bool kReverse> struct KLFold {
   // D, Σg and the peak's gradient; zeros where a row is empty.
   RowResult finish() {
     masses = measure();
-    if (!kGaps || empty()) return {};
-    return peak.finite() ? result_with_peak() : result_without_peak();
+    return kGaps ? result<kForward, kReverse>() : RowResult{};
+  }
+
+  // The same of both divergences, each by itself, with Σ p over the finite entries and Σ q over the others.
+  struct Apart {
+    RowResult forward, reverse;
+    double kept = 0.0, lost = 0.0;
+  };
+  Apart finish_apart() {
+    static_assert(kForward && kReverse && kLost);
+    masses = measure();
+    Apart x{result<true, false>(), result<false, true>()};
+    if (!empty()) x.kept = (keep_t + masses.b) / masses.l_t;
+    if (masses.l_s != 0.0) x.lost = q_lost();
+    return x;
   }
 
  private:
+  template <bool kF, bool kR> RowResult result() const {
+    if (empty()) return {};
+    return peak.finite() ? result_with_peak<kF, kR>() : result_without_peak<kF, kR>();
+  }
+
+  // Σ q over the entries that are not finite, of which the peak is one where the teacher has -inf there.
+  double q_lost() const {
+    const double others = kLost ? lost_s : student.l - keep_s;
+    return (peak.finite() ? others : others + masses.a) / masses.l_s;
+  }
+
   // Where the teacher has -inf at the peak, the peak's gradient is 0 and nothing cancels. D comes from the sums as they
   // are.
-  RowResult result_without_peak() const {
+  template <bool kF, bool kR> RowResult result_without_peak() const {
     const PeakMasses& m = masses;
-    const double q_lost = (student.l - keep_s + m.a) / m.l_s;  // Σ q over the entries that are not finite
     const double log_ratio = std::log2(m.l_t) - std::log2(m.l_s);
     const double reverse = (scale * gap_s + keep_s * log_ratio) / m.l_s * kLn2, forward = forward_of(log_ratio);
     RowResult r;
-    r.d = (kForward ? forward : 0.0) + (kReverse ? reverse : 0.0);
-    r.sum_g = (kForward ? -keep_t / m.l_t : 0.0) + (kReverse ? reverse - q_lost : 0.0);
+    r.d = (kF ? forward : 0.0) + (kR ? reverse : 0.0);
+    r.sum_g = (kF ? -keep_t / m.l_t : 0.0) + (kR ? reverse - q_lost() : 0.0);
     return r;
   }
 
-  RowResult result_with_peak() const {
+  template <bool kF, bool kR> RowResult result_with_peak() const {
     const PeakMasses& m = masses;
-    const double q_lost = (student.l - keep_s) / m.l_s;
     const double peak_gap = gap_of(peak);
     // Σ q·log(q/p) over the others, less log(q/p) of the peak in each: what reverse KL's gradient at the peak consists
     // of.
@@ -242,20 +275,20 @@ template <bool kForward, bool kReverse> struct KLFold {
     const double log_ratio = std::fabs(peak_gap * scale) < kFar ? m.gap - peak_gap * scale
                                                                 : std::log2(m.l_t) - std::log2(m.l_s);
     const double forward = forward_of(log_ratio);
-    const double p_over_q = kForward ? std::exp2(-m.gap) : 0.0, nats = m.gap * kLn2;
+    const double p_over_q = kF ? std::exp2(-m.gap) : 0.0, nats = m.gap * kLn2;
     RowResult r;
     double c = 0.0, rest = 0.0;  // as in RowResult::set_gradient
-    if (kReverse) {
+    if (kR) {
       r.d += reverse + nats * (keep_s + m.a) / m.l_s;
       c -= nats;
-      rest += reverse - q_lost;
+      rest += reverse - q_lost();
     }
-    if (kForward) {
+    if (kF) {
       r.d += forward - nats * m.b / m.l_t;
       c += p_over_q;
       rest += p_over_q * keep_s / m.l_s - keep_t / m.l_t;
     }
-    rest += c * q_lost;
+    rest += c * q_lost();
     r.set_gradient(peak.index, m.a / m.l_s, c, rest);
     return r;
   }
