@@ -103,7 +103,7 @@ def hidden_memory(
 
 def merge_memory(tokens: int, ranks: int) -> float:
     """The most that the numbers of the tokens take while those of all ranks are merged."""
-    return tokens * (MOST_BYTES["each"] + (MOST_BYTES["rank"] * ranks if ranks > 1 else 0))
+    return tokens * (MOST_BYTES["each"] + MOST_BYTES["rank"] * ranks)
 
 
 # Memory of the models.
@@ -308,6 +308,8 @@ def equal_tokens(of: Setting) -> float:
 
 
 def gigabytes(number: float) -> str:
+    if number < 9.95e7:
+        return f"{number / 1e6:.0f} MB"
     return f"{number / 1e9:,.0f} GB" if number >= 9.95e9 else f"{number / 1e9:.2g} GB"
 
 

@@ -322,11 +322,15 @@ def test_traffic_of_a_shard(divergence, without_processes):
 # The page.
 
 # Sizes of which each is told from the others in a result.
-SIZES = {"N": 6, "V": 640, "T": 4, "b": 4, "m": 5580, "P": 1000, "R": 300, "L": 70, "s": 2, "H": 48, "K": 3, "r": 0.5}
+SIZES = {
+    "N": 6, "V": 640, "T": 4, "b": 4, "m": 5580, "P": 1000, "R": 300, "L": 70, "s": 2, "H": 48, "K": 3, "r": 0.5,
+    "C": 2000, "B": 9000,
+}  # fmt: skip
 ONE_SWEEP, TWO_SWEEPS = get_divergence("reverse_kl"), get_divergence("jensen_shannon")
 FORMULAS = {
     "logits, and gradient": scale.logits_memory(6, 640, 4, 4),
     "with `inplace=True`": scale.logits_memory(6, 640, 4, 4, inplace=True),
+    "from hidden states, C bytes of logits at a time": scale.hidden_memory(6, 640, 48, 4, 4, 2000, 9000),
     "numbers of all ranks, while they are merged: m": scale.merge_memory(6, 4),
     "student: weights, gradients, optimizer state": scale.trained_memory(1000, 4, 4),
     "autocast's copies of fp32 weights; not with FSDP2": scale.cast_memory(1000, 4),
