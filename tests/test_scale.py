@@ -277,21 +277,30 @@ def test_the_example_has_equal_losses_on_both_ranks(ranks):
 # Messages and traffic of the loss.
 
 
+def received_messages(ranks, n, **options):
+    """Bytes that a rank receives from the others in a loss of n tokens."""
+    vocab = 40
+    student, teacher, labels = logits(n, vocab, seed=1), logits(n, vocab, seed=2), tokens(vocab, n)
+
+    def loss(rank, columns):
+        return adakd_loss(student[:, columns], teacher[:, columns], labels, vocab_parallel=rank, **options)
+
+    _, meeting = on_ranks([rank * vocab // ranks for rank in range(ranks + 1)], vocab, loss)
+    return (ranks - 1) * sum(numbers.nbytes for numbers in meeting.sent)
+
+
 @fast
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=name_of)
 def test_bytes_of_the_messages(divergence, ranks, without_processes):
-    n, vocab = 7, 40
-    student, teacher, labels = logits(n, vocab, seed=1), logits(n, vocab, seed=2), tokens(vocab, n)
-    cuts = [rank * vocab // ranks for rank in range(ranks + 1)]
-    _, meeting = on_ranks(
-        cuts, vocab,
-        lambda rank, columns: adakd_loss(
-            student[:, columns], teacher[:, columns], labels, divergence=divergence, vocab_parallel=rank
-        ),
-    )  # fmt: skip
-    received = (ranks - 1) * sum(numbers.nbytes for numbers in meeting.sent)
-    assert received == scale.loss_wire(n, ranks, divergence)
+    assert received_messages(ranks, 7, divergence=divergence) == scale.loss_wire(7, ranks, divergence)
+
+
+@fast
+@pytest.mark.parametrize(("difficulty", "more"), [("cross_entropy", 0), ("forward_kl", 1), ("jensen_shannon", 6)])
+def test_what_another_difficulty_sends(difficulty, more, without_processes):
+    by_default = scale.loss_wire(7, 2, get_divergence("reverse_kl"))
+    assert received_messages(2, 7, difficulty=difficulty) == by_default + 4 * 7 * more
 
 
 @fast
