@@ -13,6 +13,8 @@ Random models and random text, on the CPU (gloo); on GPUs, only device and back 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -95,3 +97,5 @@ if __name__ == "__main__":
     main()
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may abort while the interpreter shuts down
