@@ -25,6 +25,7 @@ PAGES = {
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 }
 MATHS = "docs/maths.md"
+SEVERAL_PROCESSES = "docs/scale.md"
 # Its commands: their start, a word of what they print, the environment that they are for.
 MEASUREMENTS = [("TRITON_INTERPRET=1 python", "plain", {"TRITON_INTERPRET": "1"}), ("python", "eager", {})]
 MODULES = [
@@ -67,7 +68,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", pages_with("python"))
+# The snippets of the page on several processes are run by two of them, in `test_scale.py`.
+@pytest.mark.parametrize("page", [page for page in pages_with("python") if page != SEVERAL_PROCESSES])
 def test_python_snippets_of_a_page_run_in_order(page, project, capsys):
     if "integrations.trl" in PAGES[page]:
         pytest.importorskip("trl", reason="trl is not installed: pip install 'adakd-kernels[trl]'")
@@ -101,7 +103,8 @@ def test_commands_of_a_page_run(page, project):
 
 
 def test_the_readme_shows_every_kind_of_snippet():
-    assert {"README.md", "docs/losses.md", "docs/trainer.md", "docs/trl.md"} == set(pages_with("python"))
+    pages = {"README.md", "docs/losses.md", SEVERAL_PROCESSES, "docs/trainer.md", "docs/trl.md"}
+    assert set(pages_with("python")) == pages
     assert {"README.md", "docs/methods.md", "docs/trainer.md"} == set(pages_with("yaml"))
     assert [line.split()[:2] for block in blocks("sh", PAGES["README.md"]) for line in block.splitlines()] == [
         ["make", "demo"], ["make", "test"], ["adakd", "train"],
