@@ -148,9 +148,9 @@ class AdaKDTrainer(Trainer):
         DataError: data that cannot be read or trained on; of a stream, when it is read.
         ValueError: a model that is bidirectional, an encoder–decoder or without an output layer, special tokens beyond
             a vocabulary, shared parameters, several GPUs in one process, sequences split over processes, models that
-        tensor parallelism splits in different ways or not as `args` says, a second adapter, a base that is to teach
-        but would not stay as it is or is split over processes, a teacher that cannot be split as `teacher_parallel`
-        says, `logits_route="hidden"` where it cannot be taken, or `selection="step"` with what it does not go with.
+            tensor parallelism splits in different ways or not as `args` says, a second adapter, a base that is to teach
+            but would not stay as it is or is split over processes, a teacher that cannot be split as `teacher_parallel`
+            says, `logits_route="hidden"` where it cannot be taken, or `selection="step"` with what it does not go with.
         NonFiniteLossError: in `train`, a loss or a gradient that is NaN or infinite, before its step; see `on_nan`.
     """
 
