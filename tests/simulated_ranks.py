@@ -1,4 +1,7 @@
-"""Ranks as threads of one process, which meet where ranks exchange numbers: for what does not depend on processes."""
+"""Ranks as threads of one process, which meet where ranks exchange numbers: for what does not depend on processes.
+
+One of them runs at a time, because Triton's interpreter is made for one thread.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +21,26 @@ class Meeting:
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
         self.sent: list[Tensor] = []  # of the first rank
+        self.turn = threading.Lock()
         self._barrier = threading.Barrier(ranks)
         self._slots: list[Any] = [None] * ranks
 
     def gather(self, rank: int, numbers: Tensor) -> Tensor:
         self._slots[rank] = numbers.clone()
-        self._barrier.wait(60)
+        self._meet()
         gathered = torch.stack(self._slots)
         if rank == 0:
             self.sent.append(numbers)
-        self._barrier.wait(60)
+        self._meet()
         return gathered
+
+    def _meet(self) -> None:
+        """Let the others run until all of them are here."""
+        self.turn.release()
+        try:
+            self._barrier.wait(60)
+        finally:
+            self.turn.acquire()
 
     def leave(self) -> None:
         """Let nobody wait for a rank that has failed."""
@@ -69,7 +81,8 @@ def on_ranks(
     def work(rank: int) -> None:
         try:
             columns = slice(cuts[rank], cuts[rank + 1])
-            results[rank] = function(SimulatedRank((meeting, rank), cuts[rank], vocab), columns)
+            with meeting.turn:
+                results[rank] = function(SimulatedRank((meeting, rank), cuts[rank], vocab), columns)
         except BaseException as error:
             errors.append(error)
             meeting.leave()
