@@ -18,17 +18,25 @@ class Meeting:
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
         self.sent: list[Tensor] = []  # of the first rank
+        self.turn = threading.Lock()  # one rank computes at a time: Triton's interpreter takes no threads
         self._barrier = threading.Barrier(ranks)
         self._slots: list[Any] = [None] * ranks
 
     def gather(self, rank: int, numbers: Tensor) -> Tensor:
         self._slots[rank] = numbers.clone()
-        self._barrier.wait(60)
+        self._meet()
         gathered = torch.stack(self._slots)
         if rank == 0:
             self.sent.append(numbers)
-        self._barrier.wait(60)
+        self._meet()
         return gathered
+
+    def _meet(self) -> None:
+        self.turn.release()
+        try:
+            self._barrier.wait(300)
+        finally:
+            self.turn.acquire()
 
     def leave(self) -> None:
         """Let nobody wait for a rank that has failed."""
@@ -69,7 +77,8 @@ def on_ranks(
     def work(rank: int) -> None:
         try:
             columns = slice(cuts[rank], cuts[rank + 1])
-            results[rank] = function(SimulatedRank((meeting, rank), cuts[rank], vocab), columns)
+            with meeting.turn:
+                results[rank] = function(SimulatedRank((meeting, rank), cuts[rank], vocab), columns)
         except BaseException as error:
             errors.append(error)
             meeting.leave()
