@@ -6,6 +6,7 @@ checked for its shape and type.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -58,6 +59,18 @@ def check_difficulty(difficulty: str) -> None:
         raise ValueError(f"difficulty must be one of {', '.join(DIFFICULTIES)}, got {difficulty!r}")
 
 
+def is_dtensor(value: Any) -> bool:
+    """Whether a tensor is spread over processes. Where nobody has imported DTensor, there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def check_plain(name: str, value: Tensor) -> None:
+    """Refuse a DTensor where each rank gives the same values."""
+    if is_dtensor(value):
+        raise TypeError(f"{name} must be a plain tensor, the same on all ranks, got a DTensor: pass its full_tensor()")
+
+
 def check_flag(name: str, value: Any) -> None:
     """Refuse what is neither True nor False."""
     if not isinstance(value, bool):
@@ -89,6 +102,7 @@ def check_range(
 ) -> None:
     """Refuse a number outside its range, and a tensor that cannot stand for a number."""
     if isinstance(value, Tensor):
+        check_plain(name, value)
         if value.dim() != 0:
             raise ValueError(f"{name} must be a number or a 0-d tensor, got a tensor of shape {tuple(value.shape)}")
         if value.dtype == torch.bool or value.is_complex():
@@ -161,6 +175,7 @@ def check_token_tensor(name: str, value: Tensor, batch: torch.Size, student: Ten
     """Refuse what is no tensor of one number a token on the student's device."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    check_plain(name, value)
     if value.shape != batch:
         raise ValueError(f"{name} must have the shape {tuple(batch)} of the tokens, got {tuple(value.shape)}")
     check_device(name, value, student)
@@ -209,6 +224,7 @@ def check_mask(name: str, mask: Tensor, shape: torch.Size) -> None:
     """Refuse what is no bool tensor of one entry a token."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(mask).__name__}")
+    check_plain(name, mask)
     if mask.shape != shape:
         raise ValueError(f"{name} must have the shape {tuple(shape)} of the tokens, got {tuple(mask.shape)}")
     if mask.dtype != torch.bool:

@@ -148,6 +148,7 @@ def adakd_loss(
         (5, (2, 5, 100))
     """
     check_no_transform("adakd_loss", student_logits, teacher_logits)
+    given = student_logits  # what is here of a DTensor is no leaf
     student_logits, teacher_logits, shards = local_shards(student_logits, teacher_logits, vocab_parallel, "logits")
     student, teacher, batch = check_shards(student_logits, teacher_logits, shards)
     div = check_options(
@@ -158,7 +159,7 @@ def adakd_loss(
     labels = check_labels(labels, batch, student, ignore_index, read=read)
     inplace = inplace and not torch.compiler.is_compiling()
     if inplace:
-        check_inplace("student_logits", student_logits)
+        check_inplace("student_logits", given)
     if shift:
         labels = next_labels(labels, ignore_index)
     labels = labels.reshape(student.shape[:2])
@@ -263,6 +264,7 @@ def token_divergence(
         >>> (4.0 * per_token).mean().backward()
     """
     check_no_transform("token_divergence", student_logits, teacher_logits, temperature)
+    given = student_logits
     student_logits, teacher_logits, shards = local_shards(student_logits, teacher_logits, vocab_parallel, "logits")
     student, teacher, batch = check_shards(student_logits, teacher_logits, shards)
     div = get_divergence(divergence)
@@ -270,7 +272,7 @@ def token_divergence(
     check_flag("inplace", inplace)
     inplace = inplace and not torch.compiler.is_compiling()
     if inplace:
-        check_inplace("student_logits", student_logits)
+        check_inplace("student_logits", given)
     check_temperature(temperature, batch, student)
     temperature = divergence_temperature(
         temperature, batch, student.device, reference.accumulation_dtype(student, teacher)

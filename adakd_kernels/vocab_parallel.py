@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
 
-from .checks import check_integer
+from .checks import check_integer, is_dtensor
 
 __all__ = ["VocabParallel"]
 
@@ -94,12 +93,6 @@ def check_vocab_parallel(value: Any) -> None:
         raise ValueError("vocab_parallel.group must be a group that this process is part of")
 
 
-def is_dtensor(value: Any) -> bool:
-    """Whether a tensor is spread over processes. Where nobody has imported DTensor, there is none."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(value, module.DTensor)
-
-
 def local_shards(
     student: Any, teacher: Any, vocab_parallel: VocabParallel | None, name: str, dim: int = -1
 ) -> tuple[Any, Any, VocabParallel | None]:
@@ -124,7 +117,7 @@ def local_shards(
         if value.device_mesh.ndim != 1 or not value.placements[0].is_shard(split):
             raise ValueError(
                 f"{side} must be a DTensor on a mesh of one dimension, split along the vocabulary (Shard({split})), "
-                f"got placements {tuple(value.placements)}: call redistribute"
+                f"got placements {tuple(value.placements)}: call redistribute, or pass local shards with vocab_parallel"
             )
     if student.device_mesh != teacher.device_mesh:
         raise ValueError(f"teacher_{name} must be on the device mesh of student_{name}: {student.device_mesh}")
@@ -137,9 +130,16 @@ def local_shards(
             f"and {sizes[1]} entries over {mesh.size()} ranks are {steps[0]} and {steps[1]} each: split the teacher's "
             "anew, once, and pass local shards with vocab_parallel"
         )
-    rank = mesh.get_local_rank()
-    parallel = VocabParallel(mesh.get_group(), rank * steps[0], min(sizes))
-    return student.to_local(), teacher.to_local(), parallel
+    rank, shards = mesh.get_local_rank(), [value.to_local() for value in sides.values()]
+    for side, shard, size in zip(sides, shards, sizes, strict=True):
+        expected = max(0, min(steps[0], size - rank * steps[0]))
+        if shard.shape[dim] != expected:  # `from_local` takes what it is given
+            raise ValueError(
+                f"{side} must have here the {expected} of {size} entries that Shard gives rank {rank} of "
+                f"{mesh.size()}, got {shard.shape[dim]}: call distribute_tensor, or pass local shards with "
+                "vocab_parallel"
+            )
+    return *shards, VocabParallel(mesh.get_group(), rank * steps[0], min(sizes))
 
 
 def local_part(name: str, value: Any, split: bool, expected: str, dim: int | None = None) -> Any:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from peft import LoraConfig
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -201,9 +202,12 @@ def judgements_run(folder: Path, out: Path) -> dict[str, str]:
     """What is said of models and heads that cannot be taken as they are."""
     from transformers.distributed import DistributedConfig
 
-    def said(model: Any, teacher: Any = "llama-67", route: str = "hidden", **options: Any) -> str:
+    def said(
+        model: Any, teacher: Any = "llama-67", route: str = "hidden", peft_config: Any = None, **options: Any
+    ) -> str:
+        args = config(out, logits_route=route, **options)
         try:
-            AdaKDTrainer(model=model, teacher=folder / teacher, args=config(out, logits_route=route, **options))
+            AdaKDTrainer(model=model, teacher=folder / teacher, args=args, peft_config=peft_config)
         except ValueError as error:
             return str(error)
         return "taken"
@@ -228,6 +232,8 @@ def judgements_run(folder: Path, out: Path) -> dict[str, str]:
         "head kept whole": said(planned("replicate")),
         "teacher's head split, student's whole": said(planned("replicate"), teacher_parallel="tp"),
         "head that doubles": said(doubled),
+        "adapter on all layers": said(load(folder, "llama-65", 2), peft_config=LoraConfig(target_modules="all-linear")),
+        "adapter on the head": said(load(folder, "llama-65", 2), peft_config=LoraConfig(target_modules=["lm_head"])),
         "split over 2 dimensions": of_head(head(8, plane)),
         "split along the inputs": of_head(head(8, init_device_mesh("cpu", (2,)), Shard(1))),
         "copied": of_head(head(8, init_device_mesh("cpu", (2,)), Replicate())),

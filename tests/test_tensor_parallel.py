@@ -122,6 +122,9 @@ def test_what_cannot_be_taken_is_said(ranks: Path) -> None:
         "head kept whole": "taken",
         "teacher's head split, student's whole": "the teacher's head is split over processes, and the student's is not",
         "head that doubles": "student: what its split head returns is not the product of hidden states and weight",
+        "adapter on all layers": "got one on down_proj, o_proj: set lora_target_modules, or target_modules of the "
+        "peft_config, to gate_proj k_proj q_proj up_proj v_proj",
+        "adapter on the head": "by columns alone, got one on lm_head: set lora_target_modules",
         "split over 2 dimensions": "its head is split over a mesh of 2 dimensions (fsdp × tp)",
         "split along the inputs": "its head is split as (Shard(dim=1),), not along the vocabulary",
         "copied": "its head is split as (Replicate(),), not along the vocabulary",

@@ -388,6 +388,32 @@ def test_modules_as_heads_and_the_sum_of_the_hidden_states_gradient():
         assert (grad - whole.grad).norm() <= 1e-5 * whole.grad.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
+def test_hidden_states_gradient_where_its_parts_cancel(dtype):
+    """The rows of a head have much in common, and the models' masses lie on different shards."""
+    vocab, tokens_count = 2 * VOCAB, 12
+    weight = (0.02 * logits(vocab, HIDDEN, seed=1) + logits(HIDDEN, seed=2)).to(dtype)
+    hidden, teacher_hidden = (logits(2, tokens_count // 2, HIDDEN, seed=seed, scale=1.0).to(dtype) for seed in (3, 4))
+    bias = (torch.arange(vocab) < VOCAB).to(dtype)
+    labels = tokens(vocab, 2, tokens_count // 2, seed=5)
+
+    def gradient(columns, to, **options):
+        leaf, rows, of_rows = hidden.to(to, copy=True).requires_grad_(), weight[columns].to(to), bias[columns].to(to)
+        linear_adakd_loss(
+            leaf, rows, teacher_hidden.to(to), rows, labels, student_bias=of_rows, teacher_bias=-of_rows, **options
+        ).loss.backward()
+        return leaf.grad
+
+    exact, one = (gradient(slice(None), to).double() for to in (torch.float64, dtype))
+    found, _ = on_ranks(
+        CUTS[2](vocab), vocab,
+        lambda rank, columns: gradient(columns, dtype, vocab_parallel=rank, reduce_hidden=True),
+    )  # fmt: skip
+    for grad in found:
+        assert grad.dtype == dtype
+        assert (grad.double() - exact).norm() <= 2.0 * (one - exact).norm()
+
+
 def test_masses_far_below_the_largest_and_of_shards_without_any():
     """Shares of the mass that underflow, and logarithms of none."""
     maxima = torch.tensor([0.0, -2000.0, -math.inf, 3e38], dtype=torch.float64).view(4, 1, 1)

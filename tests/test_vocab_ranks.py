@@ -131,6 +131,14 @@ def test_errors(folder):
         "ValueError: student_logits and teacher_logits must be split at the same entries of the vocabulary, but 83 and",
         "TypeError: vocab_parallel must be None where logits are DTensors, which say where they lie",
         "TypeError: vocab_parallel.group must be a process group or None, got str",
+        "ValueError: student_logits must have here the 21 of 83 entries that Shard gives rank 0 of 4, got 40",
+        "ValueError: student_logits must not be a leaf that requires grad, or a view of one, with inplace=True",
+        "ValueError: student_logits must not be a leaf that requires grad, or a view of one, with inplace=True",
+        "TypeError: labels must be a plain tensor, the same on all ranks, got a DTensor: pass its full_tensor()",
+        "TypeError: mask must be a plain tensor, the same on all ranks",
+        "TypeError: num_items must be a plain tensor, the same on all ranks",
+        "ValueError: reduce_hidden must be False where student_hidden is a DTensor, which adds up its gradient",
+        *["TypeError: student_weight must give plain logits of the whole vocabulary"] * 2,
     )
     assert len(said) == len(expected)
     for text, beginning in zip(said, expected, strict=True):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adakd_kernels import VocabParallel, adakd_loss, linear_adakd_loss, token_difficulty, token_divergence
@@ -136,16 +138,38 @@ def errors(mesh: Any) -> list[str]:
     def split(values: Tensor, placement: Any) -> Any:
         return distribute_tensor(values, mesh, [placement])
 
-    columns = split(of["student"], Shard(1))
-    for student, teacher, options in (
-        (columns, of["teacher"], {}),
-        (columns, split(of["teacher"], Shard(0)), {}),
-        (columns, split(torch.cat((of["teacher"], of["teacher"]), 1), Shard(1)), {}),
-        (columns, columns, {"vocab_parallel": VocabParallel(None, 0, VOCAB)}),
-        (of["student"], of["teacher"], {"vocab_parallel": VocabParallel("world", 0, VOCAB)}),
+    columns, leaf = split(of["student"], Shard(1)), split(of["student"], Shard(1)).requires_grad_()
+    own, rank = CUTS[RANKS], dist.get_rank()
+    uneven = DTensor.from_local(
+        of["student"][:, own[rank] : own[rank + 1]].contiguous(), mesh, [Shard(1)], shape=(TOKENS, VOCAB),
+        stride=(VOCAB, 1),
+    )  # fmt: skip
+    weight, labels = split(of["weight"], Shard(0)), split(of["labels"], Replicate())
+    modules = [nn.Linear(HIDDEN, VOCAB).requires_grad_(False) for _ in range(2)]
+    for module, local in zip(modules, (False, True), strict=True):
+        parallelize_module(module, mesh, ColwiseParallel(output_layouts=Shard(-1), use_local_output=local))
+    heads = (of["teacher_hidden"], weight, of["labels"])
+    for call in (
+        lambda: token_divergence(columns, of["teacher"]),
+        lambda: token_divergence(columns, split(of["teacher"], Shard(0))),
+        lambda: token_divergence(columns, split(torch.cat((of["teacher"], of["teacher"]), 1), Shard(1))),
+        lambda: token_divergence(columns, columns, vocab_parallel=VocabParallel(None, 0, VOCAB)),
+        lambda: token_divergence(of["student"], of["teacher"], vocab_parallel=VocabParallel("world", 0, VOCAB)),
+        lambda: token_divergence(uneven, columns),
+        lambda: token_divergence(leaf, columns, inplace=True),
+        lambda: adakd_loss(leaf[:, :], columns, of["labels"], inplace=True),
+        lambda: adakd_loss(columns, columns, labels),
+        lambda: token_difficulty(columns, columns, labels != -100),
+        lambda: adakd_loss(columns, columns, of["labels"], num_items=(labels != -100).sum()),
+        lambda: linear_adakd_loss(split(of["hidden"], Replicate()), weight, *heads, reduce_hidden=True),
+        *(
+            partial(linear_adakd_loss, of["hidden"], module, of["teacher_hidden"], of["teacher_weight"], of["labels"])
+            for module in modules
+        ),
     ):
         try:
-            token_divergence(student, teacher, **options)
+            call()
+            said.append("nothing")
         except (TypeError, ValueError) as error:
             said.append(f"{type(error).__name__}: {error}")
     return said

@@ -19,6 +19,7 @@ from ..checks import (
     check_no_transform,
     check_options,
     check_pair,
+    is_dtensor,
 )
 from ..divergences import Divergence
 from ..functional import (
@@ -103,7 +104,9 @@ def linear_adakd_loss(
             with the difficulty 'jensen_shannon', which would take a pass of its own. See docs/scale.md.
         reduce_hidden: with a split vocabulary, add up the gradient of the student's hidden states over the ranks.
             Without it, each rank gets the part that follows from its own columns, and the layer in front of the head
-            adds them up, as column-parallel layers do; of hidden states that are a DTensor, DTensor does.
+            adds them up, as column-parallel layers do; of hidden states that are a DTensor, DTensor does. Here
+            the parts that follow from a weight are added up in fp32 (fp64 for fp64) and rounded once. The other ways
+            round each part to the hidden states' type, which is coarse in fp16 and bf16 where parts cancel.
 
     Returns:
         AdaKDOutput(loss, token_loss, difficulty, temperature, selected), as `adakd_loss`, but `loss` alone carries a
@@ -125,6 +128,7 @@ def linear_adakd_loss(
     student_weight, teacher_weight, shards = local_shards(student_weight, teacher_weight, vocab_parallel, "weight", 0)
     student_in = HeadInput(student_hidden, student_weight, student_bias, student_scale, student_softcap)
     teacher_in = HeadInput(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
+    spread_hidden = is_dtensor(student_hidden)
     student_in = local_head("student", student_in, shards is not None)
     teacher_in = local_head("teacher", teacher_in, shards is not None)
     student_hidden = student_in.hidden
@@ -148,6 +152,8 @@ def linear_adakd_loss(
                 raise ValueError(f"{what} where the vocabulary is split: it would take one more pass over the logits")
     elif reduce_hidden:
         raise ValueError("reduce_hidden must be False where the vocabulary is not split: there is nothing to add up")
+    if reduce_hidden and spread_hidden:
+        raise ValueError("reduce_hidden must be False where student_hidden is a DTensor, which adds up its gradient")
     if choice is not None:
         check_choice(choice, batch, student_hidden)
         choice = choice.each(torch.flatten)
@@ -159,7 +165,9 @@ def linear_adakd_loss(
     )
     differentiable = torch.is_grad_enabled()
     with torch.no_grad():
-        student, teacher = make_heads(student_in, teacher_in, shards=shards, differentiable=differentiable)
+        student, teacher = make_heads(
+            student_in, teacher_in, shards=shards, differentiable=differentiable, summed=reduce_hidden
+        )
         with torch.autocast(student_hidden.device.type, enabled=False):
             labelled = labels != ignore_index
             if choice is not None:
@@ -287,10 +295,12 @@ class _WithGradient(torch.autograd.Function):
 
 def scaled(grad: Tensor, factor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """factor·grad in another type and with zeros behind it, rounded once, without a temporary of its size."""
-    if grad.dim() == 0 or (grad.numel() == math.prod(shape) and grad.dtype == dtype):
+    all_of_it = grad.numel() == math.prod(shape)
+    if grad.dim() == 0 or (all_of_it and grad.dtype == dtype):
         return (grad * factor).to(dtype).view(shape)
     out = torch.empty(shape, dtype=dtype, device=grad.device)
-    out[grad.shape[0] :] = 0
+    rows_of_out = out.view(grad.shape) if all_of_it else out
+    rows_of_out[grad.shape[0] :] = 0
     for rows in blocks(grad):
-        out[rows] = grad[rows] * factor
+        rows_of_out[rows] = grad[rows] * factor
     return out

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import reference
+from ..checks import is_dtensor
 from ..vocab_parallel import VocabParallel
 
 StudentHead = Tensor | nn.Module
@@ -97,16 +98,17 @@ class WeightHead(Head):
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, vocab: int,
-        differentiable: bool,
+        differentiable: bool, summed: bool,
     ) -> None:  # fmt: skip
         super().__init__(hidden, scale, softcap, vocab, _compute_dtype(hidden))
         self.inputs = [hidden, weight, bias]
         self.weight = weight[:vocab].to(self.dtype)
         self.bias = None if bias is None else bias[:vocab].to(self.dtype)
         acc = reference.accumulation_dtype(hidden)
+        self.wide = summed and self.dtype != acc
         self.d_hidden = self.d_weight = self.d_bias = None
         if differentiable and hidden.requires_grad:
-            self.d_hidden = torch.zeros_like(self.hidden)
+            self.d_hidden = torch.zeros_like(self.hidden, dtype=acc if summed else None)
         if differentiable and weight.requires_grad:
             self.d_weight = torch.zeros_like(self.weight, dtype=acc)
         if differentiable and bias is not None and bias.requires_grad:
@@ -120,7 +122,8 @@ class WeightHead(Head):
 
     def fold(self, index: Tensor, grad: Tensor) -> None:
         if self.d_hidden is not None:
-            self.d_hidden.index_copy_(0, index, torch.mm(grad, self.weight).to(self.d_hidden.dtype))
+            part = self._wide_product(grad) if self.wide else torch.mm(grad, self.weight)
+            self.d_hidden.index_copy_(0, index, part.to(self.d_hidden.dtype))
         if self.d_bias is not None:
             # In blocks, because the sum casts its input to the accumulation type.
             for cols in blocks(self.weight):
@@ -134,6 +137,16 @@ class WeightHead(Head):
                     part += torch.mm(grad[:, rows].T, hidden)
                 else:  # in fp16 the sum over a chunk could overflow
                     part.addmm_(grad[:, rows].T.to(part.dtype), hidden.to(part.dtype))
+
+    def _wide_product(self, grad: Tensor) -> Tensor:
+        """grad·W, not rounded to their type: parts that ranks add up may cancel, and their sum is what is rounded."""
+        acc = reference.accumulation_dtype(grad)
+        if grad.is_cuda:
+            return torch.mm(grad, self.weight, out_dtype=acc)
+        total = torch.zeros(len(grad), self.weight.shape[1], dtype=acc, device=grad.device)
+        for rows in blocks(self.weight):
+            total.addmm_(grad[:, rows].to(acc), self.weight[rows].to(acc))
+        return total
 
     def gradients(self) -> list[Tensor | None]:
         return [self.d_hidden, self.d_weight, self.d_bias]
@@ -151,6 +164,7 @@ class ModuleHead(Head):
         # Only a call tells which vocabulary and type the module has.
         one = self._call(hidden.new_zeros(1, hidden.shape[-1]))
         super().__init__(hidden, scale, softcap, one.shape[-1], one.dtype)
+        self.spread = is_dtensor(one)
         self.parameters: list[Tensor] = []
         if differentiable and isinstance(head, nn.Module):
             self.parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
@@ -158,6 +172,15 @@ class ModuleHead(Head):
         self.d_hidden = torch.zeros_like(self.hidden) if differentiable and hidden.requires_grad else None
         self.d_parameters = [torch.zeros_like(p, dtype=reference.accumulation_dtype(p)) for p in self.parameters]
         self.needs_graph = self.differentiates
+
+    def check_logits(self, name: str, split: bool) -> None:
+        """Refuse a module that gives DTensors, or columns of its split weight where no vocabulary is `split`."""
+        weight: Any = getattr(self.head, "weight", None)
+        if self.spread or (is_dtensor(weight) and len(weight) != self.vocab and not split):
+            raise TypeError(
+                f"{name} must give plain logits of the whole vocabulary, or of vocab_parallel's columns, got a module "
+                "whose logits are split over ranks: pass its weight, a DTensor, in its place"
+            )
 
     def _call(self, hidden: Tensor) -> Tensor:
         """The module's logits, under the autocast of the caller, which is off around the phases."""
@@ -211,22 +234,31 @@ class HeadInput(NamedTuple):
     scale: float
     softcap: float | None
 
-    def head(self, vocab: int, *, differentiable: bool = False) -> Head:
+    def head(self, vocab: int, *, differentiable: bool = False, summed: bool = False) -> Head:
         """The head that a weight, of which the first `vocab` rows are used, or a callable stands for."""
+        after = self.scale, self.softcap
         if isinstance(self.weight, Tensor):
-            return WeightHead(self.hidden, self.weight, self.bias, self.scale, self.softcap, vocab, differentiable)
-        return ModuleHead(self.hidden, self.weight, self.scale, self.softcap, differentiable)
+            return WeightHead(self.hidden, self.weight, self.bias, *after, vocab, differentiable, summed)
+        return ModuleHead(self.hidden, self.weight, *after, differentiable)
 
 
 def make_heads(
-    student: HeadInput, teacher: HeadInput, *, shards: VocabParallel | None = None, differentiable: bool = False
-) -> tuple[Head, Head]:
-    """Both heads, without the rows of a weight whose entries are not common, and gradients of the student's."""
+    student: HeadInput, teacher: HeadInput, *, shards: VocabParallel | None = None, differentiable: bool = False,
+    summed: bool = False,
+) -> tuple[Head, Head]:  # fmt: skip
+    """Both heads, without the rows of a weight whose entries are not common, and gradients of the student's.
+
+    That of the hidden states by a weight is in the accumulation type where it is to be `summed` over the ranks.
+    """
     rows = [len(side.weight) for side in (student, teacher) if isinstance(side.weight, Tensor)]
     vocab = min(rows, default=0)
     if shards is not None and rows:
         vocab = shards.common(rows[0], rows[-1], "weight")
-    return student.head(vocab, differentiable=differentiable), teacher.head(vocab)
+    heads = student.head(vocab, differentiable=differentiable, summed=summed), teacher.head(vocab)
+    for name, head in zip(("student_weight", "teacher_weight"), heads, strict=True):
+        if isinstance(head, ModuleHead):
+            head.check_logits(name, shards is not None)
+    return heads
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:

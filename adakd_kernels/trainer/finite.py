@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..vocab_parallel import is_dtensor
+from ..checks import is_dtensor
 from .checkpoints import last_checkpoint
 from .collator import record_ids
 from .records import IGNORE_INDEX

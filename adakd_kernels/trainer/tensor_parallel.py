@@ -29,6 +29,7 @@ from .heads import NoPlainHeadError, base_model, output_head
 
 __all__ = [
     "HeadParts",
+    "check_adapters",
     "check_gathers",
     "check_ranks",
     "check_split_head",
@@ -99,6 +100,30 @@ def check_ranks(student: Any, teacher: Any, args: Any) -> None:
         raise ValueError(
             f"teacher is split by tensor parallelism over {others} ranks, which must all read the same records, but "
             f"the student over {own}: load both with the same tp_size, or the teacher whole"
+        )
+
+
+def check_adapters(student: Any) -> None:
+    """Refuse adapters on layers of a split model whose results are summed or gathered: peft adds its own before that.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if tensor_parallel_size(student) == 1:
+        return
+    wrapped = [(name, module) for name, module in student.named_modules() if hasattr(module, "base_layer")]
+    fits = {
+        name: tuple(getattr(module.base_layer.weight, "placements", ())) == (Shard(0),)
+        and module is not output_head(student)
+        for name, module in wrapped
+        if isinstance(module.base_layer, nn.Linear)
+    }
+    if not all(fits.values()):
+        good, bad = (sorted({name.rpartition(".")[2] for name in fits if fits[name] is kind}) for kind in (True, False))
+        raise ValueError(
+            f"the adapter must be on layers that tensor parallelism splits by columns alone, got one on "
+            f"{', '.join(bad)}: set lora_target_modules, or target_modules of the peft_config"
+            + (f", to {' '.join(good)}" if good else "")
         )
 
 

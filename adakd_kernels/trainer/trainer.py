@@ -71,6 +71,7 @@ from .sharded import (
 from .step_selection import CHOSEN, Chosen, Measure, Measured, StepSelection, check_step_selection
 from .tensor_parallel import (
     HeadParts,
+    check_adapters,
     check_gathers,
     check_ranks,
     check_split_head,
@@ -303,6 +304,7 @@ class AdaKDTrainer(Trainer):
                 "model and teacher share parameters, which would be frozen with the teacher: copy the model"
             )
         check_ranks(self.model, self.teacher, self.args)
+        check_adapters(self.model)
         split = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1 or is_split(self.model)
         if isinstance(self.teacher, OwnBase) and split:
             raise ValueError(
