@@ -22,7 +22,7 @@ from .. import ops, reference
 from ..adaptive import descending
 from ..divergences import Divergence, ReverseKL
 from ..functional import TokenChoice, choose_tokens, token_statistics
-from ..ops.token_divergence import loud_weights
+from ..ops.loss_sums import loud_weights
 from ..vocab_parallel import VocabParallel
 from .heads import Head, spans
 
