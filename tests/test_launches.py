@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adakd_kernels import AdaKDLoss, LossAdaptiveFocus, adakd_loss, ops, reference
+from adakd_kernels import AdaKDLoss, LossAdaptiveFocus, adakd_loss, ops, reference, token_divergence
 
 from .cases import logits, name_of, tokens
 
-pytestmark = [pytest.mark.fast, pytest.mark.native, pytest.mark.interpret]
+pytestmark = [pytest.mark.fast, pytest.mark.native]
 
 # Allocations and views: nothing runs on the device.
 FREE = {
@@ -65,6 +65,7 @@ def chosen(difficulty, valid, share):
     return order[: max(1, math.floor(share * len(of_valid)))]
 
 
+@pytest.mark.interpret
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
 @pytest.mark.parametrize("size", [1, 7, 100, 300])
 def test_the_choice_equals_a_plain_sort(dtype, size):
@@ -101,6 +102,7 @@ def test_the_choice_equals_a_plain_sort(dtype, size):
             assert found == pytest.approx(expected, rel=2e-6, nan_ok=True), (s, median)
 
 
+@pytest.mark.interpret
 def test_the_divisors_of_a_step(unpoisoned):
     difficulty, valid = torch.rand(2, 3), torch.ones(2, 3, dtype=torch.bool)
     for given in (8, 8.0, torch.tensor(8), torch.tensor(8.0), torch.tensor(8, dtype=torch.int32)):
@@ -112,6 +114,7 @@ def test_the_divisors_of_a_step(unpoisoned):
     assert count == 28  # 0.29·100 is below 29 in fp64
 
 
+@pytest.mark.interpret
 @pytest.mark.parametrize("losses", [(2.0, 2.0, 1.0, 0.5, 4.0, 4.0, 9.0), (1.0, math.nan, 3.0, math.inf, 0.1)])
 def test_a_step_of_the_share_equals_the_reference(losses):
     focus = LossAdaptiveFocus(20, beta=0.3, delta=0.2, min_ratio=0.7)
@@ -124,6 +127,7 @@ def test_a_step_of_the_share_equals_the_reference(losses):
         assert [x.item() for x in found] == pytest.approx([*state], rel=1e-6)
 
 
+@pytest.mark.interpret
 @pytest.mark.parametrize("ce_weight", [0.0, 0.3])
 def test_upstream_gradients_of_loss_and_of_tokens_add_up(ce_weight):
     """Each alone, and both at once; a gradient of NaN reaches no row that has no part in the loss."""
@@ -136,11 +140,16 @@ def test_upstream_gradients_of_loss_and_of_tokens_add_up(ce_weight):
         sum(parts).backward()
         grads.append(student.grad)
     assert torch.allclose(grads[0] + grads[1], grads[2], rtol=1e-5, atol=1e-7)
+    student, teacher, _ = batch()
+    per_token = token_divergence(student, teacher, out.temperature, mask=out.selected)
+    (weights * out.temperature.square() * per_token).sum().backward()
+    assert student.grad.any() and torch.allclose(grads[1], student.grad, rtol=1e-5, atol=1e-7)
     student, teacher, labels = batch()
     (adakd_loss(student, teacher, labels, focus_ratio=0.5).loss * math.nan).backward()
     assert not student.grad[0, 1].any() and student.grad.isnan().any()
 
 
+@pytest.mark.interpret
 def test_opcheck_of_the_operators(unpoisoned):
     student, teacher, labels = batch()
     student, mask = student.detach(), labels != -100
