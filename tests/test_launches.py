@@ -168,3 +168,21 @@ def test_opcheck_of_the_operators(unpoisoned):
         check(ops_of.loss_weights.default, (difficulty, None, tau, mask, k, *between))
     state = [torch.rand((), dtype=torch.float64) for _ in range(3)]
     check(ops_of.focus_step_.default, (torch.ones(()), *state, torch.tensor(4), 2, 0.9, 0.05, 0.05, 0.1))
+
+
+def test_a_share_that_changes_compiles_once(unpoisoned):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def loss(student, teacher, labels, share, items):
+        return adakd_loss(student, teacher, labels, focus_ratio=share, num_items=items).loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=count)
+    for share, items in ((0.5, 11.0), (0.3, 12.0), (0.9, 13.0)):
+        assert torch.allclose(compiled(*batch(), share, items), loss(*batch(), share, items), rtol=1e-6)
+    assert len(graphs) == 1
+    torch._dynamo.reset()

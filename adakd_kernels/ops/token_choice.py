@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adaptive import focus_step, token_choice
+from ..adaptive import exact_dtype, focus_step, tensor_on, token_choice
 from .backends import operator, register_fake, register_triton
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -25,6 +25,10 @@ def choose_tokens(
     base_temperature: float,
 ) -> Four:
     """`adakd::choose_tokens`, whose two arguments for a number or a tensor are one here."""
+    if torch.compiler.is_compiling():  # a graph would hold a number as a constant, and be compiled anew for the next
+        exact, device = exact_dtype(difficulty.device), difficulty.device
+        focus_ratio = tensor_on(focus_ratio, device, exact)
+        num_items = None if num_items is None else tensor_on(num_items, device, exact)
     share, items = (x if isinstance(x, Tensor) else None for x in (focus_ratio, num_items))
     result: Four = _choose_tokens(
         difficulty, valid, share, 1.0 if isinstance(focus_ratio, Tensor) else focus_ratio,
