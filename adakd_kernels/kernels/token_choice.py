@@ -156,7 +156,8 @@ def choose_tokens_fwd(
     selected, temperature = (torch.empty(valid.shape, dtype=x.dtype, device=x.device) for x in (valid, difficulty))
     key = torch.empty(size, dtype=torch.uint64 if bits == 64 else torch.uint32, device=difficulty.device)
     items, count = (torch.empty((), dtype=dtype, device=difficulty.device) for _ in range(2))
-    share, given = (x if isinstance(x, Tensor) else None for x in (focus_ratio, num_items))
+    # A 0-d tensor may lie on the CPU.
+    share, given = (x.to(difficulty.device) if isinstance(x, Tensor) else None for x in (focus_ratio, num_items))
     block = min(MOST_ENTRIES, max(128, triton.next_power_of_2(size)))
     with on_device(difficulty):
         choose_tokens_kernel[(1,)](
