@@ -89,7 +89,7 @@ class BuildNative(build_ext):
         folder = Path(self.build_temp)
         folder.mkdir(parents=True, exist_ok=True)
         built = [f"-DADAKD_HAS_{name.upper()}" for name in INSTRUCTION_SETS]
-        units = [(SOURCES / "core" / "dispatch.cpp", CORE + built)]
+        units = [(SOURCES / "core" / "dispatch.cpp", CORE + built), (SOURCES / "core" / "tokens.cpp", CORE)]
         units += [(SOURCES / "core" / f"isa_{name}.cpp", CORE + flags) for name, flags in INSTRUCTION_SETS.items()]
         includes = [flag for path in include_paths() for flag in ("-isystem", path)]
         units.append((SOURCES / "register.cpp", ["-O2", f"-DTORCH_TARGET_VERSION={STABLE_ABI:#x}", *includes]))

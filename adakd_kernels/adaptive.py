@@ -28,6 +28,13 @@ def focus_count(focus_ratio: float | Tensor, n: Tensor) -> Tensor:
     return (n.to(exact_dtype(n.device)) * focus_ratio).floor().long().clamp_min(1)
 
 
+def tensor_on(value: float | Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """As a tensor. A number is filled in: the copy that `torch.as_tensor` makes of it would wait for the device."""
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=dtype)
+    return torch.full((), value, dtype=dtype, device=device)
+
+
 class ExactModule(nn.Module):
     """A module whose own tensors follow it to a device but keep their type when it, or what owns it, is cast.
 
@@ -164,6 +171,60 @@ def clamped(value: float | Tensor, low: float, high: float, dtype: torch.dtype) 
     return value.to(dtype).clamp(low, high) if isinstance(value, Tensor) else min(max(value, low), high)
 
 
+def loss_temperature(value: Any, dtype: torch.dtype) -> Any:
+    """The nearest temperature whose square, a factor of (7), is neither 0 nor infinite in this type."""
+    return clamped(value, math.sqrt(torch.finfo(dtype).tiny), math.sqrt(torch.finfo(dtype).max), dtype)
+
+
+def token_choice(
+    difficulty: Tensor,
+    valid: Tensor,
+    focus_ratio: float | Tensor,
+    temperature_scale: float | Tensor,
+    base_temperature: float | Tensor,
+    num_items: float | Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(3)-(6) over all of these tokens: (selected, τ, n, k), the last two as `adakd::choose_tokens` has them."""
+    selected, dtype = select_tokens(difficulty, focus_ratio, valid), difficulty.dtype
+    temperature = unbounded_temperature(difficulty, selected, temperature_scale, base_temperature)
+    temperature = loss_temperature(temperature, dtype).where(valid, loss_temperature(base_temperature, dtype))
+    n = valid.sum()
+    if num_items is None:
+        items, count = n.clamp_min(1), focus_count(focus_ratio, n)
+    else:
+        items = tensor_on(num_items, n.device)
+        items = torch.where(items == 0, 1, items)
+        count = items.to(exact_dtype(items.device)) * focus_ratio
+    return selected, temperature, items.to(dtype), count.to(dtype)
+
+
+def focus_step(
+    loss: Tensor,
+    focus_ratio: Tensor,
+    loss_ema: Tensor,
+    loss_reference: Tensor,
+    steps: Tensor,
+    warmup_steps: int,
+    beta: float,
+    epsilon: float,
+    delta: float,
+    min_ratio: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(8) and (9) for one optimizer step: (r, L̄, L_ref, number of steps). A loss that is not finite changes nothing."""
+    loss = loss.to(loss_ema)
+    finite = loss.isfinite()
+    ema = torch.where(steps == 0, loss, beta * loss_ema + (1.0 - beta) * loss)
+    ema = torch.where(finite, ema, loss_ema)
+    steps = steps + finite
+    adapts = finite & (steps > warmup_steps)
+    lower = adapts & (ema < loss_reference * (1.0 - epsilon))
+    higher = adapts & (ema > loss_reference * (1.0 + epsilon))
+    ratio = torch.where(lower, (focus_ratio * (1.0 - delta)).clamp_min(min_ratio), focus_ratio)
+    ratio = torch.where(higher, (focus_ratio * (1.0 + delta)).clamp_max(1.0), ratio)
+    renewed = (steps == warmup_steps) & finite | (ratio != focus_ratio)
+    return ratio, ema, torch.where(renewed, ema, loss_reference), steps
+
+
 class LossAdaptiveFocus(ExactModule):
     """The share r of the valid tokens that are selected, driven by the loss: LATF, equations (8) and (9).
 
@@ -240,22 +301,11 @@ class LossAdaptiveFocus(ExactModule):
             raise ValueError(f"loss must be a 0-d tensor, got shape {tuple(loss.shape)}; pass its mean")
         if not loss.is_floating_point():
             raise TypeError(f"loss must be of a floating type, got {loss.dtype}")
-        loss = loss.detach().to(self.loss_ema)
-        finite = loss.isfinite()
-        first = self.steps == 0
-        ema = torch.where(first, loss, self.beta * self.loss_ema + (1.0 - self.beta) * loss)
-        ema = torch.where(finite, ema, self.loss_ema)
-        steps = self.steps + finite
-        adapts = finite & (steps > self.warmup_steps)
-        lower = adapts & (ema < self.loss_reference * (1.0 - self.epsilon))
-        higher = adapts & (ema > self.loss_reference * (1.0 + self.epsilon))
-        ratio = torch.where(lower, (self.focus_ratio * (1.0 - self.delta)).clamp_min(self.min_ratio), self.focus_ratio)
-        ratio = torch.where(higher, (self.focus_ratio * (1.0 + self.delta)).clamp_max(1.0), ratio)
-        renewed = (steps == self.warmup_steps) & finite | (ratio != self.focus_ratio)
-        self.loss_reference.copy_(torch.where(renewed, ema, self.loss_reference))
-        self.loss_ema.copy_(ema)
-        self.focus_ratio.copy_(ratio)
-        self.steps.copy_(steps)
+        # The operator's module stands above this one, which is its reference.
+        torch.ops.adakd.focus_step_(
+            loss.detach().to(self.loss_ema.device), self.focus_ratio, self.loss_ema, self.loss_reference, self.steps,
+            self.warmup_steps, self.beta, self.epsilon, self.delta, self.min_ratio,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return (

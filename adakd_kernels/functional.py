@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .adaptive import clamped, exact_dtype, focus_count, select_tokens, unbounded_temperature
+from .adaptive import clamped, tensor_on, token_choice
 from .checks import (
     DIFFICULTIES,
     check_device,
@@ -147,6 +146,33 @@ def adakd_loss(
         >>> int(out.selected.sum()), tuple(student.grad.shape)
         (5, (2, 5, 100))
     """
+    return loss_of_logits(
+        student_logits, teacher_logits, labels, divergence=divergence, focus_ratio=focus_ratio,
+        temperature_scale=temperature_scale, base_temperature=base_temperature, difficulty=difficulty,
+        ce_weight=ce_weight, num_items=num_items, ignore_index=ignore_index, shift=shift, inplace=inplace,
+        choice=choice, vocab_parallel=vocab_parallel,
+    )[0]  # fmt: skip
+
+
+def loss_of_logits(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    divergence: str | Divergence,
+    focus_ratio: float | Tensor,
+    temperature_scale: float,
+    base_temperature: float,
+    difficulty: str,
+    ce_weight: float,
+    num_items: float | Tensor | None,
+    ignore_index: int,
+    shift: bool,
+    inplace: bool,
+    choice: TokenChoice | None,
+    vocab_parallel: VocabParallel | None,
+) -> tuple[AdaKDOutput, Tensor]:
+    """`adakd_loss`, and L of (7) alone: a 0-d constant, in fp64 where the device has it."""
     check_no_transform("adakd_loss", student_logits, teacher_logits)
     given = student_logits  # what is here of a DTensor is no leaf
     student_logits, teacher_logits, shards = local_shards(student_logits, teacher_logits, vocab_parallel, "logits")
@@ -177,13 +203,12 @@ def adakd_loss(
             if ce_weight:
                 statistics = token_statistics(student, teacher, choice.valid, labels, "hellinger", shards)
     options = loss_options(shards, statistics, labels if ce_weight else None)
-    token_div, token_ce = ops.token_losses(
-        student, teacher, choice.temperature, choice.selected, div, inplace=inplace, **options
-    )
-    token_loss = choice.temperature.square() * token_div
-    loss = reduce_loss(token_loss, token_ce, ce_weight, choice)
+    token_loss, loss, distillation = ops.token_losses(
+        student, teacher, choice.temperature, choice.selected, div, inplace=inplace,
+        n=choice.n, k=choice.k, ce_weight=ce_weight, **options,
+    )  # fmt: skip
     per_token = (token_loss, choice.difficulty, choice.temperature, choice.selected)
-    return AdaKDOutput(loss, *(values.view(batch) for values in per_token))
+    return AdaKDOutput(loss, *(values.view(batch) for values in per_token)), distillation
 
 
 @torch.no_grad()
@@ -278,7 +303,7 @@ def token_divergence(
         temperature, batch, student.device, reference.accumulation_dtype(student, teacher)
     )
     shape = student.shape[:2]
-    d, _ = ops.token_losses(
+    (d,) = ops.token_losses(
         student, teacher, temperature.reshape(shape), mask.reshape(shape), div, inplace=inplace,
         **loss_options(shards, None, None),
     )  # fmt: skip
@@ -325,28 +350,6 @@ def divergence_temperature(
     return tensor_on(temperature, device, dtype).expand(batch)
 
 
-def token_temperature(
-    difficulty: Tensor, selected: Tensor, valid: Tensor, temperature_scale: float, base_temperature: float
-) -> Tensor:
-    """τ of the loss: (6) for valid tokens, the base temperature elsewhere."""
-    temperature = unbounded_temperature(difficulty, selected, temperature_scale, base_temperature)
-    base = loss_temperature(base_temperature, temperature.dtype)
-    bounded: Tensor = loss_temperature(temperature, temperature.dtype)
-    return bounded.where(valid, base)
-
-
-def loss_temperature(value: Any, dtype: torch.dtype) -> Any:
-    """The nearest temperature whose square, a factor of (7), is neither 0 nor infinite in this type."""
-    return clamped(value, math.sqrt(torch.finfo(dtype).tiny), math.sqrt(torch.finfo(dtype).max), dtype)
-
-
-def tensor_on(value: float | Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """As a tensor. A number is filled in: the copy that `torch.as_tensor` makes of it would wait for the device."""
-    if isinstance(value, Tensor):
-        return value.to(device=device, dtype=dtype)
-    return torch.full((), value, dtype=dtype, device=device)
-
-
 def token_statistics(
     student: Tensor,
     teacher: Tensor,
@@ -366,7 +369,7 @@ def token_statistics(
         div = DIVERGENCES[measure]()
         difficulty, _, normalizers_1, *_ = ops.token_divergence(student, teacher, ones, mask, div.name, *div.parameters)
     of = Normalizers.of(normalizers_1)
-    valid = mask & (of.sum_s != 0) & (of.sum_t != 0)  # the sum of a row of nothing but −inf is 0
+    valid = mask & of.sum_s.logical_and(of.sum_t)  # the sum of a row of nothing but −inf is 0
     if measure == "cross_entropy" and labels is not None:
         difficulty = ops.token_cross_entropy(student, teacher, labels, valid, normalizers_1)
     return TokenStatistics(difficulty, valid, normalizers_1)
@@ -405,21 +408,9 @@ def choose_tokens(
     num_items: float | Tensor | None = None,
 ) -> TokenChoice:
     """(3)-(6) over all of these tokens. The divisors are n and k, or num_items and r·num_items; none of them is 0."""
-    selected = select_tokens(difficulty, focus_ratio, valid)
-    temperature = token_temperature(difficulty, selected, valid, temperature_scale, base_temperature)
-    n, dtype = valid.sum(), difficulty.dtype
-    if num_items is None:
-        items, count = n.clamp_min(1), focus_count(focus_ratio, n)
+    scales = (temperature_scale, base_temperature)
+    if any(isinstance(scale, Tensor) for scale in scales):  # the operator takes numbers
+        selected, temperature, n, k = token_choice(difficulty, valid, focus_ratio, *scales, num_items)
     else:
-        items = tensor_on(num_items, n.device)
-        items = torch.where(items == 0, 1, items)
-        count = items.to(exact_dtype(items.device)) * focus_ratio
-    return TokenChoice(difficulty, valid, temperature, selected, items.to(dtype), count.to(dtype))
-
-
-def reduce_loss(token_loss: Tensor, cross_entropy: Tensor | None, ce_weight: float, choice: TokenChoice) -> Tensor:
-    """Equation (7), or with the cross-entropy of every token (1−a)·L + a·CE."""
-    loss = token_loss.sum() / choice.k
-    if cross_entropy is None:
-        return loss
-    return (1.0 - ce_weight) * loss + ce_weight * (cross_entropy.sum() / choice.n)
+        selected, temperature, n, k = ops.choose_tokens(difficulty, valid, focus_ratio, num_items, *scales)
+    return TokenChoice(difficulty, valid, temperature, selected, n, k)

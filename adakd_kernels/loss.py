@@ -11,8 +11,8 @@ from torch import Tensor
 from .adaptive import ExactModule, LossAdaptiveFocus
 from .checks import check_head_options, check_options
 from .divergences import Divergence
-from .functional import AdaKDOutput, TokenChoice, adakd_loss, tensor_on
-from .linear import linear_adakd_loss
+from .functional import AdaKDOutput, TokenChoice, loss_of_logits
+from .linear.function import loss_of_hidden
 from .linear.heads import StudentHead, TeacherHead
 from .vocab_parallel import VocabParallel
 
@@ -57,8 +57,7 @@ class AdaKDLoss(ExactModule):
         1
     """
 
-    _loss_sum: Tensor
-    _loss_count: Tensor
+    _losses: Tensor
 
     def __init__(
         self,
@@ -106,8 +105,8 @@ class AdaKDLoss(ExactModule):
         self.student_scale, self.teacher_scale = student_scale, teacher_scale
         self.chunk_tokens, self.keep_bytes = chunk_tokens, keep_bytes
         self._items_given: bool | None = None
-        self.register_buffer("_loss_sum", torch.zeros((), dtype=torch.float64), persistent=False)
-        self.register_buffer("_loss_count", torch.zeros((), dtype=torch.float64), persistent=False)
+        # The sum of the losses since the last step, and what it is to be divided by.
+        self.register_buffer("_losses", torch.zeros(2, dtype=torch.float64), persistent=False)
 
     @property
     def focus_ratio(self) -> Tensor | float:
@@ -128,7 +127,7 @@ class AdaKDLoss(ExactModule):
         self._check_num_items(num_items, choice)
         focus_ratio = self._current_ratio(student_logits)
         options = self._options(*_LOSS_OPTIONS, "inplace")
-        out = adakd_loss(
+        out, distillation = loss_of_logits(
             student_logits,
             teacher_logits,
             labels,
@@ -138,7 +137,7 @@ class AdaKDLoss(ExactModule):
             vocab_parallel=vocab_parallel,
             **options,
         )
-        self._record(out, focus_ratio, num_items, choice)
+        self._record(distillation, num_items, choice)
         return out
 
     def from_hidden(
@@ -173,7 +172,7 @@ class AdaKDLoss(ExactModule):
         """
         self._check_num_items(num_items, choice)
         focus_ratio = self._current_ratio(student_hidden)
-        out = linear_adakd_loss(
+        out, distillation = loss_of_hidden(
             student_hidden,
             student_weight,
             teacher_hidden,
@@ -189,7 +188,7 @@ class AdaKDLoss(ExactModule):
             reduce_hidden=reduce_hidden,
             **self._options(*_LOSS_OPTIONS, *_HEAD_OPTIONS),
         )
-        self._record(out, focus_ratio, num_items, choice)
+        self._record(distillation, num_items, choice)
         return out
 
     def _options(self, *names: str) -> dict[str, Any]:
@@ -198,7 +197,7 @@ class AdaKDLoss(ExactModule):
 
     def _current_ratio(self, like: Tensor) -> Tensor | float:
         """The share r, after the buffers have followed the batch to its device."""
-        if self._loss_sum.device != like.device:
+        if self._losses.device != like.device:
             # Buffers that an evaluation makes under inference mode could not be written to in training.
             with torch.inference_mode(False):
                 self.to(like.device)
@@ -220,30 +219,20 @@ class AdaKDLoss(ExactModule):
                 f"came {before} it, this one {now}; call step() after each optimizer step"
             )
 
-    def _record(
-        self,
-        out: AdaKDOutput,
-        focus_ratio: Tensor | float,
-        num_items: float | Tensor | None,
-        choice: TokenChoice | None,
-    ) -> None:
+    def _record(self, distillation: Tensor, num_items: float | Tensor | None, choice: TokenChoice | None) -> None:
         """Add the distillation loss of a micro-batch of training to what `step` reads."""
         if not self._in_optimizer_step():
             return
+        means = num_items is None and choice is None
         # A compiled graph would have a guard on what is set here, and be compiled twice.
         if not torch.compiler.is_compiling():
-            self._items_given = num_items is not None or choice is not None
-        total = out.token_loss.detach().to(self._loss_sum.dtype).sum()
-        if choice is not None:
-            self._loss_sum += total / choice.k
-            self._loss_count.fill_(1.0)
-        elif num_items is None:
-            self._loss_sum += total / out.selected.sum().clamp_min(1)
-            self._loss_count += 1.0
+            self._items_given = not means
+        total, count = self._losses.unbind()
+        total += distillation
+        if means:
+            count += 1.0
         else:
-            items = tensor_on(num_items, total.device)
-            self._loss_sum += total / (focus_ratio * torch.where(items == 0, 1, items))
-            self._loss_count.fill_(1.0)
+            count.fill_(1.0)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -251,14 +240,14 @@ class AdaKDLoss(ExactModule):
 
         Without a training call since the last one, nothing changes.
         """
-        loss = self._loss_sum / self._loss_count  # 0/0 is NaN, which the focus leaves out
+        total, count = self._losses.unbind()
+        loss = total / count  # 0/0 is NaN, which the focus leaves out
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(loss)
             loss /= dist.get_world_size()
         if isinstance(self.focus, LossAdaptiveFocus):
             self.focus.step(loss)
-        self._loss_sum.zero_()
-        self._loss_count.zero_()
+        self._losses.zero_()
         self._items_given = None
 
 

@@ -92,14 +92,17 @@ class Program:
         self.code.append(Instruction(parts[2] or "", parts[1] == "!", parts[3], modifiers, operands, line))
 
 
-def run(ptx: str, grid: Sequence[int], arguments: Sequence[Tensor | int], shared_bytes: int) -> None:
-    """Run a kernel on its arguments: CPU tensors, which it reads and writes, and integers.
+def run(ptx: str, grid: Sequence[int], arguments: Sequence[Tensor | float], shared_bytes: int) -> None:
+    """Run a kernel on its arguments: CPU tensors, which it reads and writes, integers, and fp64 numbers.
 
     Parameters of the kernel beyond the arguments are Triton's own scratch pointers, which these kernels do not use.
     """
     program = Program(ptx)
     tensors = [x for x in arguments if isinstance(x, Tensor)]
-    values = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+    values = [
+        x.data_ptr() if isinstance(x, Tensor) else int(np.float64(x).view(np.int64)) if isinstance(x, float) else x
+        for x in arguments
+    ]
     values += [0] * (len(program.parameters) - len(values))
     (blocks,) = [size for size in grid if size != 1] or [1]
     with np.errstate(all="ignore"):
@@ -462,9 +465,11 @@ class _Launch:
             return packed, _either(undefined, also_undefined)
         if target == "bf16":
             return _to_bf16(x), undefined
-        if target[0] in "su" and source[0] == "f":
+        if source[0] == "f":
             rounded = {"rni": np.rint, "rmi": np.floor, "rpi": np.ceil, "rzi": np.trunc}
-            x = next(function(x) for name, function in rounded.items() if name in i.modifiers)
+            to_whole = [function for name, function in rounded.items() if name in i.modifiers]
+            assert to_whole or target[0] == "f"
+            x = to_whole[0](x) if to_whole else x
         return x.astype(_dtype(target)), undefined
 
     def _set_predicate(self, i: Instruction) -> tuple[np.ndarray, np.ndarray | None]:
@@ -532,12 +537,13 @@ class _Launch:
         self._put(i.operands[0], np.broadcast_to(value, lane.shape)[origin], moved, lanes)
 
     def _reduce_warps(self, i: Instruction, lanes: np.ndarray) -> None:
-        """The least or largest integer of a whole warp, to all of its threads."""
+        """The least or largest integer of a whole warp, or their sum, to all of its threads."""
         self._whole_warps(i, lanes)
         value, undefined = self._get(i.operands[1], i.type)
         members, unknown = self._get(i.operands[2], "b32")
         self._refuse(unknown, lanes, i, "the members of a warp")
-        operation = {"min": np.min, "max": np.max}.get(i.modifiers[1])
+        operations: dict[str, Callable[..., np.ndarray]] = {"min": np.min, "max": np.max, "add": np.sum}
+        operation = operations.get(i.modifiers[1])
         if operation is None or (np.broadcast_to(members, lanes.shape)[lanes] != 2**WARP - 1).any():
             raise NotImplementedError(f"PTX instruction {i.text}")
         result = operation(np.broadcast_to(value, lanes.shape).reshape(-1, WARP), axis=1).repeat(WARP)

@@ -18,12 +18,15 @@
 #endif
 
 #include "core/kernels.h"
+#include "core/tokens.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Two = std::tuple<Tensor, Tensor>;
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Eight = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -239,11 +242,96 @@ std::conditional_t<kInPlace, void, Tensor> token_divergence_backward(
   if constexpr (!kInPlace) return out;
 }
 
+// The value of a 0-d tensor of any real type.
+double value_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Double: return *static_cast<const double*>(x.data_ptr());
+    case ScalarType::Float: return *static_cast<const float*>(x.data_ptr());
+    case ScalarType::Long: return static_cast<double>(*static_cast<const int64_t*>(x.data_ptr()));
+    default: return *static_cast<const double*>(numbers(x, ScalarType::Double).data_ptr());
+  }
+}
+double value_of(const std::optional<Tensor>& x, double otherwise) { return x.has_value() ? value_of(*x) : otherwise; }
+
+bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
+const bool* mask_of(const Tensor& x) { return static_cast<const bool*>(x.data_ptr()); }
+
+Four choose_tokens(const Tensor& difficulty, const Tensor& valid, const std::optional<Tensor>& share,
+                   double focus_ratio, const std::optional<Tensor>& items, std::optional<double> num_items,
+                   double temperature_scale, double base_temperature) {
+  Tensor selected = torch::stable::new_empty(valid, valid.sizes());
+  Tensor temperature = torch::stable::new_empty(difficulty, difficulty.sizes());
+  Tensor n = torch::stable::new_empty(difficulty, {}), k = torch::stable::new_empty(difficulty, {});
+  const Tensor s2 = torch::stable::contiguous(difficulty), mask = torch::stable::contiguous(valid);
+  adakd::choose_tokens({is_double(difficulty), valid.numel(), s2.data_ptr(), mask_of(mask),
+                        value_of(share, focus_ratio), items.has_value() || num_items.has_value(),
+                        value_of(items, num_items.value_or(0.0)), temperature_scale, base_temperature,
+                        static_cast<bool*>(selected.data_ptr()), temperature.data_ptr(), n.data_ptr(), k.data_ptr()});
+  return {selected, temperature, n, k};
+}
+
+void focus_step_(const Tensor& loss, Tensor focus_ratio, Tensor loss_ema, Tensor loss_reference, Tensor steps,
+                 int64_t warmup_steps, double beta, double epsilon, double delta, double min_ratio) {
+  const auto state = [](const Tensor& x) { return static_cast<double*>(x.data_ptr()); };
+  adakd::focus_step(value_of(loss),
+                    {state(focus_ratio), state(loss_ema), state(loss_reference),
+                     static_cast<int64_t*>(steps.data_ptr())},
+                    warmup_steps, beta, epsilon, delta, min_ratio);
+}
+
+Tensor token_cross_entropy(const Tensor& student, const Tensor& teacher, const Tensor& labels, const Tensor& mask,
+                           const Tensor& normalizers_1) {
+  Tensor out = torch::stable::new_empty(normalizers_1, mask.sizes());
+  const Tensor ids = numbers(labels, ScalarType::Long), valid = torch::stable::contiguous(mask);
+  const Tensor of_1 = torch::stable::contiguous(normalizers_1);
+  const adakd::Normalizers of = normalizers_of(of_1);
+  adakd::token_cross_entropy({is_double(of_1), rows_of(student, teacher), mask.numel(),
+                              static_cast<const int64_t*>(ids.data_ptr()), mask_of(valid), of.max_s, of.sum_s,
+                              out.data_ptr()});
+  return out;
+}
+
+Three loss_sums(const Tensor& d, const Tensor& temperature, const Tensor& k,
+                const std::optional<Tensor>& cross_entropy, const std::optional<Tensor>& n, double ce_weight) {
+  const ScalarType type = d.scalar_type();
+  Tensor token_loss = torch::stable::new_empty(d, d.sizes()), loss = torch::stable::new_empty(d, {});
+  Tensor distillation = torch::stable::new_empty(d, {}, ScalarType::Double);
+  const Tensor of_d = numbers(d, type), tau = numbers(temperature, type);
+  const auto ce = numbers(cross_entropy, type);
+  adakd::loss_sums({is_double(d), d.numel(), of_d.data_ptr(), tau.data_ptr(), data_of(ce), value_of(n, 1.0),
+                    value_of(k), ce_weight, token_loss.data_ptr(), loss.data_ptr(),
+                    static_cast<double*>(distillation.data_ptr())});
+  return {token_loss, loss, distillation};
+}
+
+Tensor loss_weights(const std::optional<Tensor>& grad_token_loss, const std::optional<Tensor>& grad_loss,
+                    const Tensor& temperature, const Tensor& mask, const Tensor& k,
+                    const std::optional<Tensor>& cross_entropy, const std::optional<Tensor>& ce_mask,
+                    const std::optional<Tensor>& n, double ce_weight) {
+  const ScalarType type = temperature.scalar_type();
+  const bool with_ce = cross_entropy.has_value();
+  Tensor out = torch::stable::new_empty(temperature, {with_ce ? 2 : 1, mask.size(0), mask.size(1)});
+  const auto of_token = numbers(grad_token_loss, type), of_loss = numbers(grad_loss, type);
+  const auto ce = numbers(cross_entropy, type);
+  const Tensor tau = numbers(temperature, type), selected = torch::stable::contiguous(mask);
+  const Tensor valid = torch::stable::contiguous(ce_mask.has_value() ? *ce_mask : mask);
+  char* const first = static_cast<char*>(out.data_ptr());
+  adakd::loss_weights({is_double(temperature), mask.numel(), data_of(of_token), data_of(of_loss), tau.data_ptr(),
+                       mask_of(selected), data_of(ce), mask_of(valid), value_of(n, 1.0), value_of(k), ce_weight, first,
+                       first + mask.numel() * out.element_size()});
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(adakd, CPU, library) {
   library.impl("token_stats", TORCH_BOX(&token_stats));
   library.impl("token_divergence", TORCH_BOX(&token_divergence));
+  library.impl("choose_tokens", TORCH_BOX(&choose_tokens));
+  library.impl("focus_step_", TORCH_BOX(&focus_step_));
+  library.impl("token_cross_entropy", TORCH_BOX(&token_cross_entropy));
+  library.impl("loss_sums", TORCH_BOX(&loss_sums));
+  library.impl("loss_weights", TORCH_BOX(&loss_weights));
   library.impl("token_kl", TORCH_BOX(&token_kl));
   library.impl("token_terms", TORCH_BOX(&token_terms));
   library.impl("token_divergence_backward", TORCH_BOX(&token_divergence_backward<false>));

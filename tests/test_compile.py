@@ -23,7 +23,7 @@ if INTERPRETING:
 import triton
 import triton.language as tl
 
-from adakd_kernels.kernels import token_stats
+from adakd_kernels.kernels import loss_sums, token_choice, token_stats
 from adakd_kernels.kernels.launch import divergence_class
 from instruments.compiled import KERNELS, TARGETS, Code, compiled, compiling_for, launch, logits, read_code
 
@@ -183,6 +183,33 @@ def test_batch_does_not_recompile(kernel, divergence, vocab, target):
             launched.clear()
     assert len({id(k) for k in alike}) == 1
     assert len({id(k) for k in alike + mixed}) == (1 if vocab == QWEN else 2)
+
+
+def launch_small_kernels(tokens: int, acc: torch.dtype) -> None:
+    """The launchers of what takes a few numbers a token: with tensors and numbers, cross-entropy and without."""
+    number, mask = torch.empty(1, tokens, dtype=acc, device="meta"), torch.empty(1, tokens, device="meta").bool()
+    scalar, exact = torch.empty((), dtype=acc, device="meta"), torch.empty((), dtype=FP64, device="meta")
+    steps, rows = torch.empty((), dtype=torch.int64, device="meta"), logits(1003, BF16, 1, tokens)
+    token_choice.choose_tokens_fwd(number, mask, exact, 0.5, 1.0, steps)
+    token_choice.choose_tokens_fwd(number, mask, 0.5, 0.5, 1.0, None)
+    token_choice.focus_step_over(scalar, exact, exact, exact, steps, 10, 0.9, 0.05, 0.05, 0.1)
+    loss_sums.token_cross_entropy_fwd(rows, rows, mask.long(), mask, number.expand(4, 1, tokens))
+    for ce, ce_mask, n in ((number, mask, scalar), (None, None, None)):
+        loss_sums.loss_sums_fwd(number, number, scalar, ce, n, 0.3)
+        loss_sums.loss_weights_fwd(None, scalar, number, mask, scalar, ce, ce_mask, n, 0.3)
+
+
+@each_target
+@pytest.mark.parametrize("acc", [FP32, FP64], ids=name_of)
+def test_small_kernels_compile_clean_and_for_every_batch(target, acc):
+    with compiling_for(TARGETS[target]) as launched:
+        launch_small_kernels(8192, acc)
+        once = {id(kernel) for kernel in launched}
+        for tokens in (2050, 4112, 65536):
+            launch_small_kernels(tokens, acc)
+        codes = [read_code(kernel) for kernel in launched[: len(once)]]
+    assert len(codes) == 8 and not any(code.spills or code.local_bytes or code.atomics for code in codes)
+    assert {id(kernel) for kernel in launched} == once
 
 
 # The checks above mean something only if the helper sees what they look for.

@@ -24,8 +24,11 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-from adakd_kernels import reference
+from adakd_kernels import ops, reference
+from adakd_kernels.adaptive import focus_step, token_choice
 from adakd_kernels.divergences import AlphaBeta, JensenShannon, SkewReverseKL, TotalVariation, get_divergence
+from adakd_kernels.kernels.loss_sums import loss_sums_fwd
+from adakd_kernels.kernels.token_choice import choose_tokens_fwd, focus_step_over
 from adakd_kernels.kernels.token_divergence import token_divergence_bwd, token_divergence_fwd
 from adakd_kernels.kernels.token_kl import token_kl_fwd
 from adakd_kernels.kernels.token_stats import token_stats_fwd
@@ -70,6 +73,34 @@ def executing(edit: Callable[[str], str] = as_compiled) -> Iterator[list[str]]:
 
         with mock.patch.object(JITFunction, "run", run):
             yield executed
+
+
+@pytest.mark.parametrize("size", [150, 4500])
+def test_the_choice_of_tokens_and_the_sums_of_the_loss_are_the_reference(size):
+    """More tokens than a tile has, and fewer; many are as hard as others."""
+    gen = torch.Generator().manual_seed(size)
+    difficulty, d, ce = (torch.rand(1, size, generator=gen) for _ in range(3))
+    difficulty[0, ::3] = 0.5
+    valid, share = torch.rand(1, size, generator=gen) < 0.8, torch.tensor(0.3, dtype=FP64)
+    with executing():
+        selected, *numbers = choose_tokens_fwd(difficulty, valid, share, 0.5, 1.0, None)
+        _, *of_numbers = choose_tokens_fwd(difficulty, valid, 0.29, 0.5, 1.0, 11)
+        sums = loss_sums_fwd(d, numbers[0], numbers[2], ce, numbers[1], 0.3)
+    chosen, *expected = token_choice(difficulty, valid, share, 0.5, 1.0, None)
+    expected += token_choice(difficulty, valid, 0.29, 0.5, 1.0, 11)[1:]
+    expected += ops.loss_sums(d, expected[0], expected[2], ce, expected[1], 0.3)
+    assert torch.equal(selected, chosen)
+    for found, exact in zip((*numbers, *of_numbers, *sums), expected, strict=True):
+        assert torch.allclose(found, exact, rtol=1e-6)
+
+
+def test_a_step_of_the_share_is_the_reference():
+    state, options = [torch.tensor(x, dtype=FP64) for x in (0.9, 2.0, 3.0)], (3, 0.9, 0.05, 0.05, 0.1)
+    expected = focus_step(torch.tensor(1.5), *state, torch.tensor(5), *options)
+    steps = torch.tensor(5)
+    with executing():
+        focus_step_over(torch.tensor(1.5), *state, steps, *options)
+    assert [x.item() for x in (*state, steps)] == pytest.approx([x.item() for x in expected], rel=1e-15)
 
 
 def pair(vocab, dtype, teacher_dtype=None, teacher_vocab=None, batch=1, length=3):

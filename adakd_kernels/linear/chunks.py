@@ -22,7 +22,6 @@ from .. import ops, reference
 from ..adaptive import descending
 from ..divergences import Divergence, ReverseKL
 from ..functional import TokenChoice, choose_tokens, token_statistics
-from ..ops.token_divergence import loud_weights
 from ..vocab_parallel import VocabParallel
 from .heads import Head, spans
 
@@ -71,6 +70,13 @@ class Statistics(NamedTuple):
     cross_entropy: Tensor | None
     entropy: Tensor | None
     maxima: Tensor | None = None  # (2, ranks, 1, n) of all shards, where the vocabulary is split
+
+
+class Measured(NamedTuple):
+    """What a divergence and its gradient read of the statistics: of the cross-entropy, if the loss has one."""
+
+    normalizers_1: Tensor | None = None
+    maxima: Tensor | None = None  # where the vocabulary is split
 
 
 class Weighted(NamedTuple):
@@ -154,13 +160,14 @@ class Chunks:
             of.num_items,
         )
 
-    def weighted(self, choice: TokenChoice) -> Weighted:
+    def weighted(self, choice: TokenChoice, cross_entropy: Tensor | None) -> Weighted:
         """The weights of the tokens' gradients, scaled up by `power_of_two`."""
-        of, unit, ce_weight = self.objective, power_of_two(choice.n), None
-        weight = (unit * (1.0 - of.ce_weight) / choice.k) * choice.temperature.square() * choice.selected
-        if of.ce_weight:
-            ce_weight = (unit * of.ce_weight / choice.n) * choice.valid
-        return Weighted(choice.temperature, choice.selected, weight, ce_weight)
+        weights = ops.loss_weights(
+            None, power_of_two(choice.n), choice.temperature, choice.selected, choice.k,
+            *(cross_entropy, choice.valid, choice.n), self.objective.ce_weight,
+        )  # fmt: skip
+        weight, *of_ce = weights.unbind()
+        return Weighted(choice.temperature, choice.selected, weight, of_ce[0] if of_ce else None)
 
     def empty_statistics(self) -> Statistics:
         """Memory for the statistics of all labelled tokens."""
@@ -264,21 +271,15 @@ class Chunks:
             # `student` holds dL/dz now, `raw` tanh(x/cap): dL/dx = dL/dz·(1 − tanh²).
             torch.ops.aten.tanh_backward(pair.student[0], pair.raw, grad_input=pair.raw)
 
-    def divergence(self, pair: Pair, labels: Tensor, statistics: Statistics | None, weighted: Weighted) -> Tensor:
-        """D of some tokens (1, rows). A gradient that is asked for (of the loss over x) replaces `pair.raw`.
-
-        `statistics` are those of the cross-entropy, if the loss has one.
-        """
-        maxima = None if statistics is None else statistics.maxima
-        d, *saved = self.sums(pair, weighted.temperature, weighted.selected, maxima)
+    def divergence(self, pair: Pair, labels: Tensor, statistics: Measured, weighted: Weighted) -> Tensor:
+        """D of some tokens (1, rows). A gradient that is asked for (of the loss over x) replaces `pair.raw`."""
+        d, *saved = self.sums(pair, weighted.temperature, weighted.selected, statistics.maxima)
         if not self.differentiates:
             return d
-        weight = weighted.weight
         ce_args: tuple[Tensor | None, ...] = (None, None, None)
-        if weighted.ce_weight is not None and statistics is not None and statistics.cross_entropy is not None:
-            weight, ce_weight = loud_weights(weight, weighted.ce_weight, statistics.cross_entropy)
-            ce_args = (self.local(labels), ce_weight, statistics.normalizers_1)
-        self.gradient(pair, weighted.temperature, weight, saved, ce_args)
+        if weighted.ce_weight is not None:
+            ce_args = (self.local(labels), weighted.ce_weight, statistics.normalizers_1)
+        self.gradient(pair, weighted.temperature, weighted.weight, saved, ce_args)
         return d
 
 
@@ -355,7 +356,9 @@ def one_phase(chunks: Chunks, choice: TokenChoice | None = None) -> TokenResults
             own = chunks.choose(of_part)._replace(n=assumed.n, k=assumed.k)
         else:
             own = assumed.each(itemgetter((slice(None), part)))
-        divergence[:, part] = chunks.divergence(pair, labels[:, part], of_part, chunks.weighted(own))
+        weighted = chunks.weighted(own, None if of_part is None else of_part.cross_entropy)
+        read = Measured() if of_part is None else Measured(of_part.normalizers_1, of_part.maxima)
+        divergence[:, part] = chunks.divergence(pair, labels[:, part], read, weighted)
     known = chunks.choose(statistics) if choice is None else choice
     gradient_scale = chunks.student.scale / power_of_two(assumed.n) * (assumed.k / known.k)
     return TokenResults(known, statistics.cross_entropy, divergence, gradient_scale, statistics.entropy)
@@ -368,7 +371,7 @@ def two_phases(chunks: Chunks, kept: KeptLogits, needed: int) -> TokenResults:
     """
     statistics = phase_1(chunks, kept)
     choice = chunks.choose(statistics)
-    divergence = _phase_2(chunks, kept, needed, statistics, chunks.weighted(choice))
+    divergence = _phase_2(chunks, kept, needed, statistics, chunks.weighted(choice, statistics.cross_entropy))
     gradient_scale = chunks.student.scale / power_of_two(choice.n)
     return TokenResults(choice, statistics.cross_entropy, divergence, gradient_scale, statistics.entropy)
 
@@ -399,6 +402,7 @@ def _phase_2(chunks: Chunks, kept: KeptLogits, needed: int, statistics: Statisti
     """D of the selected tokens, 0 elsewhere; the gradients of the student's head if any is asked for."""
     (positions, labels), student = chunks.tokens, chunks.student
     result = torch.zeros_like(statistics.difficulty)
+    read = Measured(None if weighted.ce_weight is None else statistics.normalizers_1, statistics.maxima)
     for of, raw, kept_teacher in _chunks_of_phase_2(chunks, kept, needed, statistics):
         for i, j in spans(0, of.numel(), chunks.part):
             part = of[i:j]
@@ -407,8 +411,7 @@ def _phase_2(chunks: Chunks, kept: KeptLogits, needed: int, statistics: Statisti
             else:
                 teacher = kept_teacher[i:j]
             pair = chunks.pair(raw[i:j], teacher)
-            of_part = rows_of(statistics, part)
-            d = chunks.divergence(pair, labels[:, part], of_part, rows_of(weighted, part))
+            d = chunks.divergence(pair, labels[:, part], rows_of(read, part), rows_of(weighted, part))
             result.index_copy_(1, part, d)
         if chunks.differentiates:
             student.fold(positions[of], raw)

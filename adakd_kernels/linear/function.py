@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adaptive import focus_count
+from .. import ops
+from ..adaptive import focus_count, loss_temperature
 from ..checks import (
     check_entropy_out,
     check_flag,
@@ -26,9 +27,7 @@ from ..functional import (
     AdaKDOutput,
     TokenChoice,
     check_choice,
-    loss_temperature,
     next_labels,
-    reduce_loss,
 )
 from ..ops.token_divergence import OnceDifferentiable
 from ..vocab_parallel import VocabParallel, local_part, local_shards
@@ -125,6 +124,47 @@ def linear_adakd_loss(
         >>> int(out.selected.sum()), tuple(hidden.grad.shape), tuple(weight.grad.shape)
         (5, (2, 5, 8), (100, 8))
     """
+    return loss_of_hidden(
+        student_hidden, student_weight, teacher_hidden, teacher_weight, labels,
+        student_bias=student_bias, teacher_bias=teacher_bias, student_softcap=student_softcap,
+        teacher_softcap=teacher_softcap, student_scale=student_scale, teacher_scale=teacher_scale,
+        chunk_tokens=chunk_tokens, keep_bytes=keep_bytes, divergence=divergence, focus_ratio=focus_ratio,
+        temperature_scale=temperature_scale, base_temperature=base_temperature, difficulty=difficulty,
+        ce_weight=ce_weight, num_items=num_items, ignore_index=ignore_index, shift=shift, choice=choice,
+        entropy_out=entropy_out, vocab_parallel=vocab_parallel, reduce_hidden=reduce_hidden,
+    )[0]  # fmt: skip
+
+
+def loss_of_hidden(
+    student_hidden: Tensor,
+    student_weight: StudentHead,
+    teacher_hidden: Tensor,
+    teacher_weight: TeacherHead,
+    labels: Tensor,
+    *,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    student_scale: float,
+    teacher_scale: float,
+    chunk_tokens: int | None,
+    keep_bytes: int,
+    divergence: str | Divergence,
+    focus_ratio: float | Tensor,
+    temperature_scale: float,
+    base_temperature: float,
+    difficulty: str,
+    ce_weight: float,
+    num_items: float | Tensor | None,
+    ignore_index: int,
+    shift: bool,
+    choice: TokenChoice | None,
+    entropy_out: Tensor | None,
+    vocab_parallel: VocabParallel | None,
+    reduce_hidden: bool,
+) -> tuple[AdaKDOutput, Tensor]:
+    """`linear_adakd_loss`, and L of (7) alone: a 0-d constant, in fp64 where the device has it."""
     student_weight, teacher_weight, shards = local_shards(student_weight, teacher_weight, vocab_parallel, "weight", 0)
     student_in = HeadInput(student_hidden, student_weight, student_bias, student_scale, student_softcap)
     teacher_in = HeadInput(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
@@ -191,8 +231,9 @@ def linear_adakd_loss(
                 chunks = Chunks(student, teacher, tokens, objective, chunk_tokens, kept.rows, shards)
                 results = two_phases(chunks, kept, needed)
             of_tokens = results.choice
-            token_loss = of_tokens.temperature.square() * results.divergence
-            loss = reduce_loss(token_loss, results.cross_entropy, ce_weight, of_tokens)
+            token_loss, loss, distillation = ops.loss_sums(
+                results.divergence, of_tokens.temperature, of_tokens.k, results.cross_entropy, of_tokens.n, ce_weight
+            )
 
         def spread(values: Tensor, fill: float) -> Tensor:
             everywhere = torch.full(labels.shape, fill, dtype=values.dtype, device=values.device)
@@ -213,7 +254,7 @@ def linear_adakd_loss(
         if shards is not None and reduce_hidden and student.d_hidden is not None:
             shards.add_up(student.d_hidden)
         loss = _WithGradient.apply(loss, results.gradient_scale, student.gradients(), *student.inputs)  # type: ignore[no-untyped-call]
-    return AdaKDOutput(loss, *(values.view(batch) for values in per_token))
+    return AdaKDOutput(loss, *(values.view(batch) for values in per_token)), distillation
 
 
 @torch.no_grad()

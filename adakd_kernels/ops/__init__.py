@@ -1,9 +1,10 @@
 """The `adakd::` operators: schema, shapes, and which kernel runs on which device."""
 
 from .backends import Backend, backend, load_native
+from .loss_sums import loss_sums, loss_weights, token_cross_entropy
 from .shards import merge_statistics, row_statistics, shard_divergence, shard_statistics
+from .token_choice import choose_tokens, focus_step_
 from .token_divergence import (
-    token_cross_entropy,
     token_divergence,
     token_divergence_backward,
     token_divergence_backward_,
@@ -18,6 +19,10 @@ load_native()
 __all__ = [
     "Backend",
     "backend",
+    "choose_tokens",
+    "focus_step_",
+    "loss_sums",
+    "loss_weights",
     "merge_statistics",
     "row_statistics",
     "shard_divergence",

@@ -12,7 +12,11 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+
 from . import native
+
+_LIBRARY: Any = torch.library.Library("adakd", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 class Backend(NamedTuple):
@@ -66,12 +70,34 @@ def load_native() -> tuple[bool, str]:
     return native.load()
 
 
+def operator(name: str, schema: str | None = None) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: `adakd::name`, which changes none of its arguments; the function is its reference body.
+
+    The schema is that of the function's annotations, unless it is given. `torch.library.custom_op` would run Python
+    between the caller and the kernel, which takes longer than a small batch.
+    """
+
+    def define(body: Callable[..., Any]) -> Any:
+        inferred = torch.library.infer_schema(body, mutates_args=()) if schema is None else schema
+        _LIBRARY.define(name + inferred, tags=torch.Tag.pt2_compliant_tag)
+        _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
+        return getattr(torch.ops.adakd, name).default
+
+    return define
+
+
+def register_fake(op: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: the function gives the shapes of what an `operator` returns."""
+    decorator: Callable[..., Any] = torch.library.register_fake(op, lib=_LIBRARY)
+    return decorator
+
+
 def register_triton(op: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: the function, which imports Triton when first called, is the op's kernel where Triton is taken."""
 
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
         for device_type in _triton_devices():
-            op.register_kernel(device_type, kernel)
+            torch.library.register_kernel(op, device_type, kernel, lib=_LIBRARY)
         return kernel
 
     return register

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from .. import reference
 from ..divergences import Divergence, with_parameters
-from ..reference import GradientCall, Normalizers
-from .backends import register_triton
+from ..reference import GradientCall
+from .backends import operator, register_fake, register_triton
+from .loss_sums import loss_sums, loss_weights, token_cross_entropy
 from .token_stats import masked_normalizers
 
 Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("adakd::token_divergence", mutates_args=())
+@operator("token_divergence")
 def token_divergence(
     student: Tensor, teacher: Tensor, temperature: Tensor, mask: Tensor, divergence: str, alpha: float, beta: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -52,7 +53,7 @@ def token_divergence(
     return d, sum_g, normalizers_tau, peak, peak_grad
 
 
-@token_divergence.register_fake
+@register_fake(token_divergence)
 def _(student: Tensor, teacher: Tensor, temperature: Tensor, mask: Tensor, *args: Any) -> Sums:
     dtype = reference.accumulation_dtype(student, teacher)
     d, sum_g, peak_grad = (torch.empty(mask.shape, dtype=dtype, device=mask.device) for _ in range(3))
@@ -84,9 +85,7 @@ _GRADIENT_ARGUMENTS = ", ".join(f"{_SCHEMA_TYPES[type_]} {name}" for name, type_
 _OVER_STUDENT = _GRADIENT_ARGUMENTS.replace("Tensor student", "Tensor(student!) student")
 
 
-@torch.library.custom_op(
-    "adakd::token_divergence_backward", mutates_args=(), schema=f"({_GRADIENT_ARGUMENTS}) -> Tensor"
-)
+@operator("token_divergence_backward", f"({_GRADIENT_ARGUMENTS}) -> Tensor")
 def token_divergence_backward(*args: Any) -> Tensor:
     """Equation (10): weight·∂D/∂zˢ, plus ce_weight·∂CE/∂zˢ where labels are given.
 
@@ -107,7 +106,7 @@ def token_divergence_backward(*args: Any) -> Tensor:
     return empty_gradient(call.student).copy_(grad)
 
 
-@token_divergence_backward.register_fake
+@register_fake(token_divergence_backward)
 def _(student: Tensor, *args: Any) -> Tensor:
     return empty_gradient(student)
 
@@ -142,26 +141,6 @@ def _(student: Tensor, *args: Any) -> None:
     token_divergence_bwd(GradientCall(student, *args), student)
 
 
-def token_cross_entropy(
-    student: Tensor, teacher: Tensor, labels: Tensor, mask: Tensor, normalizers_1: Tensor
-) -> Tensor:
-    """(B, L) −log q at the label; 0 outside the mask, NaN for a label beyond V. `normalizers_1` is (4, B, L)."""
-    of = Normalizers.of(normalizers_1)
-    inside = (labels >= 0) & (labels < min(student.shape[-1], teacher.shape[-1]))
-    logit = student.gather(-1, labels.where(inside, 0).unsqueeze(-1)).squeeze(-1).to(of.max_s.dtype)
-    return (of.max_s - logit + of.sum_s.log()).where(inside, torch.nan).where(mask, 0.0)
-
-
-def loud_weights(weight: Tensor, ce_weight: Tensor, cross_entropy: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights of D and of the cross-entropy for the backward: NaN where the cross-entropy is NaN and has a weight.
-
-    Where the label is outside the vocabulary, nothing else would make its gradient NaN. The weight of D carries the
-    NaN, because it reaches the entries of the common vocabulary and no other.
-    """
-    lost = cross_entropy.isnan() & (ce_weight != 0)
-    return weight.masked_fill(lost, torch.nan), ce_weight.masked_fill(lost, 0.0)
-
-
 def token_losses(
     student: Tensor,
     teacher: Tensor,
@@ -175,8 +154,11 @@ def token_losses(
     cross_entropy: Tensor | None = None,
     sums: Callable[..., Sums] | None = None,
     inplace: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Divergence and, where labels are given, cross-entropy of every token, differentiable in the student's logits.
+    n: Tensor | None = None,
+    k: Tensor | None = None,
+    ce_weight: float = 0.0,
+) -> tuple[Tensor, ...]:
+    """Divergence or loss of every token, differentiable in the student's logits.
 
     Args:
         student, teacher, temperature, mask: as in `token_divergence`.
@@ -187,13 +169,16 @@ def token_losses(
         sums: what gives D and the other results of `token_divergence`, from student, teacher, temperature, mask and
             divergence; by default the operator. The backward takes them as they are.
         inplace: the backward writes the gradient over the student's logits.
+        n, k, ce_weight: as in `loss_sums`; without k there is no loss, and no cross-entropy either.
 
     Returns:
-        (B, L) divergence, 0 where `mask` is false, and (B, L) cross-entropy, 0 where `ce_mask` is false, or None.
+        ((B, L) divergence, 0 where `mask` is false), or with k the results of `loss_sums`, of which the last is a
+        constant.
     """
-    result: tuple[Tensor, Tensor | None] = TokenLosses.apply(  # type: ignore[no-untyped-call]
-        student, teacher, temperature, mask, labels, ce_mask, normalizers_1, cross_entropy, divergence, sums, inplace
-    )
+    result: tuple[Tensor, ...] = TokenLosses.apply(  # type: ignore[no-untyped-call]
+        student, teacher, temperature, mask, labels, ce_mask, normalizers_1, cross_entropy, n, k, ce_weight,
+        divergence, sums, inplace,
+    )  # fmt: skip
     return result
 
 
@@ -211,55 +196,60 @@ class TokenLosses(torch.autograd.Function):
         ce_mask: Tensor | None,
         normalizers_1: Tensor | None,
         cross_entropy: Tensor | None,
+        n: Tensor | None,
+        k: Tensor | None,
+        ce_weight: float,
         divergence: Divergence,
         sums: Callable[..., Sums] | None,
         inplace: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, ...]:
         name, (alpha, beta) = divergence.name, divergence.parameters
         if sums is None:
             d, *saved = token_divergence(student, teacher, temperature, mask, name, alpha, beta)
         else:
             d, *saved = sums(student, teacher, temperature, mask, divergence)
-        if cross_entropy is not None:
-            cross_entropy = cross_entropy.clone()
-        elif labels is not None and ce_mask is not None and normalizers_1 is not None:
+        if cross_entropy is None and labels is not None and ce_mask is not None and normalizers_1 is not None:
             cross_entropy = token_cross_entropy(student, teacher, labels, ce_mask, normalizers_1)
+        results: tuple[Tensor, ...] = (d,)
+        if k is not None:
+            results = loss_sums(d, temperature, k, cross_entropy, n, ce_weight)
+            ctx.mark_non_differentiable(results[2])
+        tensors = (
+            student, teacher, temperature, mask, *saved, labels, normalizers_1, ce_mask, cross_entropy, n, k
+        )  # fmt: skip
         # What inference mode made cannot be saved, and has no version that would tell of a change: it is kept as it is.
-        kept = {}
+        ctx.kept = {}
         if not torch.compiler.is_compiling():
-            given = {"teacher": teacher, "temperature": temperature, "mask": mask, "labels": labels}
-            kept = {name: x for name, x in given.items() if x is not None and x.is_inference()}
-        ctx.kept = kept
-        ctx.save_for_backward(
-            student,
-            None if "teacher" in kept else teacher,
-            None if "temperature" in kept else temperature,
-            None if "mask" in kept else mask,
-            *saved,
-            None if "labels" in kept else labels,
-            *(ce_mask, normalizers_1, cross_entropy),
-        )
+            ctx.kept = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
+        ctx.save_for_backward(*(None if i in ctx.kept else x for i, x in enumerate(tensors)))
+        ctx.set_materialize_grads(False)
         ctx.op_args = (name, alpha, beta)
-        ctx.inplace = inplace
+        ctx.ce_weight, ctx.inplace = ce_weight, inplace
         ctx.overwritten = False
-        return d, cross_entropy
+        return results
 
     @staticmethod
-    def backward(ctx: Any, grad_d: Tensor, grad_ce: Tensor | None) -> tuple[Tensor | None, ...]:
-        if not ctx.needs_input_grad[0]:
-            return (None,) * 11
+    def backward(
+        ctx: Any, of_token: Tensor | None, grad_loss: Tensor | None = None, *_: Any
+    ) -> tuple[Tensor | None, ...]:
+        if not ctx.needs_input_grad[0] or (of_token is None and grad_loss is None):
+            return (None,) * 14
         if ctx.overwritten:
             raise RuntimeError(
                 "the first backward wrote the gradient over the student's logits (inplace=True), so there is no second "
                 "one; call the loss with inplace=False to use retain_graph=True"
             )
-        student, teacher, temperature, mask, *saved, labels, ce_mask, normalizers_1, cross_entropy = ctx.saved_tensors
-        teacher, temperature = ctx.kept.get("teacher", teacher), ctx.kept.get("temperature", temperature)
-        mask, labels = ctx.kept.get("mask", mask), ctx.kept.get("labels", labels)
-        weight = grad_d.where(mask, 0.0)
+        tensors = [ctx.kept.get(i, x) for i, x in enumerate(ctx.saved_tensors)]
+        student, teacher, temperature, mask, *saved, labels, normalizers_1, ce_mask, cross_entropy, n, k = tensors
         ce_weight = None
-        if labels is not None and ce_mask is not None and grad_ce is not None:
-            weight, ce_weight = loud_weights(weight, grad_ce.where(ce_mask, 0.0), cross_entropy)
+        if k is None:
+            assert of_token is not None
+            weight = of_token.where(mask, 0.0)
+        else:
+            weight, *of_ce = loss_weights(
+                of_token, grad_loss, temperature, mask, k, cross_entropy, ce_mask, n, ctx.ce_weight
+            ).unbind()
+            ce_weight = of_ce[0] if of_ce else None
         args = (teacher, temperature, weight, *saved, labels, ce_weight, normalizers_1, *ctx.op_args)
         with torch.no_grad():
             ctx.overwritten = ctx.inplace
@@ -271,8 +261,9 @@ class TokenLosses(torch.autograd.Function):
             else:
                 grad = token_divergence_backward(student, *args)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            grad = OnceDifferentiable.apply(grad, student, grad_d)  # type: ignore[no-untyped-call]
-        return (grad,) + (None,) * 10
+            upstream = [x for x in (of_token, grad_loss) if x is not None]
+            grad = OnceDifferentiable.apply(grad, student, *upstream)  # type: ignore[no-untyped-call]
+        return (grad,) + (None,) * 13
 
 
 class OnceDifferentiable(torch.autograd.Function):

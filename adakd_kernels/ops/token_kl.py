@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .backends import register_triton
+from .backends import operator, register_fake, register_triton
 from .token_stats import masked_normalizers
 
 Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("adakd::token_kl", mutates_args=())
+@operator("token_kl")
 def token_kl(
     student: Tensor, teacher: Tensor, temperature: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -48,7 +48,7 @@ def token_kl(
     )  # fmt: skip
 
 
-@token_kl.register_fake
+@register_fake(token_kl)
 def _(student: Tensor, teacher: Tensor, temperature: Tensor, mask: Tensor) -> Eight:
     dtype = reference.accumulation_dtype(student, teacher)
     forward, kept, reverse, lost, forward_grad, reverse_grad = (

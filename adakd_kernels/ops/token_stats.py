@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .backends import register_triton
+from .backends import operator, register_fake, register_triton
 
 
 class TokenStatistics(NamedTuple):
@@ -36,7 +36,7 @@ def masked_normalizers(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return bundle
 
 
-@torch.library.custom_op("adakd::token_stats", mutates_args=())
+@operator("token_stats")
 def token_stats(student: Tensor, teacher: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Squared Hellinger distance of every token, and Σ exp(z) of both rows as maximum and sum relative to it.
 
@@ -57,7 +57,7 @@ def token_stats(student: Tensor, teacher: Tensor, mask: Tensor) -> tuple[Tensor,
     return difficulty, normalizers_1
 
 
-@token_stats.register_fake
+@register_fake(token_stats)
 def _(student: Tensor, teacher: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     dtype = reference.accumulation_dtype(student, teacher)
     bundle = torch.empty(4, *mask.shape, dtype=dtype, device=mask.device)

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..divergences import DIVERGENCES, with_parameters
 from ..reference import Normalizers
-from .backends import register_triton
+from .backends import operator, register_fake, register_triton
 
 
 def check_two_sweeps(divergence: str) -> None:
@@ -21,7 +21,7 @@ def check_two_sweeps(divergence: str) -> None:
         raise RuntimeError(f"adakd::token_terms takes divergences of two sweeps, and {divergence!r} takes one")
 
 
-@torch.library.custom_op("adakd::token_terms", mutates_args=())
+@operator("token_terms")
 def token_terms(
     student: Tensor,
     teacher: Tensor,
@@ -67,7 +67,7 @@ def token_terms(
     return f, g
 
 
-@token_terms.register_fake
+@register_fake(token_terms)
 def _(student: Tensor, teacher: Tensor, temperature: Tensor, mask: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     dtype = reference.accumulation_dtype(student, teacher)
     f, g = (torch.empty(mask.shape, dtype=dtype, device=mask.device) for _ in range(2))
