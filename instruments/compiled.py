@@ -187,10 +187,12 @@ def read_code(kernel: CompiledKernel) -> Code:
     return _read_cubin(kernel) if "cubin" in kernel.asm else _read_amdgcn(kernel)
 
 
-def compiled(target: str, kernel: str, divergence: str, student: Tensor, teacher: Tensor) -> Code:
+def compiled(
+    target: str, kernel: str, divergence: str, student: Tensor, teacher: Tensor, inplace: bool = False
+) -> Code:
     """What one launch compiles to."""
     with compiling_for(TARGETS[target]) as launched:
-        launch(kernel, divergence, student, teacher)
+        launch(kernel, divergence, student, teacher, inplace)
     (only,) = launched
     return read_code(only)
 

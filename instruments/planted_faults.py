@@ -240,13 +240,13 @@ FAULTS = [
     ),
     Fault(
         "a token that reads more than it has to", "interpret", "adakd_kernels/kernels/peak.py",
-        "NOWHERE))\n        start += rows.LANES * rows.LANES * rows.VEC",
-        "NOWHERE))\n        start += rows.LANES * rows.VEC",
+        "NOWHERE))\n        start += rows.LANES * rows.LANES * rows.WIDTH",
+        "NOWHERE))\n        start += rows.LANES * rows.WIDTH",
         "tests/test_traffic.py -k formula",
     ),
     Fault(
         "a lost lane of the peak", "interpret", "adakd_kernels/kernels/peak.py",
-        "(peak // rows.VEC) % rows.LANES", "(peak // rows.VEC + 1) % rows.LANES",
+        "(peak // rows.WIDTH) % rows.LANES", "(peak // rows.WIDTH + 1) % rows.LANES",
         "tests/test_confident_rows.py -k JensenShannon",
     ),
     Fault(
@@ -270,6 +270,21 @@ FAULTS = [
         "tests/test_contract.py -k bfloat16",
     ),
     # The compiled kernels.
+    Fault(
+        "consecutive entries of a lane that are loaded one by one", "compile", "adakd_kernels/kernels/launch.py",
+        '"WIDTH": vec if is_skewed or aligned(student, teacher, *written) else 1,', '"WIDTH": vec,',
+        "tests/test_compile.py -k start_alike",
+    ),
+    Fault(
+        "a wide load of one row beside an unaligned one", "compile", "adakd_kernels/kernels/rows.py",
+        "offs_v = tl.multiple_of(offs_v, [1, 1])", "offs_v = offs_v",
+        "tests/test_compile.py -k read_together",
+    ),
+    Fault(
+        "an offset of the tensors that the compiler does not see", "compile", "adakd_kernels/kernels/rows.py",
+        "tl.multiple_of(Logits - lead, 16)", "Logits - lead",
+        "tests/test_compile.py -k views_that_start",
+    ),
     Fault(
         "an offset of 32 bits in Triton", "compile", "adakd_kernels/kernels/rows.py",
         "n = n.to(tl.int64)", "n = n.to(tl.int32)",
@@ -297,7 +312,8 @@ FAULTS = [
     ),
     Fault(
         "a batch that recompiles", "compile", "adakd_kernels/kernels/token_divergence.py",
-        '@triton.jit(do_not_specialize=["L", "stride_sb", "stride_sl", "stride_tb", "stride_tl"])', "@triton.jit",
+        '@triton.jit(do_not_specialize=["L", "stride_sb", "stride_sl", "stride_tb", "stride_tl", "lead"])',
+        "@triton.jit",
         "tests/test_compile.py -k recompile",
     ),
     Fault(

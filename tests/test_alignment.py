@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from adakd_kernels.kernels.divergence_terms import log2_of_mixture, reciprocal
-from adakd_kernels.kernels.launch import skewed
+from adakd_kernels.kernels.launch import launch_config, lead, skewed
 from adakd_kernels.ops.token_divergence import empty_gradient
 
 pytestmark = pytest.mark.interpret
@@ -35,14 +35,46 @@ def between_nans(z):
     return rows, mask
 
 
+def as_view(z, before=1, apart=0):
+    """The same rows as a view of NaN with rows before them, and with entries between them."""
+    return torch.nn.functional.pad(z, (0, apart, before, 0), value=torch.nan)[before:, : z.shape[-1]]
+
+
+def as_it_is(z):
+    return z
+
+
+# How student and teacher lie in memory.
+PLACES = {
+    "whole": (as_it_is, as_it_is),
+    "shifted alike": (as_view, as_view),
+    "a view beside a whole one": (as_view, as_it_is),
+    "unaligned beside aligned": (as_it_is, lambda z: as_view(z, apart=-z.shape[-1] % 16)),
+}
+each_place = pytest.mark.parametrize(
+    ("vocab", "places"), [*((vocab, "whole") for vocab in LONG_ODD), *((LONG_ODD[0], name) for name in [*PLACES][1:])]
+)
+
+
+def placed(places, student, teacher):
+    """Both as they lie, where the kernels are what this asks of them."""
+    student, teacher = (put(z) for put, z in zip(PLACES[places], (student, teacher), strict=True))
+    config = launch_config("forward", "reverse_kl", student.shape[-1], student[None], teacher[None])
+    assert config["SKEWED"] is (places in ("whole", "shifted alike"))
+    assert (config["lead"] is not None) is (places == "shifted alike")
+    assert config["WIDTH"] == (8 if config["SKEWED"] else 1)
+    return student, teacher
+
+
 @pytest.mark.parametrize("divergence", ["reverse_kl", "skew_reverse_kl"])
 @pytest.mark.parametrize("inplace", [False, True], ids=["new", "inplace"])
-@pytest.mark.parametrize("vocab", LONG_ODD)
-def test_rows_of_every_skew_between_rows_of_nan(vocab, inplace, divergence):
+@each_place
+def test_rows_of_every_skew_between_rows_of_nan(vocab, places, inplace, divergence):
     plain = [logits(6, vocab, dtype=torch.bfloat16, seed=seed) for seed in (1, 2)]
     (student, mask), (teacher, _) = map(between_nans, plain)
-    assert skewed(vocab, student[None], teacher[None])
     assert len({vocab * row % 8 for row in mask.nonzero().flatten().tolist()}) == 6
+    leaf = student.requires_grad_()
+    student, teacher = placed(places, leaf * 1.0, teacher)
     tau = temperatures(9)
 
     def exact(s):
@@ -56,29 +88,29 @@ def test_rows_of_every_skew_between_rows_of_nan(vocab, inplace, divergence):
         reference.squared_hellinger(*plain),
         reference.squared_hellinger(*(z.double() for z in plain)),
     )
-    leaf = student.requires_grad_()
-    value = token_divergence(leaf * 1.0, teacher, tau, divergence, mask, inplace=inplace)
+    value = token_divergence(student, teacher, tau, divergence, mask, inplace=inplace)
     assert_close_as_eager(value[mask], eager(plain[0]), exact(plain[0].double()))
     value.sum().backward()
     assert_close_as_eager(leaf.grad[mask], gradient(eager, plain[0]), gradient(exact, plain[0].double()))
     written = ops.token_divergence_backward(
-        leaf.detach()[None], teacher[None], tau[None].float(), mask[None].float(), torch.ones(1, 9),
+        PLACES[places][0](leaf.detach())[None], teacher[None], tau[None].float(), mask[None].float(), torch.ones(1, 9),
         torch.ones(4, 1, 9), torch.zeros(1, 9, dtype=torch.int64), torch.ones(1, 9), None, None, None,
         divergence, 0.1, 0.0,
     )[0]  # fmt: skip
     assert torch.equal(written[~mask], torch.zeros(3, vocab, dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize("vocab", LONG_ODD)
-def test_parts_of_rows_of_every_skew_between_rows_of_nan(vocab):
+@each_place
+def test_parts_of_rows_of_every_skew_between_rows_of_nan(vocab, places):
     """A peak that is looked for beside its place stays in the sums, of which it is a large part."""
     plain = [logits(6, vocab, dtype=torch.bfloat16, seed=seed) for seed in (1, 2)]
-    places = torch.tensor([0, 4096, vocab - 1, 77, 9, 3])
+    peaks = torch.tensor([0, 4096, vocab - 1, 77, 9, 3])
     for z in plain:
-        z.scatter_(1, places.unsqueeze(1), 16.0)
+        z.scatter_(1, peaks.unsqueeze(1), 16.0)
     (student, mask), (teacher, _) = map(between_nans, plain)
+    student, teacher = placed(places, student, teacher)
     peak, tau, divergence = torch.full((9,), -1), temperatures(9).float(), JensenShannon()
-    peak[mask] = places.where(torch.arange(6) < 4, -1)
+    peak[mask] = peaks.where(torch.arange(6) < 4, -1)
     of = torch.ones(4, 9)
     of[:, mask] = torch.stack(reference.token_sums(*plain, tau[mask], divergence).normalizers)
     c = torch.linspace(-0.5, 0.5, 9)
@@ -126,6 +158,16 @@ def test_rows_that_start_apart_are_not_skewed_together():
     assert not skewed(8203, odd[:, :-1], torch.empty(2, 4, 8203))
     assert skewed(8203, odd[:, :-1], odd[:, :-1])
     assert not skewed(1003, odd[..., :1003], odd[..., :1003])
+    assert skewed(8203, odd[:1, 1:], odd[:1, 1:]) and not skewed(8203, odd[:1, 1:], odd[:1, :-1])
+    assert skewed(8203, odd[:1, :1], odd[:1, 1:2]) is False
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_lead_is_that_of_the_address(dtype):
+    memory = torch.empty(64, dtype=dtype)
+    for first in range(16):
+        view = memory[first:]
+        assert lead(view) == first % 8 and (view.data_ptr() - lead(view) * dtype.itemsize) % 16 == 0
 
 
 @pytest.mark.parametrize("apart", [8203, 8204, 8208, 8211])
@@ -159,14 +201,16 @@ def test_logarithm_and_reciprocal_of_a_mixture(dtype):
     assert_close_as_eager(rcp * x, (1.0 / x) * x, torch.ones_like(exact))
 
 
-def test_labels_of_skewed_rows_are_found():
+@pytest.mark.parametrize("places", ["whole", "shifted alike", "a view beside a whole one"])
+def test_labels_are_found_wherever_rows_start(places):
     """A cross-entropy whose labels stand at both ends of a row and on both sides of the first whole step."""
     vocab = LONG_ODD[0]
     student, teacher = (logits(6, vocab, dtype=torch.bfloat16, seed=seed) for seed in (3, 4))
     labels = torch.tensor([0, vocab - 1, 4095, 4096, 2047, 17])
 
     def ours(s):
-        return adakd_loss(s, teacher, labels, focus_ratio=0.5, ce_weight=0.9).loss
+        s, t = placed(places, s * 1.0, teacher)
+        return adakd_loss(s, t, labels, focus_ratio=0.5, ce_weight=0.9, inplace=places == "shifted alike").loss
 
     def eager(s):
         return reference.adakd_loss(s, teacher, labels, focus_ratio=0.5, ce_weight=0.9)

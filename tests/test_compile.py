@@ -31,7 +31,7 @@ from .cases import name_of
 
 pytestmark = pytest.mark.compile
 
-QWEN, QWEN_PADDED, LLAMA_3, LLAMA_2, GPT2 = 151_936, 152_064, 128_256, 32_000, 50_257
+QWEN, QWEN_ODD, QWEN_PADDED, LLAMA_3, LLAMA_2, GPT2 = 151_936, 151_669, 152_064, 128_256, 32_000, 50_257
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 # One divergence of one sweep, and the one of two sweeps that takes the most registers.
@@ -86,6 +86,17 @@ def slow_loops(code: Code, kernel: str, divergence: str) -> list[str]:
     return found + ([f"(shuffles, barriers) in loops: {waits}"] if waits else [])
 
 
+def per_entry(code: Code) -> float:
+    """Instructions for an entry of both rows in bf16, over all sweeps."""
+    return sum(loop.instructions * 4 / loop.load_bytes for loop in code.sweeps)
+
+
+def many_registers(code: Code, target: str) -> list[str]:
+    """More than half of an SM's warps leave room for."""
+    few = TARGETS[target].backend != "cuda" or code.registers <= 64
+    return [] if few else [f"{code.registers} registers"]
+
+
 def crowded(code: Code, target: str) -> list[str]:
     """Less than half of an SM's warps resident; counted for sm_90."""
     few = target == "sm_90" and code.occupancy() < 0.5
@@ -118,6 +129,55 @@ def test_odd_vocabulary_compiles_clean(kernel, divergence, target):
     code = compiled(target, kernel, divergence, x, x)
     found = faults(code, x, x) + narrow_access(code, x, x) + slow_loops(code, kernel, divergence)
     assert not found + crowded(code, target)
+
+
+@each_kernel
+@each_target
+def test_rows_that_do_not_start_alike_compile_clean(kernel, divergence, target):
+    """Beside a vocabulary of 50,264, no tile is aligned in both rows."""
+    student, teacher, whole = logits(GPT2, BF16), logits(GPT2 + 7, BF16), logits(QWEN, BF16)
+    code = compiled(target, kernel, divergence, student, teacher)
+    found = faults(code, student, teacher) + slow_loops(code, kernel, divergence)
+    found += many_registers(code, target) + crowded(code, target)
+    assert not found
+    if target in ("sm_80", "sm_90"):
+        assert per_entry(code) < 1.15 * per_entry(compiled(target, kernel, divergence, whole, whole))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        (logits(GPT2, BF16, length=513)[:, 1:], logits(GPT2, BF16)),
+        (logits(GPT2, BF16), logits(GPT2, BF16, batch=1, length=1).expand(2, 512, GPT2)),
+        (logits(QWEN_ODD, BF16), logits(QWEN, BF16)),
+        (logits(1003, BF16), logits(1003, BF16)),
+    ],
+    ids=["a view", "one row", "aligned teacher", "short"],
+)
+@each_target
+@pytest.mark.parametrize("kernel", ["stats", "forward", "backward"])
+def test_rows_that_cannot_be_read_wide_are_read_together(kernel, student, teacher, target, divergence="reverse_kl"):
+    """A wide load of the one row that allows it would spread each lane's entries of the other one."""
+    code = compiled(target, kernel, divergence, student, teacher)
+    found = faults(code, student, teacher) + slow_loops(code, kernel, divergence) + many_registers(code, target)
+    assert not found and all(set(x.loads) == {16} and set(x.stores) <= {16} for x in code.sweeps)
+
+
+@pytest.mark.parametrize(("kernel", "divergence"), [*SOME_KERNELS, ("kl", "jeffreys")])
+@each_target
+@pytest.mark.parametrize("vocab", [GPT2, QWEN_ODD])
+def test_views_that_start_alike_are_read_wide(kernel, divergence, vocab, target):
+    """Without the first token, all rows are shifted by the same number of entries; so is a gradient in place.
+
+    For AMD, the entries are read one by one.
+    """
+    view = logits(vocab, BF16, length=513)[:, 1:]
+    code = compiled(target, kernel, divergence, view, view, inplace=True)
+    found = faults(code, view, view) + slow_loops(code, kernel, divergence)
+    found += many_registers(code, target) + crowded(code, target)
+    if TARGETS[target].backend == "cuda":
+        found += narrow_access(code, view, view)
+    assert not found
 
 
 @some_kernels
@@ -164,10 +224,11 @@ def test_logits_beyond_2_gib_compile_clean_for_amd(kernel, divergence):
 def test_batch_does_not_recompile(kernel, divergence, vocab, target):
     """Nor does, where rows are aligned, a view without the last token or writing the gradient over the logits.
 
-    Rows of an odd vocabulary have one kernel where all tensors' rows start alike and one where they do not, as beside a
-    view of another shape; no batch size adds a third.
+    Rows of an odd vocabulary have one kernel where all tensors' rows start alike, one where the tensors themselves
+    start off an aligned entry, and one where the rows do not start alike, as beside a view of another shape. No batch
+    size adds a fourth, nor does the number of tokens that a view leaves out.
     """
-    alike, mixed = [], []
+    alike, mixed, shifted = [], [], []
     with compiling_for(TARGETS[target]) as launched:
         for batch, length in [(2, 512), (1, 512), (3, 77), (16, 17), (4, 2), (1, 1)]:
             whole = logits(vocab, BF16, batch, length)
@@ -181,8 +242,14 @@ def test_batch_does_not_recompile(kernel, divergence, vocab, target):
             launch(kernel, divergence, view, whole)
             mixed += launched
             launched.clear()
-    assert len({id(k) for k in alike}) == 1
+            for left_out in (1, 3):
+                view = logits(vocab, BF16, batch, length + left_out)[:, left_out:]
+                launch(kernel, divergence, view, view, inplace=True)
+            shifted += launched
+            launched.clear()
+    assert len({id(k) for k in alike}) == len({id(k) for k in shifted}) == 1
     assert len({id(k) for k in alike + mixed}) == (1 if vocab == QWEN else 2)
+    assert len({id(k) for k in alike + mixed + shifted}) == (1 if vocab == QWEN else 3)
 
 
 def launch_small_kernels(tokens: int, acc: torch.dtype) -> None:
@@ -219,7 +286,8 @@ def test_small_kernels_compile_clean_and_for_every_batch(target, acc):
 def test_helper_sees_a_spill(target):
     """128 entries of each row for a thread do not fit into its registers."""
     x = logits(65_536, FP32)
-    too_much = {"TILES": 2, "LANES": 128, "VEC": 128, "num_warps": 128 // TARGETS[target].warp_size}
+    warps = 128 // TARGETS[target].warp_size
+    too_much = {"TILES": 2, "LANES": 128, "VEC": 128, "WIDTH": 128, "SKEWED": False, "lead": None, "num_warps": warps}
     with mock.patch.object(token_stats, "launch_config", lambda *_: too_much):
         code = compiled(target, "stats", "hellinger", x, x)
     assert code.local_bytes > 0

@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.fast, pytest.mark.native, pytest.mark.interpret, pytes
 # The interpreter pays for every operation of every block, so it gets few rows, and long ones in one type.
 TAKEN = some(CONFIDENT, "surer 1e-03", "agree 1e-06", "agree 1e-09") if INTERPRETING else CONFIDENT
 LONG = 32_000
-VOCABULARIES = {dtype: 4500 for dtype in DTYPES if dtype != torch.float32} if INTERPRETING else {}
+VOCABULARIES = {dtype: 4512 for dtype in DTYPES if dtype != torch.float32} if INTERPRETING else {}
 
 
 def check(cases, vocab, dtype, divergence):

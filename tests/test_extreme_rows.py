@@ -40,7 +40,7 @@ if INTERPRETING:  # which pays for every operation of every block, so that it ge
         "drifting": some(DRIFTING, "student up by 40", "both down by 1000"),
         "extreme": some(EXTREME, "all lowest", "about -1e31", "-1e7 at tau 1e-3", "lowest in both", "opposite 3e38"),
     }
-    VOCAB = BLOCK + 1500
+    VOCAB = BLOCK + 1504
     TYPES = [torch.bfloat16, torch.float32]
 # The gradient of rows that do not meet, or nearly agree, is far smaller than the masses that it is the difference of.
 MASS_ULPS = 16.0

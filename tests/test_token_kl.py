@@ -44,7 +44,7 @@ if INTERPRETING:  # which pays for every operation of every block, so that it ge
         "drifting": some(DRIFTING, "student up by 40"),
         "extreme": some(EXTREME, "lowest in both", "opposite 3e38"),
     }
-    VOCAB, TYPES = 4500, [FP32]
+    VOCAB, TYPES = 4512, [FP32]
 
 
 def kl(student: Tensor, teacher: Tensor, tau: Tensor) -> KlSums:

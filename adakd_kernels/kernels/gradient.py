@@ -15,7 +15,9 @@ from .rows import (
     Rows,
     edge_entries,
     edge_start,
+    entries_of_lane,
     exponent_scale,
+    first_of_lanes,
     inside,
     load_normalizers,
     load_tile,
@@ -62,7 +64,7 @@ def write_grad(
 
     At the student's peak the difference may cancel, so that there the forward's own result takes its place.
     """
-    offs_v = tile_offsets(start, rows.LANES, rows.VEC)
+    offs_v = tile_offsets(start, rows.LANES, rows.VEC, rows.WIDTH)
     s = load_tile(rows.S, start, rows, EDGE)
     t = load_tile(rows.T, start, rows, EDGE)
     log_q = log2_mass(s, token.m_s, token.c_s, rows.scale)
@@ -70,7 +72,7 @@ def write_grad(
     _, g, q = divergence_terms(log_q, log_p, DIVERGENCE, ALPHA, BETA)
     finite = (s != -float("inf")) & (t != -float("inf"))
     grad = tl.where(finite, token.weight * (g - q * token.sum_g), 0.0)
-    entry = tl.arange(0, rows.VEC)[None, :]
+    entry = entries_of_lane(rows.LANES, rows.VEC, rows.WIDTH)
     at_peak = (token.peak - start)[:, None] == entry
     grad = tl.where(at_peak, token.peak_grad, grad)
     if WITH_CE:
@@ -108,7 +110,9 @@ def write_row(
         write_grad(Grad, rows, start, token, VS, False, DIVERGENCE, ALPHA, BETA, WITH_CE)
 
 
-@triton.jit(do_not_specialize=["L", "stride_sb", "stride_sl", "stride_tb", "stride_tl", "stride_gb", "stride_gl"])
+@triton.jit(
+    do_not_specialize=["L", "stride_sb", "stride_sl", "stride_tb", "stride_tl", "stride_gb", "stride_gl", "lead"]
+)
 def token_divergence_bwd_kernel(
     S,  # (B, L, Vs) logits
     T,  # (B, L, Vt)
@@ -132,6 +136,7 @@ def token_divergence_bwd_kernel(
     stride_gb,
     stride_gl,
     unit_g,
+    lead,  # of all three tensors, see `row_start`
     V: tl.constexpr,  # entries of the common vocabulary
     VS: tl.constexpr,  # entries of the student's
     SKEWED: tl.constexpr,
@@ -142,12 +147,12 @@ def token_divergence_bwd_kernel(
     ACC: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     n = tl.program_id(0)
-    start_s, skew = row_start(n, L, stride_sb, stride_sl, unit_s, SKEWED)
-    start_t, _ = row_start(n, L, stride_tb, stride_tl, unit_t, SKEWED)
-    start_g, _ = row_start(n, L, stride_gb, stride_gl, unit_g, SKEWED)
-    Grad += start_g
+    S, skew = row_start(S, n, L, stride_sb, stride_sl, unit_s, lead, SKEWED)
+    T, _ = row_start(T, n, L, stride_tb, stride_tl, unit_t, lead, SKEWED)
+    Grad, _ = row_start(Grad, n, L, stride_gb, stride_gl, unit_g, lead, SKEWED)
     weight = tl.load(Weight + n)
     label = -1
     ce_weight = tl.full((), 0.0, ACC)
@@ -163,7 +168,7 @@ def token_divergence_bwd_kernel(
         m_1 = tl.where(ce_weight != 0.0, of_1.m_s, -lowest(ACC))
         c_1 = tl.where(ce_weight != 0.0, tl.log2(of_1.l_s), -lowest(ACC))
     if (weight == 0.0) & (ce_weight == 0.0):
-        store_zeros(Grad, skew, VS, SKEWED, LANES, VEC)
+        store_zeros(Grad, skew, VS, SKEWED, LANES, VEC, WIDTH)
         return
     tau = tl.load(Tau + n)
     scale = exponent_scale(tau)
@@ -171,13 +176,13 @@ def token_divergence_bwd_kernel(
     peak = tl.load(Peak + n)
     peak = tl.where(peak >= 0, peak + skew, -1).to(tl.int32)
     of_tau = load_normalizers(NormalizersTau, n)
-    # Relative to a lane's first entry of a tile, so that a lane compares places with the constants 0 to VEC − 1.
-    first = tl.arange(0, LANES) * VEC
+    # Relative to a lane's first entry of a tile, so that a lane compares places with constants.
+    first = first_of_lanes(LANES, WIDTH)
     token = Token(
         weight, tl.load(SumG + n), of_tau.m_s, tl.log2(of_tau.l_s), of_tau.m_t, tl.log2(of_tau.l_t),
         peak - first, weight * tl.load(PeakGrad + n), label - first, ce_weight, m_1, c_1,
     )  # fmt: skip
     write_row(
-        Grad, Rows(S + start_s, T + start_t, skew, scale, V, SKEWED, 1, LANES, VEC), token,
+        Grad, Rows(S, T, skew, scale, V, SKEWED, 1, LANES, VEC, WIDTH), token,
         VS, DIVERGENCE, ALPHA, BETA, WITH_CE,
     )  # fmt: skip

@@ -134,7 +134,7 @@ def sweep_hellinger(rows, rounding):
     tail_s = tl.where(other, sums.l_s * (f_s * f_s), 0.0)
     tail_t = tl.where(other, sums.l_t * (f_t * f_t), 0.0)
     both = tl.where(other, sums.both * (f_s * f_t), 0.0)
-    start = lane * rows.VEC
+    start = lane * rows.WIDTH
     while start < rows.V + rows.skew:
         s, t = load_rest_of_lane(rows, start, peak)
         a = tl.exp2(below(s, m_s) * half)
@@ -142,7 +142,7 @@ def sweep_hellinger(rows, rounding):
         tail_s += tl.sum(a * a, 1)
         tail_t += tl.sum(b * b, 1)
         both += tl.sum(a * b, 1)
-        start += rows.LANES * rows.LANES * rows.VEC
+        start += rows.LANES * rows.LANES * rows.WIDTH
     b = shrink(t_peak, m_t, half, rounding)
     # −q·S of the peak with S = Σ (g + c·q) over the others, g = −½√(pq) and c = ½√(p/q) of the peak.
     both = tl.sum(both - b * tail_s, 0)

@@ -151,11 +151,11 @@ def sweep_both(rows, rounding, LOST: tl.constexpr):
     peak, t_peak = find_peak(rows, m_s, lane)
     # From here on the sums are over the entries beside the peak: those of its lane are computed anew.
     sums = only(tl.arange(0, rows.LANES) != lane, sums)
-    start = lane * rows.VEC
+    start = lane * rows.WIDTH
     while start < rows.V + rows.skew:
         s, t = load_rest_of_lane(rows, start, peak)
         sums = add_kl(s, t, rows.scale, m_s, m_t, sums)
-        start += rows.LANES * rows.LANES * rows.VEC
+        start += rows.LANES * rows.LANES * rows.WIDTH
     finite = t_peak != -float("inf")
     y = tl.maximum(below(t_peak, m_t), 2.0 * UNIT * lowest(rows.scale.dtype), propagate_nan=tl.PropagateNan.ALL)
     b = shrink(t_peak, m_t, rows.scale, rounding)

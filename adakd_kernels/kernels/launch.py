@@ -52,8 +52,8 @@ def sweeps(divergence: str) -> int:
 
 def launch_config(
     kernel: str, divergence: str, vocab: int, student: Tensor, teacher: Tensor, *written: Tensor
-) -> dict[str, int]:
-    """TILES (of a forward), LANES, VEC, num_warps, and for NVIDIA a bound of the registers.
+) -> dict[str, Any]:
+    """TILES (of a forward), LANES, VEC, WIDTH, SKEWED, lead, num_warps, and for NVIDIA a bound of the registers.
 
     A vocabulary below half a step takes fewer warps.
     """
@@ -66,12 +66,23 @@ def launch_config(
     vec = 16 // itemsize
     while warps > 1 and tiles * warps * warp_size * vec >= 2 * vocab:
         warps //= 2
-    config = {"LANES": warps * warp_size, "VEC": vec, "num_warps": warps}
+    # For AMD, the compiler forgets that a pointer moved back by the lead is aligned.
+    is_skewed = skewed(vocab, student, teacher, *written) and (family == "cuda" or lead(student) == 0)
+    config = {
+        "LANES": warps * warp_size,
+        "VEC": vec,
+        # Where rows leave no access wider than an entry, those of a lane lie LANES apart, so that neighbouring lanes
+        # access neighbouring entries. If they were consecutive, Triton would spread each lane over several threads for
+        # this, and every sum of a lane would wait for them in the loop.
+        "WIDTH": vec if is_skewed or aligned(student, teacher, *written) else 1,
+        "SKEWED": is_skewed,
+        "lead": (lead(student) or None) if is_skewed else None,
+        "num_warps": warps,
+    }
     if family == "cuda" and itemsize == 2 and vocab >= _SHORT_ROW:
         # What comes once a row, and the edges of skewed rows, would take more registers than the sweeps do, only to
-        # overlap itself; 64 leave room for half of an SM's warps. Narrow access needs more.
-        alike, aligned = _alike_and_aligned(student, teacher, *written)
-        if (kernel == "forward" and (alike or aligned)) or (kernel in ONE_TILE and alike and not aligned):
+        # overlap itself; 64 leave room for half of an SM's warps.
+        if kernel == "forward" or (kernel in ONE_TILE and is_skewed):
             config["maxnreg"] = 64
     if itemsize == 8 and family == "cuda":
         config["maxnreg"] = 128  # by itself, the compiler spills rather than take more than 64
@@ -106,18 +117,22 @@ def row_strides(logits: Tensor) -> tuple[int, int, int]:
     return stride_b // unit, stride_l // unit, unit
 
 
-def _alike_and_aligned(*tensors: Tensor) -> tuple[bool, bool]:
-    """Whether the rows of all tensors start off an aligned entry by the same number, and whether by none."""
-    strides = [_row_strides(x) for x in tensors]
-    alike = all((a - b) % ALIGNED_ENTRIES == 0 for other in strides for a, b in zip(strides[0], other, strict=True))
-    return alike, all(row_strides(x)[2] % 16 == 0 for x in tensors)  # 16 is what Triton itself takes note of
+def lead(logits: Tensor) -> int:
+    """Entries from an aligned one to the tensor's first: not 0 in views such as `logits[:, 1:]`, if V is odd."""
+    return logits.data_ptr() // logits.element_size() % ALIGNED_ENTRIES
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether all rows start at a multiple of 16 bytes, by what Triton itself takes note of."""
+    return all(row_strides(x)[2] % 16 == 0 and x.data_ptr() % 16 == 0 for x in tensors)
 
 
 def skewed(vocab: int, *tensors: Tensor) -> bool:
     """Whether the tensors' rows start off an aligned entry, all by the same number of entries.
 
-    Then a kernel reads and writes aligned tiles that begin before the row. Where the tensors disagree it cannot, and
-    the access is as narrow as the rows require. A short row has no whole tile that would gain from it.
+    Then a kernel reads and writes aligned tiles that begin before the row, which it cannot where the tensors disagree.
+    A short row has no whole tile that would gain from it.
     """
-    alike, aligned = _alike_and_aligned(*tensors)
-    return vocab >= _SHORT_ROW and alike and not aligned
+    places = [(lead(x), *_row_strides(x)) for x in tensors]
+    alike = all((a - b) % ALIGNED_ENTRIES == 0 for other in places for a, b in zip(places[0], other, strict=True))
+    return vocab >= _SHORT_ROW and alike and not aligned(*tensors)

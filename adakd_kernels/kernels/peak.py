@@ -26,14 +26,14 @@ class TokenResult(NamedTuple):
 
 @triton.jit
 def load_lane(Row, start, rows):
-    """(first offset, logits) of what one lane met in LANES tiles, from offset `start` on: (LANES,), (LANES, VEC).
+    """(first offset, logits) of LANES runs that one lane met, from offset `start` on: (LANES,), (LANES, WIDTH).
 
-    −inf outside the row. The next ones start LANES²·VEC later. The shape is that of a tile, so that sums of a lane's
-    entries add to those of the lanes as they lie. That the number of such rounds depends on the lane keeps them a loop:
-    unrolled, they would take the registers of the sweeps.
+    −inf outside the row. The next ones start LANES²·WIDTH later. A thread has a run as it has a lane of a tile, so that
+    sums of the runs add to those of the lanes in place. That the number of such rounds depends on the lane keeps them a
+    loop: unrolled, they would take the registers of the sweeps.
     """
-    first = start + tl.arange(0, rows.LANES) * (rows.LANES * rows.VEC)
-    offs_v = first[:, None] + tl.arange(0, rows.VEC)[None, :]
+    first = start + tl.arange(0, rows.LANES) * (rows.LANES * rows.WIDTH)
+    offs_v = first[:, None] + tl.arange(0, rows.WIDTH)[None, :]
     z = tl.load(Row + offs_v, mask=inside(offs_v, rows.skew, rows.V, rows.SKEWED), other=-float("inf"))
     return first, z.to(rows.scale.dtype)
 
@@ -43,14 +43,14 @@ def load_rest_of_lane(rows, start, peak):
     """Both rows' logits by `load_lane`, −inf at the peak."""
     first, s = load_lane(rows.S, start, rows)
     _, t = load_lane(rows.T, start, rows)
-    at_peak = (peak - first)[:, None] == tl.arange(0, rows.VEC)[None, :]
+    at_peak = (peak - first)[:, None] == tl.arange(0, rows.WIDTH)[None, :]
     return tl.where(at_peak, -float("inf"), s), tl.where(at_peak, -float("inf"), t)
 
 
 @triton.jit
 def lane_of_peak(peak, rows):
     """The lane that meets an offset."""
-    return (peak // rows.VEC) % rows.LANES
+    return (peak // rows.WIDTH) % rows.LANES
 
 
 @triton.jit
@@ -68,13 +68,13 @@ def find_peak(rows, m_s, lane):
     """
     NOWHERE: tl.constexpr = rows.V + ALIGNED
     place = tl.full((rows.LANES,), NOWHERE, tl.int32)
-    start = lane * rows.VEC
+    start = lane * rows.WIDTH
     while start < rows.V + rows.skew:
         first, s = load_lane(rows.S, start, rows)
-        # (LANES,) the first of the VEC entries that is the maximum, VEC where none is.
-        in_tile = tl.min(tl.where(s == m_s, tl.arange(0, rows.VEC)[None, :], rows.VEC), 1)
-        place = tl.minimum(place, tl.where(in_tile < rows.VEC, first + in_tile, NOWHERE))
-        start += rows.LANES * rows.LANES * rows.VEC
+        # (LANES,) the first entry of a run that is the maximum, WIDTH where none is.
+        in_tile = tl.min(tl.where(s == m_s, tl.arange(0, rows.WIDTH)[None, :], rows.WIDTH), 1)
+        place = tl.minimum(place, tl.where(in_tile < rows.WIDTH, first + in_tile, NOWHERE))
+        start += rows.LANES * rows.LANES * rows.WIDTH
     peak = tl.min(place, 0)
     t_peak = tl.load(rows.T + peak, mask=peak < NOWHERE, other=-float("inf"))
     return peak, t_peak.to(rows.scale.dtype)

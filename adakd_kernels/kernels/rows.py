@@ -4,6 +4,9 @@ A tile is (LANES, VEC) entries, consecutive in memory: VEC are one load of 16 by
 step of a sweep takes one tile or two (TILES), so that what a lane pays for a step is shared by more entries. Every lane
 folds its own entries, and the lanes meet once, after the row: no loop has a reduction across threads, or a barrier.
 
+Lane i has the entries i·VEC to i·VEC + VEC − 1 of a tile. Where the rows' places in memory allow no load wider than an
+entry, it has i, i + LANES, i + 2·LANES and so on: its runs of consecutive entries have a WIDTH of 1 and not of VEC.
+
 Logits are in the accumulation type. Differences of two are taken in a unit of 2²⁴, in which none leaves the type's
 range and neither does a sum of them over a row; `scale` turns one into a power of two (2²⁴·log2(e)/τ). Maxima start at
 the lowest finite number, so that every finite logit is above or at them, and a tile of nothing but −inf folds to zero
@@ -42,6 +45,7 @@ class Rows(NamedTuple):
     TILES: tl.constexpr  # tiles a step
     LANES: tl.constexpr  # of a tile
     VEC: tl.constexpr  # entries of a lane in a tile
+    WIDTH: tl.constexpr  # how many of them are consecutive: all VEC, or 1 where they lie LANES apart
 
 
 class Normalizers(NamedTuple):
@@ -105,18 +109,22 @@ def below(z, m):
 
 
 @triton.jit
-def row_start(n, L, stride_b, stride_l, unit, SKEWED: tl.constexpr):
-    """(start, skew): row n of a (B, L, V) tensor begins `skew` entries after `start`, see `launch.row_strides`.
+def row_start(Logits, n, L, stride_b, stride_l, unit, lead, SKEWED: tl.constexpr):
+    """(pointer, skew): row n of a (B, L, V) tensor begins `skew` entries after the pointer, see `launch.row_strides`.
 
-    A skewed row is read from the aligned entry at or before its first. 64 bits, since N·V passes 2³¹.
+    A skewed row is read from the aligned entry at or before its first. The tensor itself starts `lead` entries after
+    one, or at one if `lead` is None. 64 bits, since N·V passes 2³¹.
     """
     n = n.to(tl.int64)
     start = ((n // L) * stride_b + (n % L) * stride_l) * unit
     skew = 0
     if SKEWED:
+        if lead is not None:
+            start += lead
+            Logits = tl.multiple_of(Logits - lead, 16)  # in bytes
         skew = (start % ALIGNED).to(tl.int32)
         start = start // ALIGNED * ALIGNED
-    return start, skew
+    return Logits + start, skew
 
 
 @triton.constexpr_function
@@ -143,9 +151,25 @@ def edge_start(i, V: tl.constexpr, STEP: tl.constexpr, SKEWED: tl.constexpr):
 
 
 @triton.jit
-def tile_offsets(start, LANES: tl.constexpr, VEC: tl.constexpr):
-    """(LANES, VEC) consecutive offsets."""
-    return start + tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+def first_of_lanes(LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """(LANES,) offset of every lane's first entry in a tile from the tile's first one."""
+    return tl.arange(0, LANES) * WIDTH
+
+
+@triton.jit
+def entries_of_lane(LANES: tl.constexpr, VEC: tl.constexpr, WIDTH: tl.constexpr):
+    """(1, VEC) offsets of a lane's entries in a tile from its first one."""
+    return tl.arange(0, VEC)[None, :] * (1 if WIDTH == VEC else LANES)
+
+
+@triton.jit
+def tile_offsets(start, LANES: tl.constexpr, VEC: tl.constexpr, WIDTH: tl.constexpr):
+    """(LANES, VEC) offsets of a tile."""
+    offs_v = start + first_of_lanes(LANES, WIDTH)[:, None] + entries_of_lane(LANES, VEC, WIDTH)
+    if WIDTH == 1:
+        # Hides that one of the rows may be aligned: a thread would load the entries of several lanes of it at once.
+        offs_v = tl.multiple_of(offs_v, [1, 1])
+    return offs_v
 
 
 @triton.jit
@@ -163,7 +187,7 @@ def load_tile(Row, start, rows, EDGE: tl.constexpr):
 
     The edges come first in every sweep: what only they need is then not held through the loop of the others.
     """
-    offs_v = tile_offsets(start, rows.LANES, rows.VEC)
+    offs_v = tile_offsets(start, rows.LANES, rows.VEC, rows.WIDTH)
     if EDGE:
         z = tl.load(Row + offs_v, mask=inside(offs_v, rows.skew, rows.V, rows.SKEWED), other=-float("inf"))
     else:
@@ -172,15 +196,23 @@ def load_tile(Row, start, rows, EDGE: tl.constexpr):
 
 
 @triton.jit
-def store_zeros(Row, skew, V: tl.constexpr, SKEWED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
+def store_zeros(
+    Row,
+    skew,
+    V: tl.constexpr,
+    SKEWED: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """Make a row of V entries one of zeros."""
     STEP: tl.constexpr = LANES * VEC
     zeros = tl.zeros((LANES, VEC), Row.dtype.element_ty)
     for i in range(0, edge_entries(V, V, STEP, SKEWED), STEP):
-        offs_v = tile_offsets(edge_start(i, V, STEP, SKEWED), LANES, VEC)
+        offs_v = tile_offsets(edge_start(i, V, STEP, SKEWED), LANES, VEC, WIDTH)
         tl.store(Row + offs_v, zeros, mask=inside(offs_v, skew, V, SKEWED))
     for start in range(whole_steps(V, STEP, SKEWED)[0], whole_steps(V, STEP, SKEWED)[1], STEP):
-        tl.store(Row + tile_offsets(start, LANES, VEC), zeros)
+        tl.store(Row + tile_offsets(start, LANES, VEC, WIDTH), zeros)
 
 
 @triton.jit

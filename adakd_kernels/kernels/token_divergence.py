@@ -16,7 +16,7 @@ from ..reference import GradientCall
 from .gradient import token_divergence_bwd_kernel
 from .hellinger import sweep_hellinger
 from .kl import sweep_kl
-from .launch import acc_type, launch_config, on_device, row_strides, skewed, sweeps
+from .launch import acc_type, launch_config, on_device, row_strides, sweeps
 from .peak import store_peak
 from .rows import Normalizers, Rows, exponent_rounding, exponent_scale, row_start, store_normalizers
 from .two_sweeps import sweep_normalizers, sweep_terms
@@ -47,7 +47,7 @@ def sweep_rows(
     return found
 
 
-@triton.jit(do_not_specialize=["L", "stride_sb", "stride_sl", "stride_tb", "stride_tl"])
+@triton.jit(do_not_specialize=["L", "stride_sb", "stride_sl", "stride_tb", "stride_tl", "lead"])
 def token_divergence_fwd_kernel(
     S,  # (B, L, Vs) logits
     T,  # (B, L, Vt)
@@ -65,6 +65,7 @@ def token_divergence_fwd_kernel(
     stride_tb,
     stride_tl,
     unit_t,
+    lead,  # of all logits, see `row_start`
     V: tl.constexpr,  # entries of the common vocabulary
     SKEWED: tl.constexpr,
     DIVERGENCE: tl.constexpr,
@@ -74,6 +75,7 @@ def token_divergence_fwd_kernel(
     TILES: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     n = tl.program_id(0)
     if tl.load(Mask + n) == 0:
@@ -82,11 +84,11 @@ def token_divergence_fwd_kernel(
         store_normalizers(NormalizersTau, n, Normalizers(0.0, 1.0, 0.0, 1.0))
         store_peak(Peak, PeakGrad, n, 0, 0, False, 0.0)
         return
-    start_s, skew = row_start(n, L, stride_sb, stride_sl, unit_s, SKEWED)
-    start_t, _ = row_start(n, L, stride_tb, stride_tl, unit_t, SKEWED)
+    S, skew = row_start(S, n, L, stride_sb, stride_sl, unit_s, lead, SKEWED)
+    T, _ = row_start(T, n, L, stride_tb, stride_tl, unit_t, lead, SKEWED)
     scale = exponent_scale(tl.load(Tau + n))
     found = sweep_rows(
-        Rows(S + start_s, T + start_t, skew, scale, V, SKEWED, TILES, LANES, VEC),
+        Rows(S, T, skew, scale, V, SKEWED, TILES, LANES, VEC, WIDTH),
         Tau + n, NormalizersTau, n, DIVERGENCE, ALPHA, BETA,
     )  # fmt: skip
     tl.store(D + n, found.d)  # 0 for an empty row, which has no finite entry
@@ -109,7 +111,7 @@ def token_divergence_fwd(
                 student, teacher, temperature.to(dtype).contiguous(), mask.contiguous(),
                 d, sum_g, normalizers_tau, peak, peak_grad,
                 mask.shape[1], *row_strides(student), *row_strides(teacher),
-                V=vocab, SKEWED=skewed(vocab, student, teacher), DIVERGENCE=divergence, ALPHA=alpha, BETA=beta, ACC=acc,
+                V=vocab, DIVERGENCE=divergence, ALPHA=alpha, BETA=beta, ACC=acc,
                 **launch_config("forward", divergence, vocab, student, teacher),
             )  # fmt: skip
     return d, sum_g, normalizers_tau.view(4, *mask.shape), peak, peak_grad
@@ -136,7 +138,7 @@ def token_divergence_bwd(call: GradientCall, out: Tensor) -> None:
                 None if call.labels is None else call.labels.contiguous(), numbers(call.ce_weight),
                 bundle(call.normalizers_1),
                 call.weight.shape[1], *row_strides(student), *row_strides(teacher), *row_strides(out),
-                V=vocab, VS=student.shape[-1], SKEWED=skewed(vocab, student, teacher, out), DIVERGENCE=call.divergence,
+                V=vocab, VS=student.shape[-1], DIVERGENCE=call.divergence,
                 ALPHA=call.alpha, BETA=call.beta, WITH_CE=call.labels is not None, ACC=acc,
                 **launch_config("backward", call.divergence, vocab, student, teacher, out),
             )  # fmt: skip

@@ -10,12 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .kl import sweep_both
-from .launch import acc_type, launch_config, on_device, row_strides, skewed
+from .launch import acc_type, launch_config, on_device, row_strides
 from .peak import store_peak
 from .rows import Normalizers, Rows, exponent_rounding, exponent_scale, row_start, saturated, store_normalizers
 
 
-@triton.jit(do_not_specialize=["L", "stride_sb", "stride_sl", "stride_tb", "stride_tl"])
+@triton.jit(do_not_specialize=["L", "stride_sb", "stride_sl", "stride_tb", "stride_tl", "lead"])
 def token_kl_fwd_kernel(
     S,  # (B, L, Vs) logits
     T,  # (B, L, Vt)
@@ -36,12 +36,14 @@ def token_kl_fwd_kernel(
     stride_tb,
     stride_tl,
     unit_t,
+    lead,  # of all logits, see `row_start`
     V: tl.constexpr,  # entries of the common vocabulary
     SKEWED: tl.constexpr,
     ACC: tl.constexpr,
     TILES: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     n = tl.program_id(0)
     if tl.load(Mask + n) == 0:
@@ -53,11 +55,11 @@ def token_kl_fwd_kernel(
         store_peak(Peak, ForwardGrad, n, 0, 0, False, 0.0)
         tl.store(ReverseGrad + n, 0.0)
         return
-    start_s, skew = row_start(n, L, stride_sb, stride_sl, unit_s, SKEWED)
-    start_t, _ = row_start(n, L, stride_tb, stride_tl, unit_t, SKEWED)
+    S, skew = row_start(S, n, L, stride_sb, stride_sl, unit_s, lead, SKEWED)
+    T, _ = row_start(T, n, L, stride_tb, stride_tl, unit_t, lead, SKEWED)
     tau = tl.load(Tau + n)
     normalizers, found = sweep_both(
-        Rows(S + start_s, T + start_t, skew, exponent_scale(tau), V, SKEWED, TILES, LANES, VEC),
+        Rows(S, T, skew, exponent_scale(tau), V, SKEWED, TILES, LANES, VEC, WIDTH),
         exponent_rounding(tau), True,
     )  # fmt: skip
     finite = found.t_peak != -float("inf")
@@ -87,7 +89,7 @@ def token_kl_fwd(
                 student, teacher, temperature.to(dtype).contiguous(), mask.contiguous(),
                 forward, kept, reverse, lost, normalizers_tau, peak, forward_grad, reverse_grad,
                 mask.shape[1], *row_strides(student), *row_strides(teacher),
-                V=vocab, SKEWED=skewed(vocab, student, teacher), ACC=acc,
+                V=vocab, ACC=acc,
                 **launch_config("forward", "jeffreys", vocab, student, teacher),
             )  # fmt: skip
     return forward, kept, reverse, lost, normalizers_tau.view(4, *mask.shape), peak, forward_grad, reverse_grad

@@ -9,11 +9,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .hellinger import sweep_distance
-from .launch import acc_type, launch_config, on_device, row_strides, skewed
+from .launch import acc_type, launch_config, on_device, row_strides
 from .rows import Normalizers, Rows, exponent_rounding, exponent_scale, row_start, store_normalizers
 
 
-@triton.jit(do_not_specialize=["L", "stride_sb", "stride_sl", "stride_tb", "stride_tl"])
+@triton.jit(do_not_specialize=["L", "stride_sb", "stride_sl", "stride_tb", "stride_tl", "lead"])
 def token_stats_fwd_kernel(
     S,  # (B, L, Vs) logits
     T,  # (B, L, Vt)
@@ -27,23 +27,25 @@ def token_stats_fwd_kernel(
     stride_tb,
     stride_tl,
     unit_t,
+    lead,  # of all logits, see `row_start`
     V: tl.constexpr,  # entries of the common vocabulary
     SKEWED: tl.constexpr,
     ACC: tl.constexpr,
     TILES: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     n = tl.program_id(0)
     if tl.load(Mask + n) == 0:
         tl.store(Difficulty + n, 0.0)
         store_normalizers(Normalizers1, n, Normalizers(0.0, 1.0, 0.0, 1.0))
         return
-    start_s, skew = row_start(n, L, stride_sb, stride_sl, unit_s, SKEWED)
-    start_t, _ = row_start(n, L, stride_tb, stride_tl, unit_t, SKEWED)
+    S, skew = row_start(S, n, L, stride_sb, stride_sl, unit_s, lead, SKEWED)
+    T, _ = row_start(T, n, L, stride_tb, stride_tl, unit_t, lead, SKEWED)
     tau = tl.full((), 1.0, ACC)
     normalizers, difficulty = sweep_distance(
-        Rows(S + start_s, T + start_t, skew, exponent_scale(tau), V, SKEWED, TILES, LANES, VEC), exponent_rounding(tau)
+        Rows(S, T, skew, exponent_scale(tau), V, SKEWED, TILES, LANES, VEC, WIDTH), exponent_rounding(tau)
     )
     tl.store(Difficulty + n, difficulty)
     store_normalizers(Normalizers1, n, normalizers)
@@ -60,7 +62,7 @@ def token_stats_fwd(student: Tensor, teacher: Tensor, mask: Tensor) -> tuple[Ten
             token_stats_fwd_kernel[(mask.numel(),)](
                 student, teacher, mask.contiguous(), difficulty, normalizers_1,
                 mask.shape[1], *row_strides(student), *row_strides(teacher),
-                V=vocab, SKEWED=skewed(vocab, student, teacher), ACC=acc,
+                V=vocab, ACC=acc,
                 **launch_config("stats", "hellinger", vocab, student, teacher),
             )  # fmt: skip
     return difficulty, normalizers_1.view(4, *mask.shape)

@@ -14,14 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import acc_type, launch_config, on_device, row_strides, skewed
+from .launch import acc_type, launch_config, on_device, row_strides
 from .rows import (
     Rows,
     below,
     edge_entries,
     edge_start,
+    entries_of_lane,
     exponent_rounding,
     exponent_scale,
+    first_of_lanes,
     load_normalizers,
     load_tile,
     lowest,
@@ -61,7 +63,7 @@ def fold_terms(
     """(Σf, Σ(g + c·q)) of every lane with those of a tile, to which the entry at `peak` adds nothing."""
     s = load_tile(rows.S, start, rows, EDGE)
     t = load_tile(rows.T, start, rows, EDGE)
-    s = tl.where((peak - start)[:, None] == tl.arange(0, rows.VEC)[None, :], -float("inf"), s)
+    s = tl.where((peak - start)[:, None] == entries_of_lane(rows.LANES, rows.VEC, rows.WIDTH), -float("inf"), s)
     log_q = log2_mass_exactly(s, row.m_s, row.log_l_s, rows.scale, row)
     log_p = log2_mass_exactly(t, row.m_t, row.log_l_t, rows.scale, row)
     more_f, more_g = finite_terms(s, t, log_q, log_p, row.c, DIVERGENCE, ALPHA, BETA)
@@ -89,7 +91,7 @@ def sweep_part(
     return saturated(tl.sum(f, 0)), saturated(tl.sum(g, 0))
 
 
-@triton.jit(do_not_specialize=["L", "stride_sb", "stride_sl", "stride_tb", "stride_tl"])
+@triton.jit(do_not_specialize=["L", "stride_sb", "stride_sl", "stride_tb", "stride_tl", "lead"])
 def token_terms_fwd_kernel(
     S,  # (B, L, Vs) logits of the part
     T,  # (B, L, Vt)
@@ -107,6 +109,7 @@ def token_terms_fwd_kernel(
     stride_tb,
     stride_tl,
     unit_t,
+    lead,  # of all logits, see `row_start`
     V: tl.constexpr,  # entries of the part's common vocabulary
     SKEWED: tl.constexpr,
     DIVERGENCE: tl.constexpr,
@@ -115,6 +118,7 @@ def token_terms_fwd_kernel(
     ACC: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     n = tl.program_id(0)
     of = load_normalizers(NormalizersTau, n)
@@ -122,8 +126,8 @@ def token_terms_fwd_kernel(
         tl.store(F + n, 0.0)
         tl.store(G + n, 0.0)
         return
-    start_s, skew = row_start(n, L, stride_sb, stride_sl, unit_s, SKEWED)
-    start_t, _ = row_start(n, L, stride_tb, stride_tl, unit_t, SKEWED)
+    S, skew = row_start(S, n, L, stride_sb, stride_sl, unit_s, lead, SKEWED)
+    T, _ = row_start(T, n, L, stride_tb, stride_tl, unit_t, lead, SKEWED)
     tau = tl.load(Tau + n)
     scale = exponent_scale(tau)
     peak = (tl.load(Peak + n) + skew).to(tl.int32)  # of −1, a place before the row
@@ -132,7 +136,7 @@ def token_terms_fwd_kernel(
         saturated(0.5 * lowest(ACC) / scale), tl.load(Constant + n),
     )  # fmt: skip
     f, g = sweep_part(
-        Rows(S + start_s, T + start_t, skew, scale, V, SKEWED, 1, LANES, VEC), row, peak - tl.arange(0, LANES) * VEC,
+        Rows(S, T, skew, scale, V, SKEWED, 1, LANES, VEC, WIDTH), row, peak - first_of_lanes(LANES, WIDTH),
         DIVERGENCE, ALPHA, BETA,
     )  # fmt: skip
     tl.store(F + n, f)
@@ -162,7 +166,7 @@ def token_terms_fwd(
                 normalizers_tau.to(dtype).contiguous().flatten(1), constant.to(dtype).contiguous(),
                 peak.contiguous(), f, g,
                 mask.shape[1], *row_strides(student), *row_strides(teacher),
-                V=vocab, SKEWED=skewed(vocab, student, teacher), DIVERGENCE=divergence, ALPHA=alpha, BETA=beta, ACC=acc,
+                V=vocab, DIVERGENCE=divergence, ALPHA=alpha, BETA=beta, ACC=acc,
                 **launch_config("terms", divergence, vocab, student, teacher),
             )  # fmt: skip
     return f, g

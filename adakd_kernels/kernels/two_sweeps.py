@@ -104,12 +104,12 @@ def sweep_normalizers(rows):
     other = tl.arange(0, rows.LANES) != lane
     l_s = tl.where(other, l_s, 0.0)
     l_t = tl.where(other, l_t, 0.0)
-    start = lane * rows.VEC
+    start = lane * rows.WIDTH
     while start < rows.V + rows.skew:
         s, t = load_rest_of_lane(rows, start, peak)
         l_s += tl.sum(tl.exp2(below(s, m_s) * rows.scale), 1)
         l_t += tl.sum(tl.exp2(below(t, m_t) * rows.scale), 1)
-        start += rows.LANES * rows.LANES * rows.VEC
+        start += rows.LANES * rows.LANES * rows.WIDTH
     tail_s = tl.sum(l_s, 0)
     tail_t = tl.sum(l_t, 0)
     more_t = tl.sum(l_t - l_s, 0)
@@ -160,13 +160,13 @@ def sweep_terms(rows, Tau, of, first, DIVERGENCE: tl.constexpr, ALPHA: tl.conste
     d = tl.where(other, d, 0.0)
     sum_g = tl.where(other, sum_g, 0.0)
     of_row = LogMass(of.m_s, c_s, of.m_t, c_t)
-    start = lane * rows.VEC
+    start = lane * rows.WIDTH
     while start < rows.V + rows.skew:
         s, t = load_rest_of_lane(rows, start, first.peak)
         f, g = own_terms(s, t, rows.scale, of_row, DIVERGENCE, ALPHA, BETA)
         d += f
         sum_g += g
-        start += rows.LANES * rows.LANES * rows.VEC
+        start += rows.LANES * rows.LANES * rows.WIDTH
     found = first.peak < rows.V + rows.skew
     t_peak = tl.load(rows.T + first.peak, mask=found, other=-float("inf")).to(rows.scale.dtype)
     finite = t_peak != -float("inf")
