@@ -116,14 +116,15 @@ def test_ignored_and_unselected_rows_cost_their_zeros(divergence, inplace):
 
 @new_or_inplace
 def test_cross_entropy_reads_the_valid_rows_in_the_backward_only(inplace):
-    """The token's logit at the label is gathered by plain torch; the kernels read no row for it in the forward."""
+    """In the forward, one logit of a token is read for it: that of the label."""
     vocab = 1003
     student, teacher, labels = logits(2, 4, vocab, seed=1), logits(2, 4, vocab, seed=2), tokens(vocab, 2, 4)
     labels[0, 1], labels[1, 3] = -100, -100
     out, grad, traffic = loss_and_gradient(student, teacher, labels, 0.5, "reverse_kl", inplace, ce_weight=0.3)
     assert out.selected.sum() == 3
     again = read_again(student, teacher, out.selected, get_divergence("reverse_kl"))
-    assert traffic.passes() == ((2 * 6 + 2 * 3 + 2 * 6) * vocab * 4 + again, 8 * vocab * 4)
+    labels_logits = 6 * 4
+    assert traffic.passes() == ((2 * 6 + 2 * 3 + 2 * 6) * vocab * 4 + again + labels_logits, 8 * vocab * 4)
     assert grad[labels != -100].any(-1).all() and not traffic.faults()
 
 

@@ -54,7 +54,7 @@ def token_cross_entropy_fwd(
     if mask.numel():
         with on_device(student):
             token_cross_entropy_kernel[(triton.cdiv(mask.numel(), BLOCK),)](
-                student, labels.contiguous(), mask.contiguous(), normalizers_1.contiguous(), result,
+                student, labels.contiguous(), mask.contiguous(), normalizers_1.contiguous().flatten(1), result,
                 mask.shape[1], mask.numel(), *row_strides(student), V=min(student.shape[-1], teacher.shape[-1]),
                 ACC=tl.float64 if result.dtype == torch.float64 else tl.float32, BLOCK=BLOCK, num_warps=4,
             )  # fmt: skip
@@ -172,7 +172,7 @@ def loss_weights_fwd(
         with on_device(mask):
             loss_weights_kernel[(triton.cdiv(size, BLOCK),)](
                 contiguous(grad_token_loss), grad_loss, contiguous(temperature), contiguous(mask), k,
-                contiguous(cross_entropy), contiguous(ce_mask), n, result, size,
+                contiguous(cross_entropy), contiguous(ce_mask), n, result.flatten(1), size,
                 0.0 if cross_entropy is None else float(ce_weight),
                 ACC=tl.float64 if dtype == torch.float64 else tl.float32, BLOCK=BLOCK, num_warps=4,
             )  # fmt: skip
