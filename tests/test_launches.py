@@ -139,7 +139,7 @@ def test_upstream_gradients_of_loss_and_of_tokens_add_up(ce_weight):
         parts = [of_loss * out.loss] * (of_loss > 0) + [(weights * out.token_loss).sum()] * (of_tokens > 0)
         sum(parts).backward()
         grads.append(student.grad)
-    assert torch.allclose(grads[0] + grads[1], grads[2], rtol=1e-5, atol=1e-7)
+    assert (grads[0] + grads[1] - grads[2]).norm() <= 1e-6 * grads[2].norm()
     student, teacher, _ = batch()
     per_token = token_divergence(student, teacher, out.temperature, mask=out.selected)
     (weights * out.temperature.square() * per_token).sum().backward()
