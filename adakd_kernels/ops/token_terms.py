@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -68,28 +70,15 @@ def token_terms(
 
 
 @register_fake(token_terms)
-def _(student: Tensor, teacher: Tensor, temperature: Tensor, mask: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+def _(student: Tensor, teacher: Tensor, temperature: Tensor, mask: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     dtype = reference.accumulation_dtype(student, teacher)
     f, g = (torch.empty(mask.shape, dtype=dtype, device=mask.device) for _ in range(2))
     return f, g
 
 
 @register_triton(token_terms)
-def _(
-    student: Tensor,
-    teacher: Tensor,
-    temperature: Tensor,
-    mask: Tensor,
-    normalizers_tau: Tensor,
-    constant: Tensor,
-    peak: Tensor,
-    divergence: str,
-    alpha: float,
-    beta: float,
-) -> tuple[Tensor, Tensor]:
+def _(*args: Any) -> tuple[Tensor, Tensor]:
     from ..kernels.token_terms import token_terms_fwd
 
-    check_two_sweeps(divergence)
-    return token_terms_fwd(
-        student, teacher, temperature, mask, normalizers_tau, constant, peak, divergence, alpha, beta
-    )
+    check_two_sweeps(args[-3])
+    return token_terms_fwd(*args)

@@ -16,9 +16,9 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM
-from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.integrations import deepspeed as transformers_deepspeed
 
+from ..checks import is_dtensor
 from .adapters import OwnBase
 from .heads import base_model, instead_of_head, is_fully_sharded, output_head
 
@@ -30,7 +30,6 @@ __all__ = [
     "can_run",
     "check_teacher_parallel",
     "fsdp_plugin",
-    "is_dtensor",
     "is_placed",
     "is_split",
     "load_teacher",
@@ -126,11 +125,6 @@ def _in_one_piece(parameter: Any, hidden: Tensor) -> Tensor:
     return whole
 
 
-def is_dtensor(value: Any) -> bool:
-    """Whether a tensor is one of `torch.distributed.tensor`."""
-    return hasattr(value, "full_tensor")
-
-
 def asks_for_fsdp(args: Any) -> bool:
     """Whether the options, or those of `accelerate launch`, ask for FSDP."""
     return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
@@ -171,6 +165,9 @@ def load_teacher(name: str | Path, teacher_parallel: str = "none", dtype: Any = 
     if teacher_parallel == "zero3":
         return load()  # where the student has ZeRO-3 too, transformers splits what it loads
     if teacher_parallel == "fsdp" and _processes() > 1:
+        # Here, so that a transformers without it runs everything else.
+        from transformers.distributed.configuration_utils import DistributedConfig
+
         try:
             return load(distributed_config=DistributedConfig(fsdp_size=_processes()))
         except ValueError as error:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Trainer, set_seed
 
 from ..adaptive import LossAdaptiveFocus
+from ..checks import is_dtensor
 from ..loss import AdaKDLoss
 from .adapters import OwnBase, base_of_adapter, check_checkpoint, is_adapted, load_student, teacher_of, with_adapter
 from .checkpoints import last_checkpoint
@@ -60,7 +61,6 @@ from .sharded import (
     can_run,
     check_teacher_parallel,
     fsdp_plugin,
-    is_dtensor,
     is_placed,
     is_split,
     load_teacher,
