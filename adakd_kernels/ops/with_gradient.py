@@ -83,4 +83,5 @@ def token_divergence_with_gradient_(
 
 @token_divergence_with_gradient_.register_fake
 def _(student: Tensor, teacher: Tensor, temperature: Tensor, mask: Tensor, *args: Any) -> Five:
-    return torch.ops.adakd.token_divergence(student, teacher, temperature, mask, *args[:3])
+    found: Five = torch.ops.adakd.token_divergence(student, teacher, temperature, mask, *args[:3])
+    return found
