@@ -198,6 +198,14 @@ def token_choice(
     return selected, temperature, items.to(dtype), count.to(dtype)
 
 
+def power_of_two(items: Tensor) -> Tensor:
+    """A power of two near `items`, by which the gradients of a mean over so many are scaled up until the backward.
+
+    In fp16 the gradient of a mean over thousands of tokens would be 0 (below 6e-8); a power of two rounds nothing.
+    """
+    return items / torch.frexp(items).mantissa
+
+
 def focus_step(
     loss: Tensor,
     focus_ratio: Tensor,

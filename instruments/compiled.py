@@ -31,10 +31,12 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from adakd_kernels.divergences import DIVERGENCES, get_divergence
+from adakd_kernels.kernels import launch as package
 from adakd_kernels.kernels.token_divergence import token_divergence_bwd, token_divergence_fwd
 from adakd_kernels.kernels.token_kl import token_kl_fwd
 from adakd_kernels.kernels.token_stats import token_stats_fwd
 from adakd_kernels.kernels.token_terms import token_terms_fwd
+from adakd_kernels.kernels.with_gradient import scale_gradient, token_divergence_with_gradient_over
 from adakd_kernels.ops.token_divergence import empty_gradient
 from adakd_kernels.reference import GradientCall
 
@@ -45,10 +47,19 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
+# Multiprocessors and bytes of the last cache, by the makers' data sheets: A100, H100 SXM (H200 has the same), B200, MI300X.
+MACHINES = {
+    "sm_80": package.Machine(108, 40 * 2**20),
+    "sm_90": package.Machine(132, 50 * 2**20),
+    "sm_100": package.Machine(148, 126 * 2**20),
+    "gfx942": package.Machine(304, 256 * 2**20),
+}
 
 # (kernel, divergence). Some are one kernel whatever the divergence; its name here is that of the sums they fold.
 KERNELS = [("stats", "hellinger"), ("kl", "jeffreys")]
 KERNELS += [(kernel, div) for kernel in ("forward", "backward", "backward_ce") for div in DIVERGENCES]
+# Divergence and gradient in one kernel, where the rows that are read at a time fit the last cache.
+AT_ONCE = [(kernel, div) for kernel in ("with_gradient", "with_gradient_ce") for div in DIVERGENCES]
 KERNELS += [("terms", name) for name, div in DIVERGENCES.items() if div.sweeps == 2]
 
 
@@ -89,6 +100,7 @@ def compiling_for(target: GPUTarget) -> Iterator[list[CompiledKernel]]:
         tempfile.TemporaryDirectory() as cache,
         mock.patch.dict(os.environ, TRITON_CACHE_DIR=os.environ.get("ADAKD_COMPILED_KERNELS", cache)),
         mock.patch.object(driver, "_active", stub),
+        mock.patch.object(package, "machine", lambda device: MACHINES[_name_of(target)]),
         mock.patch.object(JITFunction, "run", compile_only),
     ):
         try:
@@ -98,13 +110,17 @@ def compiling_for(target: GPUTarget) -> Iterator[list[CompiledKernel]]:
                 function.device_caches.pop(stub, None)
 
 
+def _name_of(target: GPUTarget) -> str:
+    return next(name for name, known in TARGETS.items() if known == target)
+
+
 def logits(vocab: int, dtype: torch.dtype, batch: int = 2, length: int = 512, pad: int = 0) -> Tensor:
     """(batch, length, vocab) without memory; with `pad`, a view whose rows are that many entries further apart."""
     return torch.empty(batch, length, vocab + pad, dtype=dtype, device="meta")[..., :vocab]
 
 
 def launch(kernel: str, divergence: str, student: Tensor, teacher: Tensor, inplace: bool = False) -> None:
-    """Call the launcher of a kernel, as the ops call it; "backward_ce" is the backward with cross-entropy."""
+    """Call the launcher of a kernel, as the ops call it; "…_ce" is one with cross-entropy."""
     tokens = student.shape[:2]
     acc = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
     number = torch.ones(tokens, dtype=acc, device=student.device)
@@ -120,6 +136,14 @@ def launch(kernel: str, divergence: str, student: Tensor, teacher: Tensor, inpla
         token_divergence_fwd(student, teacher, number, mask, divergence, alpha, beta)
     elif kernel == "terms":
         token_terms_fwd(student, teacher, number, mask, normalizers, number, place, divergence, alpha, beta)
+    elif kernel == "scale":
+        scale_gradient(student, number.unsqueeze(0), number[0, 0], None)
+    elif kernel.startswith("with_gradient"):
+        of_ce = (place, number, normalizers) if kernel == "with_gradient_ce" else (None, None, None)
+        token_divergence_with_gradient_over(
+            student, teacher, number, mask, divergence, alpha, beta, number, *of_ce,
+            student if inplace else empty_gradient(student),
+        )  # fmt: skip
     else:
         out = student if inplace else empty_gradient(student)
         with_ce = kernel == "backward_ce"

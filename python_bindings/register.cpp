@@ -28,6 +28,7 @@ using Two = std::tuple<Tensor, Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Eight = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 const adakd::Kernels& kernels() {
@@ -89,9 +90,10 @@ adakd::Divergence divergence_of(const std::string& wanted) {
 
 // Runs a kernel for every token. Threads take the next token as they finish one: tokens that are not selected take no
 // time, and where they lie is up to the data.
-template <class Call> void for_each_token(void (*kernel)(const Call&, int64_t), const Call& call, int64_t tokens) {
+template <class Call>
+void for_each_token(void (*kernel)(const Call&, int64_t), const Call& call, const adakd::Rows& rows, int64_t tokens) {
   constexpr int64_t kEntriesWorthAThread = 1 << 15;
-  const int64_t useful = 1 + tokens * call.rows.vocab / kEntriesWorthAThread;
+  const int64_t useful = 1 + tokens * rows.vocab / kEntriesWorthAThread;
   int64_t threads = torch::stable::get_num_threads();
   threads = threads < useful ? threads : useful;
   std::atomic<int64_t> next{0};
@@ -112,30 +114,48 @@ Two token_stats(const Tensor& student, const Tensor& teacher, const Tensor& mask
   const Tensor valid = torch::stable::contiguous(mask);
   const adakd::StatsCall call{rows_of(student, teacher), static_cast<const bool*>(valid.data_ptr()),
                               difficulty.data_ptr(), normalizers_of(normalizers_1)};
-  for_each_token(kernels().token_stats, call, mask.numel());
+  for_each_token(kernels().token_stats, call, call.rows, mask.numel());
   return {difficulty, normalizers_1};
 }
 
+// A call of `adakd::token_divergence` with the tensors that it points to: its results, and the numbers that it reads.
+struct Divergences {
+  ScalarType type;
+  Tensor tau, selected;
+  Tensor d, sum_g, normalizers_tau, peak, peak_grad;
+  adakd::DivergenceCall call;
+
+  Divergences(const Tensor& student, const Tensor& teacher, const Tensor& temperature, const Tensor& mask,
+              const std::string& divergence, double alpha, double beta)
+      : type(accumulation_type(student, teacher)), tau(numbers(temperature, type)),
+        selected(torch::stable::contiguous(mask)), d(fresh(student, mask, type)), sum_g(fresh(student, mask, type)),
+        normalizers_tau(new_bundle(student, mask, type)), peak(fresh(student, mask, ScalarType::Long)),
+        peak_grad(fresh(student, mask, type)),
+        call{rows_of(student, teacher),
+             divergence_of(divergence),
+             alpha,
+             beta,
+             tau.data_ptr(),
+             static_cast<const bool*>(selected.data_ptr()),
+             d.data_ptr(),
+             sum_g.data_ptr(),
+             static_cast<int64_t*>(peak.data_ptr()),
+             peak_grad.data_ptr(),
+             normalizers_of(normalizers_tau)} {}
+
+  Five results() const { return {d, sum_g, normalizers_tau, peak, peak_grad}; }
+
+ private:
+  static Tensor fresh(const Tensor& student, const Tensor& mask, ScalarType type) {
+    return torch::stable::new_empty(student, mask.sizes(), type);
+  }
+};
+
 Five token_divergence(const Tensor& student, const Tensor& teacher, const Tensor& temperature, const Tensor& mask,
                       const std::string& divergence, double alpha, double beta) {
-  const ScalarType type = accumulation_type(student, teacher);
-  const auto fresh = [&] { return torch::stable::new_empty(student, mask.sizes(), type); };
-  Tensor d = fresh(), sum_g = fresh(), normalizers_tau = new_bundle(student, mask, type);
-  Tensor peak = torch::stable::new_empty(student, mask.sizes(), ScalarType::Long), peak_grad = fresh();
-  const Tensor tau = numbers(temperature, type), selected = torch::stable::contiguous(mask);
-  const adakd::DivergenceCall call{rows_of(student, teacher),
-                                   divergence_of(divergence),
-                                   alpha,
-                                   beta,
-                                   tau.data_ptr(),
-                                   static_cast<const bool*>(selected.data_ptr()),
-                                   d.data_ptr(),
-                                   sum_g.data_ptr(),
-                                   static_cast<int64_t*>(peak.data_ptr()),
-                                   peak_grad.data_ptr(),
-                                   normalizers_of(normalizers_tau)};
-  for_each_token(kernels().token_divergence, call, mask.numel());
-  return {d, sum_g, normalizers_tau, peak, peak_grad};
+  const Divergences x(student, teacher, temperature, mask, divergence, alpha, beta);
+  for_each_token(kernels().token_divergence, x.call, x.call.rows, mask.numel());
+  return x.results();
 }
 
 Eight token_kl(const Tensor& student, const Tensor& teacher, const Tensor& temperature, const Tensor& mask) {
@@ -156,7 +176,7 @@ Eight token_kl(const Tensor& student, const Tensor& teacher, const Tensor& tempe
                            forward_grad.data_ptr(),
                            reverse_grad.data_ptr(),
                            normalizers_of(normalizers_tau)};
-  for_each_token(kernels().token_kl, call, mask.numel());
+  for_each_token(kernels().token_kl, call, call.rows, mask.numel());
   return {forward, kept, reverse, lost, normalizers_tau, peak, forward_grad, reverse_grad};
 }
 
@@ -185,7 +205,7 @@ Two token_terms(const Tensor& student, const Tensor& teacher, const Tensor& temp
                               static_cast<const int64_t*>(left_out.data_ptr()),
                               f.data_ptr(),
                               g.data_ptr()};
-  for_each_token(kernels().token_terms, call, mask.numel());
+  for_each_token(kernels().token_terms, call, call.rows, mask.numel());
   return {f, g};
 }
 
@@ -204,42 +224,83 @@ void touch_in_large_pages(const Tensor& x) {
 #endif
 }
 
-// `adakd::token_divergence_backward`, which returns the gradient, and its twin in place: the arguments are those of
-// `GradientCall` in adakd_kernels/reference.py.
+// A call of `adakd::token_divergence_backward` with the tensors that it points to. The arguments are those of
+// `GradientCall` in adakd_kernels/reference.py, and `out` takes the gradient.
+struct Gradients {
+  ScalarType type;
+  Tensor tau, w, g, of_tau, top, top_grad;
+  std::optional<Tensor> ids, ce_w, of_1;
+  adakd::GradientCall call;
+
+  Gradients(const Tensor& out, const Tensor& student, const Tensor& teacher, const Tensor& temperature,
+            const Tensor& weight, const Tensor& sum_g, const Tensor& normalizers_tau, const Tensor& peak,
+            const Tensor& peak_grad, const std::optional<Tensor>& labels, const std::optional<Tensor>& ce_weight,
+            const std::optional<Tensor>& normalizers_1, const std::string& divergence, double alpha, double beta)
+      : type(accumulation_type(student, teacher)), tau(numbers(temperature, type)), w(numbers(weight, type)),
+        g(numbers(sum_g, type)), of_tau(numbers(normalizers_tau, type)), top(numbers(peak, ScalarType::Long)),
+        top_grad(numbers(peak_grad, type)), ids(numbers(labels, ScalarType::Long)), ce_w(numbers(ce_weight, type)),
+        of_1(numbers(normalizers_1, type)) {
+    const adakd::Normalizers ce = of_1.has_value() ? normalizers_of(*of_1) : adakd::Normalizers{};
+    call = {rows_of(student, teacher),
+            divergence_of(divergence),
+            alpha,
+            beta,
+            logits_of(out),
+            student.size(2),
+            tau.data_ptr(),
+            w.data_ptr(),
+            g.data_ptr(),
+            normalizers_of(of_tau),
+            static_cast<const int64_t*>(top.data_ptr()),
+            top_grad.data_ptr(),
+            static_cast<const int64_t*>(data_of(ids)),
+            data_of(ce_w),
+            ce.max_s,
+            ce.sum_s};
+  }
+};
+
+// Where the gradient goes: over the student's logits, or to memory of its own.
+template <bool kInPlace> Tensor gradient_of(const Tensor& student) {
+  if constexpr (kInPlace) return student;
+  const Tensor out = torch::stable::new_empty(student, student.sizes());
+  touch_in_large_pages(out);
+  return out;
+}
+
 template <bool kInPlace>
 std::conditional_t<kInPlace, void, Tensor> token_divergence_backward(
     Tensor student, const Tensor& teacher, const Tensor& temperature, const Tensor& weight, const Tensor& sum_g,
     const Tensor& normalizers_tau, const Tensor& peak, const Tensor& peak_grad, const std::optional<Tensor>& labels,
     const std::optional<Tensor>& ce_weight, const std::optional<Tensor>& normalizers_1, const std::string& divergence,
     double alpha, double beta) {
-  Tensor out = kInPlace ? student : torch::stable::new_empty(student, student.sizes());
-  if constexpr (!kInPlace) touch_in_large_pages(out);
-  const ScalarType type = accumulation_type(student, teacher);
-  // The converted tensors live until the last token is done: the call holds pointers only.
-  const Tensor tau = numbers(temperature, type), w = numbers(weight, type), g = numbers(sum_g, type);
-  const Tensor of_tau = numbers(normalizers_tau, type);
-  const Tensor top = numbers(peak, ScalarType::Long), top_grad = numbers(peak_grad, type);
-  const auto ids = numbers(labels, ScalarType::Long), ce_w = numbers(ce_weight, type);
-  const auto of_1 = numbers(normalizers_1, type);
-  const adakd::Normalizers ce = of_1.has_value() ? normalizers_of(*of_1) : adakd::Normalizers{};
-  const adakd::GradientCall call{rows_of(student, teacher),
-                                 divergence_of(divergence),
-                                 alpha,
-                                 beta,
-                                 logits_of(out),
-                                 student.size(2),
-                                 tau.data_ptr(),
-                                 w.data_ptr(),
-                                 g.data_ptr(),
-                                 normalizers_of(of_tau),
-                                 static_cast<const int64_t*>(top.data_ptr()),
-                                 top_grad.data_ptr(),
-                                 static_cast<const int64_t*>(data_of(ids)),
-                                 data_of(ce_w),
-                                 ce.max_s,
-                                 ce.sum_s};
-  for_each_token(kernels().token_divergence_backward, call, weight.numel());
+  const Tensor out = gradient_of<kInPlace>(student);
+  const Gradients x(out, student, teacher, temperature, weight, sum_g, normalizers_tau, peak, peak_grad, labels,
+                    ce_weight, normalizers_1, divergence, alpha, beta);
+  for_each_token(kernels().token_divergence_backward, x.call, x.call.rows, weight.numel());
   if constexpr (!kInPlace) return out;
+}
+
+// `adakd::token_divergence_with_gradient`, which returns the gradient last, and its twin in place. The results of a
+// token's divergence are those of the two operators, because the same two functions compute them, one after the other
+// while the row is in the cache.
+template <bool kInPlace>
+std::conditional_t<kInPlace, Five, Six> token_divergence_with_gradient(
+    Tensor student, const Tensor& teacher, const Tensor& temperature, const Tensor& mask,
+    const std::string& divergence, double alpha, double beta, const Tensor& weight,
+    const std::optional<Tensor>& labels, const std::optional<Tensor>& ce_weight,
+    const std::optional<Tensor>& normalizers_1) {
+  const Tensor out = gradient_of<kInPlace>(student);
+  const Divergences x(student, teacher, temperature, mask, divergence, alpha, beta);
+  const Gradients y(out, student, teacher, temperature, weight, x.sum_g, x.normalizers_tau, x.peak, x.peak_grad,
+                    labels, ce_weight, normalizers_1, divergence, alpha, beta);
+  const adakd::WithGradientCall call{x.call, y.call};
+  for_each_token(kernels().token_divergence_with_gradient, call, x.call.rows, mask.numel());
+  if constexpr (kInPlace) {
+    return x.results();
+  } else {
+    return std::tuple_cat(x.results(), std::make_tuple(out));
+  }
 }
 
 // The value of a 0-d tensor of any real type.
@@ -336,6 +397,8 @@ STABLE_TORCH_LIBRARY_IMPL(adakd, CPU, library) {
   library.impl("token_terms", TORCH_BOX(&token_terms));
   library.impl("token_divergence_backward", TORCH_BOX(&token_divergence_backward<false>));
   library.impl("token_divergence_backward_", TORCH_BOX(&token_divergence_backward<true>));
+  library.impl("token_divergence_with_gradient", TORCH_BOX(&token_divergence_with_gradient<false>));
+  library.impl("token_divergence_with_gradient_", TORCH_BOX(&token_divergence_with_gradient<true>));
 }
 
 // For adakd_kernels/ops/native.py and the tests, through ctypes.

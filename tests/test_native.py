@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from adakd_kernels import adakd_loss, ops, reference, token_difficulty, token_divergence
 from adakd_kernels import divergences as registry
 from adakd_kernels.ops import native
+from adakd_kernels.ops.with_gradient import token_divergence_with_gradient, token_divergence_with_gradient_
 
 from .cases import DIVERGENCES, DTYPES, ONE_OF_EACH, assert_close_as_eager, gradient, logits, name_of, temperatures
 
@@ -112,6 +113,65 @@ def test_where_a_row_lies_in_memory_does_not_change_a_bit(divergence, dtype):
         ops.token_divergence_backward_(inside, teacher, tau, one, *saved, None, None, None, *args)
         assert torch.equal(inside, expected)
         assert (room[..., :offset] == 7.0).all() and (room[..., offset + 4500 :] == 7.0).all()
+
+
+def bits(x):
+    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def rows_of_every_kind(student_type, teacher_type, skew):
+    """(3, 4, 4500) and (3, 4, 4511) logits that take every way through the kernels; rows begin `skew` entries apart."""
+    student = logits(3, 4, 4500 + skew, dtype=student_type, seed=70)[..., skew:]
+    teacher = logits(3, 4, 4511, dtype=teacher_type, seed=71)
+    student[0, 1, ::9], teacher[0, 2, 5:700] = -INF, -INF  # guards
+    student[0, 3, 4300] += 40.0  # a late peak
+    student[1, 0, 17] = torch.finfo(student_type).max  # leaves the range of fp32, or comes near that of fp16
+    teacher[1, 1] = -INF  # a row without mass
+    student[1, 2, 3] = math.nan
+    teacher[2, 0, :4500] = student[2, 0].to(teacher_type)  # the same row twice
+    return student, teacher
+
+
+@pytest.mark.parametrize(
+    "types",
+    [(dtype, dtype) for dtype in DTYPES] + [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)],
+    ids=str,
+)
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=name_of)
+def test_divergence_and_gradient_in_one_go_have_the_bits_of_the_two_operators(divergence, types):
+    args = (divergence.name, *divergence.parameters)
+    for skew, with_ce in ((0, False), (3, True)):
+        student, teacher = rows_of_every_kind(*types, skew)
+        tau, weight = temperatures(3, 4, seed=72), logits(3, 4, seed=73)
+        mask = torch.ones(3, 4, dtype=torch.bool)
+        mask[2, 1:] = False
+        weight[2, 1], weight[2, 2], weight[2, 3], weight[0, 0] = 0.0, 0.0, math.nan, math.nan
+        ce = (None, None, None)
+        if with_ce:
+            of_ce = torch.full((3, 4), 0.25)
+            of_ce[2, 1] = 0.0
+            labels = torch.randint(4500, (3, 4), generator=torch.Generator().manual_seed(74))
+            ce = (labels, of_ce, ops.token_stats(student, teacher, mask | (of_ce != 0))[1])
+        found = ops.token_divergence(student, teacher, tau, mask, *args)
+        grad = ops.token_divergence_backward(student, teacher, tau, weight, *found[1:], *ce, *args)
+        expected = [bits(x) for x in (*found, grad)]
+
+        *sums, beside = token_divergence_with_gradient(student, teacher, tau, mask, *args, weight, *ce)
+        assert all(torch.equal(bits(x), y) for x, y in zip((*sums, beside), expected, strict=True))
+        over = torch.empty(3, 4, 4500 + skew, dtype=student.dtype)[..., skew:].copy_(student)
+        sums = token_divergence_with_gradient_(over, teacher, tau, mask, *args, weight, *ce)
+        assert all(torch.equal(bits(x), y) for x, y in zip((*sums, over), expected, strict=True))
+
+
+def test_divergence_and_gradient_in_one_go_is_one_kernel():
+    """By the operators' default body it would be two, each of which reads all rows."""
+    z, one = logits(1, 2, 9), torch.ones(1, 2)
+    args = (z, z.flip(2), one, one.bool(), "reverse_kl", 0.0, 0.0, one, None, None, None)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        token_divergence_with_gradient(*args)
+        token_divergence_with_gradient_(*args)
+    called = {event.key for event in profile.key_averages() if event.key.startswith("adakd::")}
+    assert called == {"adakd::token_divergence_with_gradient", "adakd::token_divergence_with_gradient_"}
 
 
 @pytest.mark.parametrize("place", [0, 1, 700, 4096, 4499])

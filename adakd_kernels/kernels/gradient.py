@@ -110,6 +110,34 @@ def write_row(
         write_grad(Grad, rows, start, token, VS, False, DIVERGENCE, ALPHA, BETA, WITH_CE)
 
 
+@triton.jit
+def load_cross_entropy(
+    Label,
+    CeWeight,
+    Normalizers1,
+    n,
+    skew,
+    V: tl.constexpr,
+    WITH_CE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """(offset of the label from the row's aligned start or −1, weight, m_1, c_1) of token n, see `Token`."""
+    label = -1
+    ce_weight = tl.full((), 0.0, ACC)
+    m_1 = ce_weight
+    c_1 = ce_weight
+    if WITH_CE:
+        label = tl.load(Label + n)
+        label = tl.where((label >= 0) & (label < V), label + skew, -1).to(tl.int32)
+        ce_weight = tl.load(CeWeight + n)
+        of_1 = load_normalizers(Normalizers1, n)
+        # A token without a weight of the cross-entropy may have no normaliser: relative to the largest number in its
+        # place, no logit has a mass.
+        m_1 = tl.where(ce_weight != 0.0, of_1.m_s, -lowest(ACC))
+        c_1 = tl.where(ce_weight != 0.0, tl.log2(of_1.l_s), -lowest(ACC))
+    return label, ce_weight, m_1, c_1
+
+
 @triton.jit(
     do_not_specialize=["L", "stride_sb", "stride_sl", "stride_tb", "stride_tl", "stride_gb", "stride_gl", "lead"]
 )
@@ -154,19 +182,7 @@ def token_divergence_bwd_kernel(
     T, _ = row_start(T, n, L, stride_tb, stride_tl, unit_t, lead, SKEWED)
     Grad, _ = row_start(Grad, n, L, stride_gb, stride_gl, unit_g, lead, SKEWED)
     weight = tl.load(Weight + n)
-    label = -1
-    ce_weight = tl.full((), 0.0, ACC)
-    m_1 = ce_weight
-    c_1 = ce_weight
-    if WITH_CE:
-        label = tl.load(Label + n)
-        label = tl.where((label >= 0) & (label < V), label + skew, -1).to(tl.int32)
-        ce_weight = tl.load(CeWeight + n)
-        of_1 = load_normalizers(Normalizers1, n)
-        # A token without a weight of the cross-entropy may have no normaliser: relative to the largest number in its
-        # place, no logit has a mass.
-        m_1 = tl.where(ce_weight != 0.0, of_1.m_s, -lowest(ACC))
-        c_1 = tl.where(ce_weight != 0.0, tl.log2(of_1.l_s), -lowest(ACC))
+    label, ce_weight, m_1, c_1 = load_cross_entropy(Label, CeWeight, Normalizers1, n, skew, V, WITH_CE, ACC)
     if (weight == 0.0) & (ce_weight == 0.0):
         store_zeros(Grad, skew, VS, SKEWED, LANES, VEC, WIDTH)
         return

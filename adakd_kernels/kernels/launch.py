@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,11 +20,15 @@ from ..divergences import DIVERGENCES
 from ..reference import accumulation_dtype
 
 # Kernels whose steps have one tile: none of them moves a maximum, which is what a lane pays for a step.
-ONE_TILE = ("backward", "terms")
+ONE_TILE = ("backward", "terms", "scale")
 # A row that does not start at a multiple of this many entries is skewed: 16 bytes in 16 bits, the widest load.
 ALIGNED_ENTRIES = 8
 # Below this a row has few whole steps or none, which alone gain from starting at an aligned entry.
 _SHORT_ROW = 8192
+# Of the last cache, what the rows that are read at a time may take: the rest is for the gradient that is being written.
+_SHARE_OF_CACHE = 0.75
+# Bytes of a cache behind the L2, which the driver does not tell: AMD's Infinity Cache.
+_LAST_CACHE = {"gfx942": 256 * 2**20, "gfx950": 256 * 2**20}
 # Family of the target -> tiles a step and warps by default, and the launches that take others, with the reason.
 # Written by `python -m benchmarks.launch_table`, which says how they are chosen.
 LAUNCH_TABLE: dict[str, Any] = json.loads(Path(__file__).with_name("launch_table.json").read_text())
@@ -38,6 +43,7 @@ def divergence_class(divergence: str) -> str:
 
 def tiles_and_warps(family: str, kernel: str, divergences: str, itemsize: int) -> tuple[int, int]:
     """By the launch table, for a class of divergences and the itemsize of the wider logits."""
+    kernel = "forward" if kernel == "with_gradient" else kernel  # whose sweeps it has
     launch = {"kernel": kernel, "divergences": divergences, "itemsize": itemsize}
     table = LAUNCH_TABLE[family]
     row = next((x for x in table["exceptions"] if launch.items() <= x.items()), table["default"])
@@ -50,20 +56,34 @@ def sweeps(divergence: str) -> int:
     return DIVERGENCES[divergence].sweeps
 
 
+def _target() -> tuple[str, int]:
+    """(family, lanes of a warp) of the GPU; the interpreter stands in for one of NVIDIA."""
+    if knobs.runtime.interpret:
+        return "cuda", 32
+    target = driver.active.get_current_target()
+    return target.backend, target.warp_size
+
+
 def launch_config(
-    kernel: str, divergence: str, vocab: int, student: Tensor, teacher: Tensor, *written: Tensor
+    kernel: str,
+    divergence: str,
+    vocab: int,
+    student: Tensor,
+    teacher: Tensor,
+    *written: Tensor,
+    most_warps: int | None = None,
 ) -> dict[str, Any]:
     """TILES (of a forward), LANES, VEC, WIDTH, SKEWED, lead, num_warps, and for NVIDIA a bound of the registers.
 
-    A vocabulary below half a step takes fewer warps.
+    A vocabulary below half a step takes fewer warps than `most_warps`, or than the launch table has.
     """
-    family, warp_size = "cuda", 32
-    if not knobs.runtime.interpret:
-        target = driver.active.get_current_target()
-        family, warp_size = target.backend, target.warp_size
+    family, warp_size = _target()
     itemsize = max(student.element_size(), teacher.element_size())
     tiles, warps = tiles_and_warps(family, kernel, divergence_class(divergence), itemsize)
+    warps = most_warps or warps
     vec = 16 // itemsize
+    if most_warps and vocab < 4 * tiles * warps * warp_size * vec:
+        tiles = 1  # a loop of few rounds would be unrolled, and take more registers
     while warps > 1 and tiles * warps * warp_size * vec >= 2 * vocab:
         warps //= 2
     # For AMD, the compiler forgets that a pointer moved back by the lead is aligned.
@@ -82,11 +102,60 @@ def launch_config(
     if family == "cuda" and itemsize == 2 and vocab >= _SHORT_ROW:
         # What comes once a row, and the edges of skewed rows, would take more registers than the sweeps do, only to
         # overlap itself; 64 leave room for half of an SM's warps.
-        if kernel == "forward" or (kernel in ONE_TILE and is_skewed):
+        if kernel in ("forward", "with_gradient") or (kernel in ONE_TILE and is_skewed):
             config["maxnreg"] = 64
     if itemsize == 8 and family == "cuda":
         config["maxnreg"] = 128  # by itself, the compiler spills rather than take more than 64
     return config if kernel in ONE_TILE else {"TILES": tiles, **config}
+
+
+class Machine(NamedTuple):
+    """What decides how many rows a GPU reads at a time, and how many of them its last cache holds."""
+
+    processors: int
+    cache: int  # bytes
+
+
+@functools.cache
+def machine(device: torch.device) -> Machine:
+    """Of a CUDA or ROCm device."""
+    properties = torch.cuda.get_device_properties(device)
+    family = getattr(properties, "gcnArchName", "").split(":")[0]
+    return Machine(properties.multi_processor_count, _LAST_CACHE.get(family, properties.L2_cache_size))
+
+
+def warps_that_fit(of: Machine, family: str, row_bytes: int, fewest: int) -> int | None:
+    """Warps of a program such that the rows that all programs have begun fit the cache; None if no number does.
+
+    `row_bytes` are those of one row of all logits that are read. Registers leave room for so many warps on a
+    multiprocessor: on NVIDIA 42, since the kernels have more than 40 for each of 32 lanes and there are 65,536, given
+    by 8; on AMD 28, since they have more than 64 of 512 on each of four units (`tests/test_compile.py`).
+    """
+    resident = 42 if family == "cuda" else 28
+    for warps in (fewest, 2 * fewest, 4 * fewest):
+        if of.processors * (resident // warps) * row_bytes <= _SHARE_OF_CACHE * of.cache:
+            return warps
+    return None
+
+
+def with_gradient_config(
+    divergence: str, vocab: int, student: Tensor, teacher: Tensor, out: Tensor
+) -> dict[str, Any] | None:
+    """`launch_config` of the kernel of divergence and gradient; None where two kernels move fewer bytes.
+
+    The kernel looks at a row two or three times. Where the rows that are read at a time do not fit the last cache,
+    every look comes from memory, as with two kernels, which leave more programs resident.
+    """
+    tensors = (student, teacher, out)
+    if knobs.runtime.interpret:
+        return launch_config("with_gradient", divergence, vocab, *tensors)
+    if student.element_size() == 8 or teacher.element_size() == 8:
+        return None  # what fp64 takes of registers leaves room for few warps
+    family, _ = _target()
+    row_bytes = vocab * (student.element_size() + teacher.element_size())
+    fewest = int(LAUNCH_TABLE[family]["default"]["warps"])
+    warps = warps_that_fit(machine(student.device), family, row_bytes, fewest)
+    return warps and launch_config("with_gradient", divergence, vocab, *tensors, most_warps=warps)
 
 
 def acc_type(student: Tensor, teacher: Tensor) -> tuple[torch.dtype, tl.dtype]:

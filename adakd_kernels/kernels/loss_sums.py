@@ -114,7 +114,7 @@ def loss_sums_fwd(
 @triton.jit(do_not_specialize=["N"])
 def loss_weights_kernel(
     GradTokenLoss,  # (N,), or None
-    GradLoss,  # 0-d, or None
+    GradLoss,  # 0-d, or None; without either, the gradient of the loss is 1
     Tau,  # (N,) temperatures
     Mask,  # (N,) bool
     K,  # 0-d
@@ -132,8 +132,8 @@ def loss_weights_kernel(
     weight = tl.zeros((BLOCK,), ACC)
     of_loss = tl.full((), 0.0, ACC)
     a = tl.full((), ce_weight, tl.float64).to(ACC)
-    if GradLoss is not None:
-        of_loss = tl.load(GradLoss).to(ACC)
+    if (GradLoss is not None) | (GradTokenLoss is None):
+        of_loss = tl.full((), 1.0, ACC) if GradLoss is None else tl.load(GradLoss).to(ACC)
         weight += of_loss * (1.0 - a) / tl.load(K).to(ACC)
     if GradTokenLoss is not None:
         weight += tl.load(GradTokenLoss + n, mask=inside, other=0.0).to(ACC)

@@ -32,7 +32,7 @@ def sweep_rows(
     ALPHA: tl.constexpr,
     BETA: tl.constexpr,
 ):
-    """The `TokenResult` of token n; its normalisers are stored."""
+    """(`Normalizers`, `TokenResult`) of token n; the normalisers are stored."""
     if DIVERGENCE == "hellinger":
         normalizers, found = sweep_hellinger(rows, exponent_rounding(tl.load(Tau)))
         store_normalizers(NormalizersTau, n, normalizers)
@@ -44,7 +44,7 @@ def sweep_rows(
         # Stored between the sweeps, so that the second one need not hold all of them.
         store_normalizers(NormalizersTau, n, normalizers)
         found = sweep_terms(rows, Tau, normalizers, first, DIVERGENCE, ALPHA, BETA)
-    return found
+    return normalizers, found
 
 
 @triton.jit(do_not_specialize=["L", "stride_sb", "stride_sl", "stride_tb", "stride_tl", "lead"])
@@ -87,7 +87,7 @@ def token_divergence_fwd_kernel(
     S, skew = row_start(S, n, L, stride_sb, stride_sl, unit_s, lead, SKEWED)
     T, _ = row_start(T, n, L, stride_tb, stride_tl, unit_t, lead, SKEWED)
     scale = exponent_scale(tl.load(Tau + n))
-    found = sweep_rows(
+    _, found = sweep_rows(
         Rows(S, T, skew, scale, V, SKEWED, TILES, LANES, VEC, WIDTH),
         Tau + n, NormalizersTau, n, DIVERGENCE, ALPHA, BETA,
     )  # fmt: skip

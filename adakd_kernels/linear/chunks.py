@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import ops, reference
-from ..adaptive import descending
+from ..adaptive import descending, power_of_two
 from ..divergences import Divergence, ReverseKL
 from ..functional import TokenChoice, choose_tokens, token_statistics
 from ..vocab_parallel import VocabParallel
@@ -447,11 +447,3 @@ def token_entropy(logits: Tensor, mask: Tensor) -> Tensor:
     divergence: Tensor
     divergence, *_ = ops.token_divergence(logits, uniform, ones, mask, ReverseKL.name, *ReverseKL().parameters)
     return (math.log(vocab) - divergence) * mask
-
-
-def power_of_two(items: Tensor) -> Tensor:
-    """A power of two near `items`, by which the gradients are scaled up until the backward.
-
-    In fp16 the gradient of a mean over thousands of tokens would be 0 (below 6e-8); a power of two rounds nothing.
-    """
-    return items / torch.frexp(items).mantissa

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..adaptive import power_of_two
 from ..checks import check_head_options, check_temperature, is_dtensor
 from ..divergences import Divergence, get_divergence
 from ..functional import divergence_temperature, token_mask
 from ..ops.token_divergence import OnceDifferentiable
-from .chunks import Chunks, Objective, Tokens, power_of_two
+from .chunks import Chunks, Objective, Tokens
 from .function import check_heads, masked_positions, scaled
 from .heads import HeadInput, StudentHead, TeacherHead, make_heads
 

@@ -8,11 +8,12 @@ from .token_divergence import (
     token_divergence,
     token_divergence_backward,
     token_divergence_backward_,
-    token_losses,
 )
 from .token_kl import token_kl
+from .token_losses import token_losses
 from .token_stats import token_stats
 from .token_terms import token_terms
+from .with_gradient import scale_gradient_, token_divergence_with_gradient, token_divergence_with_gradient_
 
 load_native()
 
@@ -25,12 +26,15 @@ __all__ = [
     "loss_weights",
     "merge_statistics",
     "row_statistics",
+    "scale_gradient_",
     "shard_divergence",
     "shard_statistics",
     "token_cross_entropy",
     "token_divergence",
     "token_divergence_backward",
     "token_divergence_backward_",
+    "token_divergence_with_gradient",
+    "token_divergence_with_gradient_",
     "token_kl",
     "token_losses",
     "token_stats",

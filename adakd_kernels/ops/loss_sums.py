@@ -96,7 +96,8 @@ def loss_weights(
     """The backward of `loss_sums`: gradients in D and in the cross-entropy, as `GradientCall` takes them.
 
     Args:
-        grad_token_loss, grad_loss: (B, L) and 0-d upstream gradients; None is 0.
+        grad_token_loss, grad_loss: (B, L) and 0-d upstream gradients; None is 0, but None for both is a gradient of 1
+            of the loss.
         temperature, k, cross_entropy, n, ce_weight: as in `loss_sums`.
         mask, ce_mask: (B, L) bool, the tokens of the divergence and of the cross-entropy; the others have weight 0.
 
@@ -104,13 +105,14 @@ def loss_weights(
         (1, B, L) weights of D, or with a cross-entropy (2, B, L) of both, in the type of the temperature. Where the
         cross-entropy is NaN and has a weight, `loud_weights` has changed them.
     """
+    of_loss = temperature.new_ones(()) if grad_token_loss is None and grad_loss is None else grad_loss
     weight = torch.zeros_like(temperature) if grad_token_loss is None else grad_token_loss
-    if grad_loss is not None:
-        weight = weight + grad_loss * (1.0 if cross_entropy is None else 1.0 - ce_weight) / k.to(temperature)
+    if of_loss is not None:
+        weight = weight + of_loss * (1.0 if cross_entropy is None else 1.0 - ce_weight) / k.to(temperature)
     weight = (weight * temperature.square()).where(mask, 0.0)
     if cross_entropy is None or ce_mask is None or n is None:
         return weight.unsqueeze(0)
-    of_ce = torch.zeros_like(weight) if grad_loss is None else grad_loss * ce_weight / n.to(weight) * ce_mask
+    of_ce = torch.zeros_like(weight) if of_loss is None else of_loss * ce_weight / n.to(weight) * ce_mask
     return torch.stack(loud_weights(weight, of_ce.where(ce_mask, 0.0), cross_entropy))
 
 

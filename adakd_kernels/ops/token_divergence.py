@@ -1,4 +1,4 @@
-"""`adakd::token_divergence`, its backward (out of place and in place), and the autograd function over them.
+"""`adakd::token_divergence` and its backward, out of place and in place.
 
 Between forward and backward only per-token numbers live, next to the logits themselves: temperature, Σg, the
 normalisers, and the gradient of the student's most likely entry. Probabilities are rebuilt.
@@ -6,17 +6,15 @@ normalisers, and the gradient of the student's most likely entry. Probabilities 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..divergences import Divergence, with_parameters
+from ..divergences import with_parameters
 from ..reference import GradientCall
 from .backends import operator, register_fake, register_triton
-from .loss_sums import loss_sums, loss_weights, token_cross_entropy
 from .token_stats import masked_normalizers
 
 Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -139,131 +137,6 @@ def _(student: Tensor, *args: Any) -> None:
     from ..kernels.token_divergence import token_divergence_bwd
 
     token_divergence_bwd(GradientCall(student, *args), student)
-
-
-def token_losses(
-    student: Tensor,
-    teacher: Tensor,
-    temperature: Tensor,
-    mask: Tensor,
-    divergence: Divergence,
-    *,
-    labels: Tensor | None = None,
-    ce_mask: Tensor | None = None,
-    normalizers_1: Tensor | None = None,
-    cross_entropy: Tensor | None = None,
-    sums: Callable[..., Sums] | None = None,
-    inplace: bool = False,
-    n: Tensor | None = None,
-    k: Tensor | None = None,
-    ce_weight: float = 0.0,
-) -> tuple[Tensor, ...]:
-    """Divergence or loss of every token, differentiable in the student's logits.
-
-    Args:
-        student, teacher, temperature, mask: as in `token_divergence`.
-        divergence: which, with its parameters.
-        labels, ce_mask, normalizers_1: (B, L) label, (B, L) tokens of the cross-entropy, (4, B, L) result of
-            `token_stats`; all or none.
-        cross_entropy: (B, L), where it is known already.
-        sums: what gives D and the other results of `token_divergence`, from student, teacher, temperature, mask and
-            divergence; by default the operator. The backward takes them as they are.
-        inplace: the backward writes the gradient over the student's logits.
-        n, k, ce_weight: as in `loss_sums`; without k there is no loss, and no cross-entropy either.
-
-    Returns:
-        ((B, L) divergence, 0 where `mask` is false), or with k the results of `loss_sums`, of which the last is a
-        constant.
-    """
-    result: tuple[Tensor, ...] = TokenLosses.apply(  # type: ignore[no-untyped-call]
-        student, teacher, temperature, mask, labels, ce_mask, normalizers_1, cross_entropy, n, k, ce_weight,
-        divergence, sums, inplace,
-    )  # fmt: skip
-    return result
-
-
-class TokenLosses(torch.autograd.Function):
-    """The autograd function of `token_losses`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        temperature: Tensor,
-        mask: Tensor,
-        labels: Tensor | None,
-        ce_mask: Tensor | None,
-        normalizers_1: Tensor | None,
-        cross_entropy: Tensor | None,
-        n: Tensor | None,
-        k: Tensor | None,
-        ce_weight: float,
-        divergence: Divergence,
-        sums: Callable[..., Sums] | None,
-        inplace: bool,
-    ) -> tuple[Tensor, ...]:
-        name, (alpha, beta) = divergence.name, divergence.parameters
-        if sums is None:
-            d, *saved = token_divergence(student, teacher, temperature, mask, name, alpha, beta)
-        else:
-            d, *saved = sums(student, teacher, temperature, mask, divergence)
-        if cross_entropy is None and labels is not None and ce_mask is not None and normalizers_1 is not None:
-            cross_entropy = token_cross_entropy(student, teacher, labels, ce_mask, normalizers_1)
-        results: tuple[Tensor, ...] = (d,)
-        if k is not None:
-            results = loss_sums(d, temperature, k, cross_entropy, n, ce_weight)
-            ctx.mark_non_differentiable(results[2])
-        tensors = (
-            student, teacher, temperature, mask, *saved, labels, normalizers_1, ce_mask, cross_entropy, n, k
-        )  # fmt: skip
-        # What inference mode made cannot be saved, and has no version that would tell of a change: it is kept as it is.
-        ctx.kept = {}
-        if not torch.compiler.is_compiling():
-            ctx.kept = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
-        ctx.save_for_backward(*(None if i in ctx.kept else x for i, x in enumerate(tensors)))
-        ctx.set_materialize_grads(False)
-        ctx.op_args = (name, alpha, beta)
-        ctx.ce_weight, ctx.inplace = ce_weight, inplace
-        ctx.overwritten = False
-        return results
-
-    @staticmethod
-    def backward(
-        ctx: Any, of_token: Tensor | None, grad_loss: Tensor | None = None, *_: Any
-    ) -> tuple[Tensor | None, ...]:
-        if not ctx.needs_input_grad[0] or (of_token is None and grad_loss is None):
-            return (None,) * 14
-        if ctx.overwritten:
-            raise RuntimeError(
-                "the first backward wrote the gradient over the student's logits (inplace=True), so there is no second "
-                "one; call the loss with inplace=False to use retain_graph=True"
-            )
-        tensors = [ctx.kept.get(i, x) for i, x in enumerate(ctx.saved_tensors)]
-        student, teacher, temperature, mask, *saved, labels, normalizers_1, ce_mask, cross_entropy, n, k = tensors
-        ce_weight = None
-        if k is None:
-            assert of_token is not None
-            weight = of_token.where(mask, 0.0)
-        else:
-            weight, *of_ce = loss_weights(
-                of_token, grad_loss, temperature, mask, k, cross_entropy, ce_mask, n, ctx.ce_weight
-            ).unbind()
-            ce_weight = of_ce[0] if of_ce else None
-        args = (teacher, temperature, weight, *saved, labels, ce_weight, normalizers_1, *ctx.op_args)
-        with torch.no_grad():
-            ctx.overwritten = ctx.inplace
-            if not teacher.shape[-1]:  # a shard without a common entry
-                grad = student.zero_() if ctx.inplace else torch.zeros_like(student)
-            elif ctx.inplace:
-                token_divergence_backward_(student, *args)
-                grad = student
-            else:
-                grad = token_divergence_backward(student, *args)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            upstream = [x for x in (of_token, grad_loss) if x is not None]
-            grad = OnceDifferentiable.apply(grad, student, *upstream)  # type: ignore[no-untyped-call]
-        return (grad,) + (None,) * 13
 
 
 class OnceDifferentiable(torch.autograd.Function):

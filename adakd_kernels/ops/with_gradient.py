@@ -1,7 +1,8 @@
 """Divergence and gradient of every token in one go: the gradient's weights are known before its rows are read.
 
 `adakd::token_divergence_with_gradient` gives what `token_divergence` and then `token_divergence_backward` give, and its
-kernels look at a row for the second time while the row is in the cache.
+kernels look at a row for the second time while the row is in the cache. The gradient is that of an upstream gradient
+which is a guess; `adakd::scale_gradient_` makes it that of the true one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import operator, register_fake
+from .backends import operator, register_fake, register_triton
 from .token_divergence import (
     empty_gradient,
     token_divergence,
@@ -59,6 +60,14 @@ def _(student: Tensor, teacher: Tensor, temperature: Tensor, mask: Tensor, *args
     return *torch.ops.adakd.token_divergence(student, teacher, temperature, mask, *args[:3]), empty_gradient(student)
 
 
+@register_triton(token_divergence_with_gradient)
+def _(student: Tensor, *args: Any) -> Six:
+    from ..kernels.with_gradient import token_divergence_with_gradient_over
+
+    grad = empty_gradient(student)
+    return *token_divergence_with_gradient_over(student, *args, grad), grad
+
+
 @torch.library.custom_op("adakd::token_divergence_with_gradient_", mutates_args={"student"})
 def token_divergence_with_gradient_(
     student: Tensor,
@@ -85,3 +94,42 @@ def token_divergence_with_gradient_(
 def _(student: Tensor, teacher: Tensor, temperature: Tensor, mask: Tensor, *args: Any) -> Five:
     found: Five = torch.ops.adakd.token_divergence(student, teacher, temperature, mask, *args[:3])
     return found
+
+
+@register_triton(token_divergence_with_gradient_)
+def _(student: Tensor, *args: Any) -> Five:
+    from ..kernels.with_gradient import token_divergence_with_gradient_over
+
+    return token_divergence_with_gradient_over(student, *args, student)
+
+
+@operator("scale_gradient_", "(Tensor(a!) gradient, Tensor weights, Tensor grad_loss, Tensor? scaled_by) -> ()")
+def scale_gradient_(gradient: Tensor, weights: Tensor, grad_loss: Tensor, scaled_by: Tensor | None) -> None:
+    """Multiply the rows of a gradient in place by grad_loss, over what they were scaled by; nothing at a factor of 1.
+
+    Args:
+        gradient: (B, L, V), of the common vocabulary.
+        weights: (1, B, L) or (2, B, L), the result of `loss_weights` that the gradient was made with: rows without a
+            weight are zeros, which they stay below an upstream gradient that is infinite or NaN.
+        grad_loss, scaled_by: 0-d upstream gradient, and the factor that is in the gradient already, or None for 1.
+    """
+    factor = grad_loss if scaled_by is None else grad_loss / scaled_by
+    of_row = torch.where((weights != 0).any(0), factor, 1.0).unsqueeze(-1)
+    if gradient.device.type != "cpu":
+        gradient.mul_(of_row)
+    elif not factor.isfinite():
+        gradient.mul_(of_row.to(gradient.dtype))
+    elif factor != 1.0:
+        gradient.mul_(factor.item())  # a factor for each row would be multiplied in a copy of the accumulation type
+
+
+@register_fake(scale_gradient_)
+def _(*args: Any) -> None:
+    return None
+
+
+@register_triton(scale_gradient_)
+def _(*args: Any) -> None:
+    from ..kernels.with_gradient import scale_gradient
+
+    scale_gradient(*args)

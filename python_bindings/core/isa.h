@@ -37,6 +37,11 @@ void backward(const GradientCall& call, int64_t n) {
                        : token_divergence_backward_row<Floats>(call, n);
 }
 
+void with_gradient(const WithGradientCall& call, int64_t n) {
+  divergence(call.divergence, n);
+  backward(call.gradient, n);
+}
+
 bool takes_two_sweeps(Divergence name) {
   bool two = false;
   with_divergence(name, [&](auto tag) { two = decltype(tag)::template Of<Floats>::kTwoSweeps; });
@@ -65,8 +70,8 @@ void map_log2(const float* x, float* y, int64_t n) { map([](Floats v) { return l
 #define ADAKD_NAME_OF(isa) #isa
 #define ADAKD_NAME(isa) ADAKD_NAME_OF(isa)
 extern const Kernels table;
-const Kernels table{ADAKD_NAME(ADAKD_ISA), stats,    divergence, kl,      terms, backward,
-                    takes_two_sweeps,      map_exp2, map_log2};
+const Kernels table{ADAKD_NAME(ADAKD_ISA), stats,         divergence,       kl,       terms,
+                    backward,              with_gradient, takes_two_sweeps, map_exp2, map_log2};
 
 }  // namespace ADAKD_ISA
 }  // namespace adakd

@@ -87,6 +87,12 @@ struct GradientCall {
   const void *ce_weight, *ce_max, *ce_sum;
 };
 
+// Divergence and gradient of a token in one go. The gradient takes the results that `divergence` puts in its arrays.
+struct WithGradientCall {
+  DivergenceCall divergence;
+  GradientCall gradient;
+};
+
 struct Kernels {
   const char* isa;
   void (*token_stats)(const StatsCall&, int64_t n);
@@ -94,6 +100,7 @@ struct Kernels {
   void (*token_kl)(const KlCall&, int64_t n);
   void (*token_terms)(const TermsCall&, int64_t n);
   void (*token_divergence_backward)(const GradientCall&, int64_t n);
+  void (*token_divergence_with_gradient)(const WithGradientCall&, int64_t n);
   bool (*takes_two_sweeps)(Divergence);  // whether token_terms has the divergence
   void (*exp2)(const float* x, float* y, int64_t n);
   void (*log2)(const float* x, float* y, int64_t n);

@@ -104,7 +104,8 @@ template <class S> void weights(const WeightsCall& call) {
   const S* const of_token = static_cast<const S*>(call.grad_token_loss);
   const S* const tau = static_cast<const S*>(call.temperature);
   const S* const ce = static_cast<const S*>(call.cross_entropy);
-  const S of_loss = call.grad_loss == nullptr ? S(0) : *static_cast<const S*>(call.grad_loss);
+  const S without = of_token == nullptr ? S(1) : S(0);
+  const S of_loss = call.grad_loss == nullptr ? without : *static_cast<const S*>(call.grad_loss);
   const S a = ce == nullptr ? S(0) : static_cast<S>(call.ce_weight);
   const S of_d = of_loss * (1 - a) / static_cast<S>(call.k), of_ce = of_loss * a / static_cast<S>(call.n);
   for (int64_t i = 0; i < call.tokens; ++i) {

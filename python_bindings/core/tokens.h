@@ -53,7 +53,7 @@ void loss_sums(const SumsCall& call);
 struct WeightsCall {
   bool in_double;
   int64_t tokens;
-  const void *grad_token_loss, *grad_loss;  // null: 0
+  const void *grad_token_loss, *grad_loss;  // null: 0; both null: 1 of the loss
   const void* temperature;
   const bool* mask;
   const void* cross_entropy;  // null: none, as the next

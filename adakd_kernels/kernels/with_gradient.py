@@ -1,0 +1,230 @@
+"""`token_divergence` and its gradient in one kernel: equations (1), (7) and (10) of a row while it is in the cache.
+
+Reads 2U (two sweeps: 4U) of the selected rows and 2U of those with a weight; only the first look at a row comes from
+memory, where the rows that are read at a time fit the last cache (`launch.with_gradient_config`). Writes 1U, in place
+if asked, and eight numbers a token. U is one pass over an N x V tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import GradientCall
+from .gradient import Token, load_cross_entropy, write_row
+from .launch import acc_type, launch_config, on_device, row_strides, with_gradient_config
+from .peak import store_peak
+from .rows import (
+    Normalizers,
+    Rows,
+    edge_entries,
+    edge_start,
+    exponent_scale,
+    first_of_lanes,
+    inside,
+    row_start,
+    store_normalizers,
+    store_zeros,
+    tile_offsets,
+    whole_steps,
+)
+from .token_divergence import sweep_rows, token_divergence_bwd, token_divergence_fwd
+
+
+@triton.jit(
+    do_not_specialize=["L", "stride_sb", "stride_sl", "stride_tb", "stride_tl", "stride_gb", "stride_gl", "lead"]
+)
+def token_divergence_with_gradient_kernel(
+    S,  # (B, L, Vs) logits
+    T,  # (B, L, Vt)
+    Grad,  # (B, L, Vs) result, may be S
+    Tau,  # (B·L,) temperature, in ACC
+    Mask,  # (B·L,) bool
+    Weight,  # (B·L,) gradient of the loss in D, in ACC
+    Label,  # (B·L,), or None as the next two
+    CeWeight,  # (B·L,) gradient of the loss in the cross-entropy, in ACC
+    Normalizers1,  # (4, B·L) at temperature 1, in ACC
+    D,  # (B·L,) result, in ACC
+    SumG,  # (B·L,) result Σg, in ACC
+    NormalizersTau,  # (4, B·L) result, in ACC
+    Peak,  # (B·L,) result, int64: place of the student's peak or −1
+    PeakGrad,  # (B·L,) result τ·∂D/∂zˢ there, in ACC
+    L,
+    stride_sb,  # distances of two batches and of two tokens, in units
+    stride_sl,
+    unit_s,  # entries
+    stride_tb,
+    stride_tl,
+    unit_t,
+    stride_gb,
+    stride_gl,
+    unit_g,
+    lead,  # of all three tensors, see `row_start`
+    V: tl.constexpr,  # entries of the common vocabulary
+    VS: tl.constexpr,  # entries of the student's
+    SKEWED: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
+    WITH_CE: tl.constexpr,
+    ACC: tl.constexpr,
+    TILES: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    n = tl.program_id(0)
+    S, skew = row_start(S, n, L, stride_sb, stride_sl, unit_s, lead, SKEWED)
+    T, _ = row_start(T, n, L, stride_tb, stride_tl, unit_t, lead, SKEWED)
+    Grad, _ = row_start(Grad, n, L, stride_gb, stride_gl, unit_g, lead, SKEWED)
+    selected = tl.load(Mask + n) != 0
+    weight = tl.load(Weight + n)
+    label, ce_weight, m_1, c_1 = load_cross_entropy(Label, CeWeight, Normalizers1, n, skew, V, WITH_CE, ACC)
+    tau = tl.load(Tau + n)
+    scale = exponent_scale(tau)
+    d = tl.full((), 0.0, ACC)
+    sum_g = d
+    m_s = d
+    c_s = d
+    m_t = d
+    c_t = d
+    peak = tl.full((), -1, tl.int32)
+    peak_grad = d
+    if selected:
+        normalizers, found = sweep_rows(
+            Rows(S, T, skew, scale, V, SKEWED, TILES, LANES, VEC, WIDTH),
+            Tau + n, NormalizersTau, n, DIVERGENCE, ALPHA, BETA,
+        )  # fmt: skip
+        d = found.d  # 0 for an empty row, which has no finite entry
+        sum_g = found.sum_g
+        m_s = normalizers.m_s
+        c_s = tl.log2(normalizers.l_s)
+        m_t = normalizers.m_t
+        c_t = tl.log2(normalizers.l_t)
+        finite = found.t_peak != -float("inf")
+        peak = tl.where(finite, found.peak, -1)
+        peak_grad = tl.where(finite, found.peak_grad, 0.0)
+    else:
+        store_normalizers(NormalizersTau, n, Normalizers(0.0, 1.0, 0.0, 1.0))
+    tl.store(D + n, d)
+    tl.store(SumG + n, sum_g)
+    store_peak(Peak, PeakGrad, n, peak, skew, peak >= 0, peak_grad)
+    if (weight == 0.0) & (ce_weight == 0.0):
+        store_zeros(Grad, skew, VS, SKEWED, LANES, VEC, WIDTH)
+        return
+    # In place: whatever a thread read of other threads' entries above has a part in sums over all threads, which none
+    # of them passes before the last has read; below, a thread reads its own entries alone.
+    weight = weight / tau
+    first = first_of_lanes(LANES, WIDTH)
+    token = Token(
+        weight, sum_g, m_s, c_s, m_t, c_t, peak - first, weight * peak_grad, label - first, ce_weight, m_1, c_1
+    )
+    write_row(
+        Grad, Rows(S, T, skew, scale, V, SKEWED, 1, LANES, VEC, WIDTH), token,
+        VS, DIVERGENCE, ALPHA, BETA, WITH_CE,
+    )  # fmt: skip
+
+
+def token_divergence_with_gradient_over(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: Tensor,
+    mask: Tensor,
+    divergence: str,
+    alpha: float,
+    beta: float,
+    weight: Tensor,
+    labels: Tensor | None,
+    ce_weight: Tensor | None,
+    normalizers_1: Tensor | None,
+    out: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The results of `token_divergence_fwd`; the gradient goes to `out`, which may be the student."""
+    vocab = min(student.shape[-1], teacher.shape[-1])
+    config = with_gradient_config(divergence, vocab, student, teacher, out)
+    if config is None:
+        found = token_divergence_fwd(student, teacher, temperature, mask, divergence, alpha, beta)
+        token_divergence_bwd(
+            GradientCall(
+                student, teacher, temperature, weight, *found[1:], labels, ce_weight, normalizers_1,
+                divergence, alpha, beta,
+            ),
+            out,
+        )  # fmt: skip
+        return found
+    dtype, acc = acc_type(student, teacher)
+    size = mask.numel()
+    d, sum_g, peak_grad = (torch.empty(mask.shape, dtype=dtype, device=mask.device) for _ in range(3))
+    normalizers_tau = torch.empty(4, *mask.shape, dtype=dtype, device=mask.device)
+    peak = torch.empty(mask.shape, dtype=torch.int64, device=mask.device)
+    if size:
+        with on_device(student):
+            token_divergence_with_gradient_kernel[(size,)](
+                student, teacher, out, temperature.to(dtype).contiguous(), mask.contiguous(),
+                weight.to(dtype).contiguous(), None if labels is None else labels.contiguous(),
+                None if ce_weight is None else ce_weight.to(dtype).contiguous(),
+                None if normalizers_1 is None else normalizers_1.contiguous().flatten(1),
+                d, sum_g, normalizers_tau.flatten(1), peak, peak_grad,
+                mask.shape[1], *row_strides(student), *row_strides(teacher), *row_strides(out),
+                V=vocab, VS=student.shape[-1], DIVERGENCE=divergence, ALPHA=alpha, BETA=beta,
+                WITH_CE=labels is not None, ACC=acc, **config,
+            )  # fmt: skip
+    return d, sum_g, normalizers_tau, peak, peak_grad
+
+
+@triton.jit(do_not_specialize=["L", "N", "stride_gb", "stride_gl", "lead"])
+def scale_gradient_kernel(
+    Grad,  # (B, L, V)
+    Weights,  # (W, B·L)
+    GradLoss,  # 0-d
+    ScaledBy,  # 0-d, or None
+    L,
+    N,
+    stride_gb,  # distances of two batches and of two tokens, in units
+    stride_gl,
+    unit_g,  # entries
+    lead,  # see `row_start`
+    V: tl.constexpr,
+    W: tl.constexpr,
+    SKEWED: tl.constexpr,
+    ACC: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    n = tl.program_id(0)
+    factor = tl.load(GradLoss).to(ACC)
+    if ScaledBy is not None:
+        factor = factor / tl.load(ScaledBy).to(ACC)
+    weighted = tl.load(Weights + n) != 0.0
+    if W == 2:
+        weighted |= tl.load(Weights + N + n) != 0.0
+    # A row without a weight is zeros, whatever the factor.
+    if (factor == 1.0) | (weighted == 0):
+        return
+    Grad, skew = row_start(Grad, n, L, stride_gb, stride_gl, unit_g, lead, SKEWED)
+    STEP: tl.constexpr = LANES * VEC
+    for i in range(0, edge_entries(V, V, STEP, SKEWED), STEP):
+        offs_v = tile_offsets(edge_start(i, V, STEP, SKEWED), LANES, VEC, WIDTH)
+        mask = inside(offs_v, skew, V, SKEWED)
+        grad = tl.load(Grad + offs_v, mask=mask, other=0.0).to(ACC)
+        tl.store(Grad + offs_v, (grad * factor).to(Grad.dtype.element_ty), mask=mask)
+    for start in range(whole_steps(V, STEP, SKEWED)[0], whole_steps(V, STEP, SKEWED)[1], STEP):
+        offs_v = tile_offsets(start, LANES, VEC, WIDTH)
+        grad = tl.load(Grad + offs_v).to(ACC)
+        tl.store(Grad + offs_v, (grad * factor).to(Grad.dtype.element_ty))
+
+
+def scale_gradient(gradient: Tensor, weights: Tensor, grad_loss: Tensor, scaled_by: Tensor | None) -> None:
+    """(B, L, V), (1 or 2, B, L), 0-d, 0-d or None; the gradient is multiplied in place."""
+    _, acc = acc_type(gradient, gradient)
+    vocab, size = gradient.shape[-1], weights[0].numel()
+    if size:
+        with on_device(gradient):
+            scale_gradient_kernel[(size,)](
+                gradient, weights.contiguous().flatten(1), grad_loss, scaled_by, gradient.shape[1], size,
+                *row_strides(gradient), V=vocab, W=len(weights), ACC=acc,
+                **launch_config("scale", "reverse_kl", vocab, gradient, gradient),
+            )  # fmt: skip
