@@ -19,7 +19,7 @@ unexport TRITON_INTERPRET
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .PHONY: help setup demo format lint types test test-all test-fast test-native test-interpret test-compile test-gpu \
-  test-faults sanitize fuzz bench bench-gpu kernels-table clean
+  test-faults test-versions sanitize fuzz bench bench-gpu kernels-table clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -69,6 +69,9 @@ test-all: test ## every tier in full: every type on every GPU, every test with e
 
 test-faults: setup ## plant faults in a copy, one at a time, and say which ones `make test` would miss; takes hours
 	$(BIN)/python -m instruments.planted_faults --jobs $(JOBS)
+
+test-versions: setup ## other versions of torch and Triton, each with a part of the tests; downloads 4 GB once
+	$(BIN)/python -m instruments.versions --jobs $(JOBS)
 
 test-fast: setup ## plain torch on the CPU
 	ADAKD_NATIVE=0 OMP_NUM_THREADS=1 $(PYTEST) $(WORKERS) -m fast

@@ -1,6 +1,6 @@
 """Builds the C++ kernels for the CPU where that is possible; pyproject.toml holds everything that is data.
 
-They need a C++17 compiler (GCC or clang) and an importable torch of at least 2.13, so `pip install` takes
+They need a C++17 compiler (GCC or clang) and an importable torch of at least 2.10, so `pip install` takes
 --no-build-isolation. Without either the package installs all the same, and one line says so. ADAKD_NATIVE=0 leaves them
 out; ADAKD_NATIVE=1 makes what stands in the way an error. ADAKD_INSTRUCTION_SETS="portable avx2"
 builds these instruction sets only (portable is always built), and CXXFLAGS come after all other flags.
@@ -19,7 +19,9 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("python_bindings")
 WANTED = os.environ.get("ADAKD_NATIVE", "")
-STABLE_ABI = 0x020D000000000000  # torch 2.13: older ones lack what register.cpp calls
+# torch 2.10: older ones lack parallel_for and strings.
+OLDEST_TORCH = (2, 10)
+STABLE_ABI = OLDEST_TORCH[0] << 56 | OLDEST_TORCH[1] << 48
 
 # A switch over an enum without a default has to name every enumerator: a kernel that nobody chooses writes nothing.
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror=switch", "-Werror=return-type"]
@@ -52,8 +54,8 @@ def obstacle() -> str | None:
         import torch
     except ImportError:
         return "torch cannot be imported here: install it first, then this package with --no-build-isolation"
-    if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 13):
-        return f"they need torch 2.13, and this is {torch.__version__}"
+    if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < OLDEST_TORCH:
+        return f"they need torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer, and this is {torch.__version__}"
     return None
 
 

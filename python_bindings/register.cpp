@@ -1,5 +1,5 @@
 // Registers the core as the CPU kernels of the `adakd::` operators, through torch's stable ABI: one binary serves torch
-// 2.13 and later. Schemas, shapes and meanings stand in adakd_kernels/ops; here tensors become pointers, and tokens are
+// 2.10 and later. Schemas, shapes and meanings stand in adakd_kernels/ops; here tensors become pointers, and tokens are
 // spread over torch's threads.
 
 #include <torch/csrc/stable/library.h>

@@ -279,6 +279,18 @@ def test_small_kernels_compile_clean_and_for_every_batch(target, acc):
     assert {id(kernel) for kernel in launched} == once
 
 
+def test_every_launch_fuses_multiply_adds_whatever_the_default(monkeypatch):
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    x = logits(1003, BF16)
+    with compiling_for(TARGETS["sm_90"]) as launched:
+        launch_small_kernels(2050, FP32)
+        for kernel in ("stats", "kl", "forward", "terms", "backward"):
+            launch(kernel, "jensen_shannon", x, x)
+        assert all(kernel.metadata.enable_fp_fusion for kernel in launched) and len(launched) == 13
+        add_atomically[(1,)](torch.empty(32, device="meta"))
+    assert not launched[-1].metadata.enable_fp_fusion
+
+
 # The checks above mean something only if the helper sees what they look for.
 
 

@@ -310,6 +310,20 @@ def test_the_environment_decides():
     assert missing.returncode == 1 and "there is no no/such/library.so: the C++ kernels are not built" in missing.stderr
 
 
+def test_a_library_that_cannot_be_loaded_is_left_out_unless_it_was_asked_for(tmp_path, monkeypatch):
+    """As one is whose torch is too old."""
+    monkeypatch.setattr(native, "BUILT", tmp_path / "_native.so")
+    native.BUILT.write_bytes(b"no library")
+    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    monkeypatch.delenv("ADAKD_NATIVE")
+    in_use, why = native.load.__wrapped__()
+    assert not in_use
+    assert why.startswith(f"the C++ kernels cannot be loaded with torch {torch.__version__} ({native.BUILT}: ")
+    monkeypatch.setenv("ADAKD_NATIVE", "1")
+    with pytest.raises(ImportError, match=r"ADAKD_NATIVE=1, but the C\+\+ kernels cannot be loaded"):
+        native.load.__wrapped__()
+
+
 @pytest.mark.parametrize("wanted", ["", "1"], ids=["optional", "forced"])
 def test_without_a_compiler_the_package_still_builds_and_says_so(tmp_path, wanted):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):

@@ -21,6 +21,8 @@ from ..reference import accumulation_dtype
 
 # Kernels whose steps have one tile: none of them moves a maximum, which is what a lane pays for a step.
 ONE_TILE = ("backward", "terms", "scale")
+# The formulas are written for multiply-adds, and newer versions of Triton do not fuse by themselves.
+FUSED = {"enable_fp_fusion": True}
 # A row that does not start at a multiple of this many entries is skewed: 16 bytes in 16 bits, the widest load.
 ALIGNED_ENTRIES = 8
 # Below this a row has few whole steps or none, which alone gain from starting at an aligned entry.
@@ -73,7 +75,7 @@ def launch_config(
     *written: Tensor,
     most_warps: int | None = None,
 ) -> dict[str, Any]:
-    """TILES (of a forward), LANES, VEC, WIDTH, SKEWED, lead, num_warps, and for NVIDIA a bound of the registers.
+    """TILES (of a forward), LANES, VEC, WIDTH, SKEWED, lead, num_warps, FUSED, and for NVIDIA a bound of the registers.
 
     A vocabulary below half a step takes fewer warps than `most_warps`, or than the launch table has.
     """
@@ -98,6 +100,7 @@ def launch_config(
         "SKEWED": is_skewed,
         "lead": (lead(student) or None) if is_skewed else None,
         "num_warps": warps,
+        **FUSED,
     }
     if family == "cuda" and itemsize == 2 and vocab >= _SHORT_ROW:
         # What comes once a row, and the edges of skewed rows, would take more registers than the sweeps do, only to

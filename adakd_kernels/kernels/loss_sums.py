@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..adaptive import exact_dtype
-from .launch import on_device, row_strides
+from .launch import FUSED, on_device, row_strides
 
 BLOCK = 1024
 
@@ -56,7 +56,7 @@ def token_cross_entropy_fwd(
             token_cross_entropy_kernel[(triton.cdiv(mask.numel(), BLOCK),)](
                 student, labels.contiguous(), mask.contiguous(), normalizers_1.contiguous().flatten(1), result,
                 mask.shape[1], mask.numel(), *row_strides(student), V=min(student.shape[-1], teacher.shape[-1]),
-                ACC=tl.float64 if result.dtype == torch.float64 else tl.float32, BLOCK=BLOCK, num_warps=4,
+                ACC=tl.float64 if result.dtype == torch.float64 else tl.float32, BLOCK=BLOCK, num_warps=4, **FUSED,
             )  # fmt: skip
     return result
 
@@ -106,7 +106,7 @@ def loss_sums_fwd(
         loss_sums_kernel[(1,)](
             d.contiguous(), temperature.to(d.dtype).contiguous(),
             None if cross_entropy is None else cross_entropy.contiguous(), k, n, token_loss, loss, distillation,
-            d.numel(), float(ce_weight), BLOCK=BLOCK, num_warps=8,
+            d.numel(), float(ce_weight), BLOCK=BLOCK, num_warps=8, **FUSED,
         )  # fmt: skip
     return token_loss, loss, distillation
 
@@ -174,6 +174,6 @@ def loss_weights_fwd(
                 contiguous(grad_token_loss), grad_loss, contiguous(temperature), contiguous(mask), k,
                 contiguous(cross_entropy), contiguous(ce_mask), n, result.flatten(1), size,
                 0.0 if cross_entropy is None else float(ce_weight),
-                ACC=tl.float64 if dtype == torch.float64 else tl.float32, BLOCK=BLOCK, num_warps=4,
+                ACC=tl.float64 if dtype == torch.float64 else tl.float32, BLOCK=BLOCK, num_warps=4, **FUSED,
             )  # fmt: skip
     return result

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..adaptive import clamped, exact_dtype, loss_temperature
-from .launch import on_device
+from .launch import FUSED, on_device
 
 MOST_ENTRIES = 4096
 
@@ -169,7 +169,7 @@ def choose_tokens_fwd(
             float(loss_temperature(base_temperature, dtype)),
             ITEMS_GIVEN=num_items is not None, LOWEST=math.sqrt(limits.tiny), HIGHEST=math.sqrt(limits.max),
             LARGE=0.25 * limits.max, BLOCK=block, BITS=bits, ACC=tl.float64 if bits == 64 else tl.float32,
-            num_warps=max(1, block // 256),
+            num_warps=max(1, block // 256), **FUSED,
         )  # fmt: skip
     return selected, temperature, items, count
 
@@ -219,4 +219,4 @@ def focus_step_over(
     """A step of the state, with `warmup_steps`, beta, epsilon, delta and `min_ratio`."""
     assert loss_ema.dtype == exact_dtype(loss.device)
     with on_device(loss):
-        focus_step_kernel[(1,)](loss, focus_ratio, loss_ema, loss_reference, steps, *options, num_warps=1)
+        focus_step_kernel[(1,)](loss, focus_ratio, loss_ema, loss_reference, steps, *options, num_warps=1, **FUSED)

@@ -22,19 +22,29 @@ def load() -> tuple[bool, str]:
     """(whether the C++ kernels are in use, the instruction set or why they are not).
 
     Raises:
-        ImportError: ADAKD_NATIVE asks for them and there are none, or ADAKD_ISA names an instruction set that the
-            processor lacks.
+        ImportError: ADAKD_NATIVE asks for them, and they are missing or cannot be loaded, or ADAKD_ISA names an
+            instruction set that the processor lacks.
     """
     wanted = os.environ.get("ADAKD_NATIVE", "")
     if wanted == "0":
         return False, "ADAKD_NATIVE=0 leaves the C++ kernels out"
     if not path().exists():
         why = (
-            "the C++ kernels are not built: install the package with a C++ compiler and torch at hand, by "
-            "pip install --no-build-isolation"
+            "the C++ kernels are not built: install the package with a C++ compiler and torch 2.10 or newer at hand, "
+            "by pip install --no-build-isolation"
         )
         if wanted:
             raise ImportError(f"ADAKD_NATIVE={wanted}, but there is no {path()}: {why}")
+        return False, why
+    try:
+        library()
+    except OSError as error:  # such as the name of a function that an older torch lacks
+        why = (
+            f"the C++ kernels cannot be loaded with torch {torch.__version__} ({error}); with torch 2.10 or newer, "
+            "build them anew"
+        )
+        if wanted:
+            raise ImportError(f"ADAKD_NATIVE={wanted}, but {why}") from error
         return False, why
     if not library().adakd_isa():
         raise ImportError(
