@@ -23,6 +23,7 @@ from .rows import (
     load_tile,
     log2_mass,
     lowest,
+    part_of_row,
     row_start,
     store_zeros,
     tile_offsets,
@@ -53,7 +54,7 @@ def write_grad(
     rows,
     start,
     token,
-    VS: tl.constexpr,  # entries of the student's vocabulary
+    VS,  # entries of the student's vocabulary, of a part those that it writes
     EDGE: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -95,7 +96,7 @@ def write_row(
     Grad,  # as in `write_grad`
     rows,
     token,
-    VS: tl.constexpr,
+    VS,
     DIVERGENCE: tl.constexpr,
     ALPHA: tl.constexpr,
     BETA: tl.constexpr,
@@ -116,19 +117,19 @@ def load_cross_entropy(
     CeWeight,
     Normalizers1,
     n,
-    skew,
+    first,
     V: tl.constexpr,
     WITH_CE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """(offset of the label from the row's aligned start or −1, weight, m_1, c_1) of token n, see `Token`."""
+    """(place of the label or −1, weight, m_1, c_1) of token n, see `Token`; `first` is that of the row's first entry."""
     label = -1
     ce_weight = tl.full((), 0.0, ACC)
     m_1 = ce_weight
     c_1 = ce_weight
     if WITH_CE:
         label = tl.load(Label + n)
-        label = tl.where((label >= 0) & (label < V), label + skew, -1).to(tl.int32)
+        label = tl.where((label >= 0) & (label < V), label + first, -1).to(tl.int32)
         ce_weight = tl.load(CeWeight + n)
         of_1 = load_normalizers(Normalizers1, n)
         # A token without a weight of the cross-entropy may have no normaliser: relative to the largest number in its
@@ -165,6 +166,7 @@ def token_divergence_bwd_kernel(
     stride_gl,
     unit_g,
     lead,  # of all three tensors, see `row_start`
+    PART,  # entries of a part, see `part_of_row`, or None
     V: tl.constexpr,  # entries of the common vocabulary
     VS: tl.constexpr,  # entries of the student's
     SKEWED: tl.constexpr,
@@ -177,28 +179,45 @@ def token_divergence_bwd_kernel(
     VEC: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    n = tl.program_id(0)
+    n, part = tl.program_id(0), tl.program_id(1)
     S, skew = row_start(S, n, L, stride_sb, stride_sl, unit_s, lead, SKEWED)
     T, _ = row_start(T, n, L, stride_tb, stride_tl, unit_t, lead, SKEWED)
     Grad, _ = row_start(Grad, n, L, stride_gb, stride_gl, unit_g, lead, SKEWED)
+    entries = V
+    written = VS
+    first = skew  # place of the row's first entry from where the part begins
+    if PART is not None:
+        parts = tl.num_programs(1)
+        start, own_skew, entries = part_of_row(part, PART, parts, skew, V, SKEWED)
+        written = tl.where(part == parts - 1, skew + VS - start - own_skew, entries)
+        first = skew - start
+        skew = own_skew
+        S += start
+        T += start
+        Grad += start
     weight = tl.load(Weight + n)
-    label, ce_weight, m_1, c_1 = load_cross_entropy(Label, CeWeight, Normalizers1, n, skew, V, WITH_CE, ACC)
+    label, ce_weight, m_1, c_1 = load_cross_entropy(Label, CeWeight, Normalizers1, n, first, V, WITH_CE, ACC)
     if (weight == 0.0) & (ce_weight == 0.0):
-        store_zeros(Grad, skew, VS, SKEWED, LANES, VEC, WIDTH)
+        store_zeros(
+            Grad, skew, VS if PART is None else written, SKEWED if PART is None or not SKEWED else part == 0,
+            LANES, VEC, WIDTH,
+        )  # fmt: skip
         return
     tau = tl.load(Tau + n)
     scale = exponent_scale(tau)
     weight = weight / tau
     peak = tl.load(Peak + n)
-    peak = tl.where(peak >= 0, peak + skew, -1).to(tl.int32)
+    peak = tl.where(peak >= 0, peak + first, -1).to(tl.int32)
     of_tau = load_normalizers(NormalizersTau, n)
     # Relative to a lane's first entry of a tile, so that a lane compares places with constants.
-    first = first_of_lanes(LANES, WIDTH)
+    of_lane = first_of_lanes(LANES, WIDTH)
     token = Token(
         weight, tl.load(SumG + n), of_tau.m_s, tl.log2(of_tau.l_s), of_tau.m_t, tl.log2(of_tau.l_t),
-        peak - first, weight * tl.load(PeakGrad + n), label - first, ce_weight, m_1, c_1,
+        peak - of_lane, weight * tl.load(PeakGrad + n), label - of_lane, ce_weight, m_1, c_1,
     )  # fmt: skip
     write_row(
-        Grad, Rows(S, T, skew, scale, V, SKEWED, 1, LANES, VEC, WIDTH), token,
-        VS, DIVERGENCE, ALPHA, BETA, WITH_CE,
+        Grad,
+        Rows(S, T, skew, scale, V if PART is None else entries, SKEWED if PART is None or not SKEWED else part == 0, 1,
+             LANES, VEC, WIDTH),
+        token, VS if PART is None else written, DIVERGENCE, ALPHA, BETA, WITH_CE,
     )  # fmt: skip

@@ -31,6 +31,14 @@ _SHORT_ROW = 8192
 _SHARE_OF_CACHE = 0.75
 # Bytes of a cache behind the L2, which the driver does not tell: AMD's Infinity Cache.
 _LAST_CACHE = {"gfx942": 256 * 2**20, "gfx950": 256 * 2**20}
+# Programs that a multiprocessor takes at once: half of its warps.
+RESIDENT = 4
+# Entries of a part of a row, below which what a program pays once outweighs its sweep.
+_LEAST_PART = 8192
+# Entries from which on a row is split however many there are, into parts of half as many.
+_LONG_ROW = 262_144
+# Parts of a row at most; one program merges them at once. A power of two.
+MOST_PARTS = 32
 # Family of the target -> tiles a step and warps by default, and the launches that take others, with the reason.
 # Written by `python -m benchmarks.launch_table`, which says how they are chosen.
 LAUNCH_TABLE: dict[str, Any] = json.loads(Path(__file__).with_name("launch_table.json").read_text())
@@ -121,7 +129,9 @@ class Machine(NamedTuple):
 
 @functools.cache
 def machine(device: torch.device) -> Machine:
-    """Of a CUDA or ROCm device."""
+    """Of a device; nothing of what is no GPU, which no launch has to fill."""
+    if device.type != "cuda":
+        return Machine(0, 0)
     properties = torch.cuda.get_device_properties(device)
     family = getattr(properties, "gcnArchName", "").split(":")[0]
     return Machine(properties.multi_processor_count, _LAST_CACHE.get(family, properties.L2_cache_size))
@@ -144,12 +154,15 @@ def warps_that_fit(of: Machine, family: str, row_bytes: int, fewest: int) -> int
 def with_gradient_config(
     divergence: str, vocab: int, student: Tensor, teacher: Tensor, out: Tensor
 ) -> dict[str, Any] | None:
-    """`launch_config` of the kernel of divergence and gradient; None where two kernels move fewer bytes.
+    """`launch_config` of the kernel of divergence and gradient; None where two kernels take less time.
 
     The kernel looks at a row two or three times. Where the rows that are read at a time do not fit the last cache,
-    every look comes from memory, as with two kernels, which leave more programs resident.
+    every look comes from memory, as with two kernels, which leave more programs resident. Two kernels also split a row
+    over programs, where there are few: all of them then fit the cache.
     """
     tensors = (student, teacher, out)
+    if wanted_parts(math.prod(student.shape[:2]), vocab, student.device) > 1:
+        return None
     if knobs.runtime.interpret:
         return launch_config("with_gradient", divergence, vocab, *tensors)
     if student.element_size() == 8 or teacher.element_size() == 8:
@@ -159,6 +172,22 @@ def with_gradient_config(
     fewest = int(LAUNCH_TABLE[family]["default"]["warps"])
     warps = warps_that_fit(machine(student.device), family, row_bytes, fewest)
     return warps and launch_config("with_gradient", divergence, vocab, *tensors, most_warps=warps)
+
+
+def wanted_parts(tokens: int, vocab: int, device: torch.device) -> int:
+    """Into how many parts a row is split, so that the programs of all rows fill the GPU, and no row takes too long."""
+    to_fill = RESIDENT * machine(device).processors // max(1, tokens)
+    for_length = 2 * vocab // _LONG_ROW if vocab >= _LONG_ROW else 1
+    return max(1, min(max(to_fill, for_length), vocab // _LEAST_PART, MOST_PARTS))
+
+
+def row_parts(config: dict[str, Any], tokens: int, vocab: int, device: torch.device) -> tuple[int, int | None]:
+    """(number of parts of a row, entries of one: whole steps of a launch of this `config`); (1, None) of whole rows."""
+    step = config.get("TILES", 1) * config["LANES"] * config["VEC"]
+    steps = -(-(vocab + (ALIGNED_ENTRIES - 1 if config["SKEWED"] else 0)) // step)
+    of_part = -(-steps // wanted_parts(tokens, vocab, device))
+    parts = -(-steps // of_part)
+    return parts, of_part * step if parts > 1 else None
 
 
 def acc_type(student: Tensor, teacher: Tensor) -> tuple[torch.dtype, tl.dtype]:

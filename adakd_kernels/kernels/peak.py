@@ -66,17 +66,17 @@ def find_peak(rows, m_s, lane):
 
     Where the row has no finite entry, the offset is one that no entry has and the logit −inf.
     """
-    NOWHERE: tl.constexpr = rows.V + ALIGNED
-    place = tl.full((rows.LANES,), NOWHERE, tl.int32)
+    nowhere = rows.V + ALIGNED
+    place = tl.zeros((rows.LANES,), tl.int32) + nowhere
     start = lane * rows.WIDTH
     while start < rows.V + rows.skew:
         first, s = load_lane(rows.S, start, rows)
         # (LANES,) the first entry of a run that is the maximum, WIDTH where none is.
         in_tile = tl.min(tl.where(s == m_s, tl.arange(0, rows.WIDTH)[None, :], rows.WIDTH), 1)
-        place = tl.minimum(place, tl.where(in_tile < rows.WIDTH, first + in_tile, NOWHERE))
+        place = tl.minimum(place, tl.where(in_tile < rows.WIDTH, first + in_tile, nowhere))
         start += rows.LANES * rows.LANES * rows.WIDTH
     peak = tl.min(place, 0)
-    t_peak = tl.load(rows.T + peak, mask=peak < NOWHERE, other=-float("inf"))
+    t_peak = tl.load(rows.T + peak, mask=peak < nowhere, other=-float("inf"))
     return peak, t_peak.to(rows.scale.dtype)
 
 

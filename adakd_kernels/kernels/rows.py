@@ -40,8 +40,8 @@ class Rows(NamedTuple):
     T: tl.tensor  # the same of the teacher
     skew: tl.tensor  # entries from there to the first, in both rows
     scale: tl.tensor  # `exponent_scale` of the token's temperature; its type is the accumulation type
-    V: tl.constexpr  # entries of the common vocabulary
-    SKEWED: tl.constexpr  # whether the skew may differ from 0
+    V: tl.constexpr  # entries of the common vocabulary; where the rows are a part of longer ones, a number
+    SKEWED: tl.constexpr  # whether the skew may differ from 0; likewise
     TILES: tl.constexpr  # tiles a step
     LANES: tl.constexpr  # of a tile
     VEC: tl.constexpr  # entries of a lane in a tile
@@ -128,26 +128,67 @@ def row_start(Logits, n, L, stride_b, stride_l, unit, lead, SKEWED: tl.constexpr
 
 
 @triton.constexpr_function
-def whole_steps(V, STEP, SKEWED):
-    """(first, end) of the steps that lie inside the row whatever its skew, relative to its aligned start."""
+def constant_steps(V, STEP, SKEWED):
+    """`whole_steps` of a whole row."""
     first = STEP if SKEWED else 0
     return first, max(first, V // STEP * STEP)
 
 
 @triton.constexpr_function
-def edge_entries(V, REACH, STEP, SKEWED):
-    """Entries of the steps beside the whole ones, to the end of a row of REACH >= V: STEP times their number."""
-    first, end = whole_steps(V, STEP, SKEWED)
+def constant_edges(V, REACH, STEP, SKEWED):
+    """`edge_entries` of a whole row."""
+    first, end = constant_steps(V, STEP, SKEWED)
     last = REACH + (ALIGNED_ENTRIES - 1 if SKEWED else 0)
     return first + max(0, -(-(last - end) // STEP)) * STEP
 
 
 @triton.jit
-def edge_start(i, V: tl.constexpr, STEP: tl.constexpr, SKEWED: tl.constexpr):
+def whole_steps(V, STEP: tl.constexpr, SKEWED):
+    """(first, end) of the steps that lie inside the row whatever its skew, relative to its aligned start.
+
+    A part of a row that is skewed ends at a whole step (see `part_of_row`).
+    """
+    if isinstance(V, tl.tensor):
+        first = tl.where(SKEWED, STEP, 0)
+        end = (V + tl.where(SKEWED, ALIGNED - 1, 0)) // STEP * STEP
+    else:
+        first = constant_steps(V, STEP, SKEWED)[0]
+        end = constant_steps(V, STEP, SKEWED)[1]
+    return first, end
+
+
+@triton.jit
+def edge_entries(V, REACH, STEP: tl.constexpr, SKEWED):
+    """Entries of the steps beside the whole ones, to the end of a row of REACH >= V: STEP times their number."""
+    if isinstance(V, tl.tensor):
+        first, end = whole_steps(V, STEP, SKEWED)
+        return first + tl.maximum(REACH - end + STEP - 1, 0) // STEP * STEP
+    else:
+        return constant_edges(V, REACH, STEP, SKEWED)
+
+
+@triton.jit
+def edge_start(i, V, STEP: tl.constexpr, SKEWED):
     """Where the step begins that takes the edge entries from i on: at the aligned start, or after the whole steps."""
-    FIRST: tl.constexpr = whole_steps(V, STEP, SKEWED)[0]
-    END: tl.constexpr = whole_steps(V, STEP, SKEWED)[1]
-    return i + tl.where(i >= FIRST, END - FIRST, 0)
+    first, end = whole_steps(V, STEP, SKEWED)
+    return i + tl.where(i >= first, end - first, 0)
+
+
+@triton.jit
+def part_of_row(part, PART, parts, skew, V: tl.constexpr, SKEWED: tl.constexpr):
+    """(offset from the row's aligned start, skew, entries) of a part, which has PART entries from the aligned start on.
+
+    The first part of a skewed row lacks what lies before the row, and the last one has what is left of it: nothing, if
+    the skew is small and the vocabulary just reaches into it.
+    """
+    start = part * PART
+    if SKEWED:
+        own_skew = tl.where(part == 0, skew, 0)
+        entries = tl.where(part == parts - 1, tl.maximum(skew + V - start, 0), PART - own_skew)
+    else:
+        own_skew = 0
+        entries = tl.where(part == parts - 1, V - start, PART)
+    return start, own_skew, entries
 
 
 @triton.jit
@@ -173,10 +214,12 @@ def tile_offsets(start, LANES: tl.constexpr, VEC: tl.constexpr, WIDTH: tl.conste
 
 
 @triton.jit
-def inside(offs_v, skew, V: tl.constexpr, SKEWED: tl.constexpr):
+def inside(offs_v, skew, V, SKEWED):
     """Which offsets from a row's aligned start are entries of it."""
     mask = offs_v < skew + V
-    if SKEWED:
+    if isinstance(SKEWED, tl.tensor):
+        mask &= offs_v >= skew
+    elif SKEWED:
         mask &= offs_v >= skew
     return mask
 
@@ -199,8 +242,8 @@ def load_tile(Row, start, rows, EDGE: tl.constexpr):
 def store_zeros(
     Row,
     skew,
-    V: tl.constexpr,
-    SKEWED: tl.constexpr,
+    V,
+    SKEWED,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     WIDTH: tl.constexpr,

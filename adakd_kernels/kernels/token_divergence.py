@@ -16,9 +16,10 @@ from ..reference import GradientCall
 from .gradient import token_divergence_bwd_kernel
 from .hellinger import sweep_hellinger
 from .kl import sweep_kl
-from .launch import acc_type, launch_config, on_device, row_strides, sweeps
+from .launch import acc_type, launch_config, on_device, row_parts, row_strides, sweeps
 from .peak import store_peak
 from .rows import Normalizers, Rows, exponent_rounding, exponent_scale, row_start, store_normalizers
+from .split import split_divergence
 from .two_sweeps import sweep_normalizers, sweep_terms
 
 
@@ -40,7 +41,9 @@ def sweep_rows(
         normalizers, found = sweep_kl(rows, exponent_rounding(tl.load(Tau)), DIVERGENCE)
         store_normalizers(NormalizersTau, n, normalizers)
     else:
-        normalizers, first = sweep_normalizers(rows)
+        # Without the scale's rounding error: the second sweep computes its masses with the rounded scale, and they are
+        # added to these.
+        normalizers, first = sweep_normalizers(rows, 0.0)
         # Stored between the sweeps, so that the second one need not hold all of them.
         store_normalizers(NormalizersTau, n, normalizers)
         found = sweep_terms(rows, Tau, normalizers, first, DIVERGENCE, ALPHA, BETA)
@@ -105,15 +108,19 @@ def token_divergence_fwd(
     normalizers_tau = torch.empty(4, mask.numel(), dtype=dtype, device=mask.device)
     peak = torch.empty(mask.shape, dtype=torch.int64, device=mask.device)
     vocab = min(student.shape[-1], teacher.shape[-1])
+    temperature, mask = temperature.to(dtype).contiguous(), mask.contiguous()
     if mask.numel():
+        config = launch_config("forward", divergence, vocab, student, teacher)
+        results = (d, sum_g, normalizers_tau, peak, peak_grad)
         with on_device(student):
-            token_divergence_fwd_kernel[(mask.numel(),)](
-                student, teacher, temperature.to(dtype).contiguous(), mask.contiguous(),
-                d, sum_g, normalizers_tau, peak, peak_grad,
-                mask.shape[1], *row_strides(student), *row_strides(teacher),
-                V=vocab, DIVERGENCE=divergence, ALPHA=alpha, BETA=beta, ACC=acc,
-                **launch_config("forward", divergence, vocab, student, teacher),
-            )  # fmt: skip
+            if row_parts(config, mask.numel(), vocab, student.device)[0] > 1:
+                split_divergence(student, teacher, temperature, mask, divergence, alpha, beta, *results, config)
+            else:
+                token_divergence_fwd_kernel[(mask.numel(),)](
+                    student, teacher, temperature, mask, *results,
+                    mask.shape[1], *row_strides(student), *row_strides(teacher),
+                    V=vocab, DIVERGENCE=divergence, ALPHA=alpha, BETA=beta, ACC=acc, **config,
+                )  # fmt: skip
     return d, sum_g, normalizers_tau.view(4, *mask.shape), peak, peak_grad
 
 
@@ -131,14 +138,16 @@ def token_divergence_bwd(call: GradientCall, out: Tensor) -> None:
 
     vocab = min(student.shape[-1], teacher.shape[-1])
     if call.weight.numel():
+        config = launch_config("backward", call.divergence, vocab, student, teacher, out)
+        parts, part = row_parts(config, call.weight.numel(), vocab, student.device)
         with on_device(student):
-            token_divergence_bwd_kernel[(call.weight.numel(),)](
+            token_divergence_bwd_kernel[(call.weight.numel(), parts)](
                 student, teacher, out, numbers(call.temperature), numbers(call.weight), call.sum_g,
                 bundle(call.normalizers_tau), call.peak, call.peak_grad,
                 None if call.labels is None else call.labels.contiguous(), numbers(call.ce_weight),
                 bundle(call.normalizers_1),
                 call.weight.shape[1], *row_strides(student), *row_strides(teacher), *row_strides(out),
-                V=vocab, VS=student.shape[-1], DIVERGENCE=call.divergence,
+                PART=part, V=vocab, VS=student.shape[-1], DIVERGENCE=call.divergence,
                 ALPHA=call.alpha, BETA=call.beta, WITH_CE=call.labels is not None, ACC=acc,
-                **launch_config("backward", call.divergence, vocab, student, teacher, out),
+                **config,
             )  # fmt: skip

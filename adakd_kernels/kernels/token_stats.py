@@ -9,8 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .hellinger import sweep_distance
-from .launch import acc_type, launch_config, on_device, row_strides
+from .launch import acc_type, launch_config, on_device, row_parts, row_strides
 from .rows import Normalizers, Rows, exponent_rounding, exponent_scale, row_start, store_normalizers
+from .split import split_stats
 
 
 @triton.jit(do_not_specialize=["L", "stride_sb", "stride_sl", "stride_tb", "stride_tl", "lead"])
@@ -57,12 +58,16 @@ def token_stats_fwd(student: Tensor, teacher: Tensor, mask: Tensor) -> tuple[Ten
     difficulty = torch.empty(mask.shape, dtype=dtype, device=mask.device)
     normalizers_1 = torch.empty(4, mask.numel(), dtype=dtype, device=mask.device)
     vocab = min(student.shape[-1], teacher.shape[-1])
+    mask = mask.contiguous()
     if mask.numel():
+        config = launch_config("stats", "hellinger", vocab, student, teacher)
         with on_device(student):
-            token_stats_fwd_kernel[(mask.numel(),)](
-                student, teacher, mask.contiguous(), difficulty, normalizers_1,
-                mask.shape[1], *row_strides(student), *row_strides(teacher),
-                V=vocab, ACC=acc,
-                **launch_config("stats", "hellinger", vocab, student, teacher),
-            )  # fmt: skip
+            if row_parts(config, mask.numel(), vocab, student.device)[0] > 1:
+                split_stats(student, teacher, mask, difficulty, normalizers_1, config)
+            else:
+                token_stats_fwd_kernel[(mask.numel(),)](
+                    student, teacher, mask, difficulty, normalizers_1,
+                    mask.shape[1], *row_strides(student), *row_strides(teacher),
+                    V=vocab, ACC=acc, **config,
+                )  # fmt: skip
     return difficulty, normalizers_1.view(4, *mask.shape)

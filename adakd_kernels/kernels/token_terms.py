@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import acc_type, launch_config, on_device, row_strides
+from .launch import acc_type, launch_config, on_device, row_parts, row_strides
 from .rows import (
     Rows,
     below,
@@ -27,6 +27,7 @@ from .rows import (
     load_normalizers,
     load_tile,
     lowest,
+    part_of_row,
     row_start,
     saturated,
     whole_steps,
@@ -100,8 +101,8 @@ def token_terms_fwd_kernel(
     NormalizersTau,  # (4, B·L) of the whole row at temperature τ, in ACC
     Constant,  # (B·L,) c, in ACC
     Peak,  # (B·L,) int64, place of the entry that is left out, or −1
-    F,  # (B·L,) result Σf, in ACC
-    G,  # (B·L,) result Σ(g + c·q), in ACC
+    F,  # (parts·B·L,) result Σf, in ACC; of a whole row, parts is 1
+    G,  # (parts·B·L,) result Σ(g + c·q), in ACC
     L,
     stride_sb,  # distances of two batches and of two tokens, in units
     stride_sl,
@@ -110,7 +111,8 @@ def token_terms_fwd_kernel(
     stride_tl,
     unit_t,
     lead,  # of all logits, see `row_start`
-    V: tl.constexpr,  # entries of the part's common vocabulary
+    PART,  # entries of a part, see `part_of_row`, or None
+    V: tl.constexpr,  # entries of the common vocabulary
     SKEWED: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -120,27 +122,65 @@ def token_terms_fwd_kernel(
     VEC: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    n = tl.program_id(0)
+    n, part = tl.program_id(0), tl.program_id(1)
     of = load_normalizers(NormalizersTau, n)
+    at = n + part * tl.num_programs(0)
     if (tl.load(Mask + n) == 0) | (of.l_s == 0.0) | (of.l_t == 0.0):
-        tl.store(F + n, 0.0)
-        tl.store(G + n, 0.0)
+        tl.store(F + at, 0.0)
+        tl.store(G + at, 0.0)
         return
     S, skew = row_start(S, n, L, stride_sb, stride_sl, unit_s, lead, SKEWED)
     T, _ = row_start(T, n, L, stride_tb, stride_tl, unit_t, lead, SKEWED)
     tau = tl.load(Tau + n)
     scale = exponent_scale(tau)
     peak = (tl.load(Peak + n) + skew).to(tl.int32)  # of −1, a place before the row
+    entries = V
+    if PART is not None:
+        start, skew, entries = part_of_row(part, PART, tl.num_programs(1), skew, V, SKEWED)
+        S += start
+        T += start
+        peak -= start
     row = WholeRow(
         of.m_s, tl.log2(of.l_s), of.m_t, tl.log2(of.l_t), scale * exponent_rounding(tau),
         saturated(0.5 * lowest(ACC) / scale), tl.load(Constant + n),
     )  # fmt: skip
     f, g = sweep_part(
-        Rows(S, T, skew, scale, V, SKEWED, 1, LANES, VEC, WIDTH), row, peak - first_of_lanes(LANES, WIDTH),
-        DIVERGENCE, ALPHA, BETA,
+        Rows(S, T, skew, scale, V if PART is None else entries, SKEWED if PART is None or not SKEWED else part == 0, 1,
+             LANES, VEC, WIDTH),
+        row, peak - first_of_lanes(LANES, WIDTH), DIVERGENCE, ALPHA, BETA,
     )  # fmt: skip
-    tl.store(F + n, f)
-    tl.store(G + n, g)
+    tl.store(F + at, f)
+    tl.store(G + at, g)
+
+
+def sweep_parts_of_terms(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: Tensor,
+    mask: Tensor,
+    normalizers_tau: Tensor,
+    constant: Tensor,
+    peak: Tensor,
+    divergence: str,
+    alpha: float,
+    beta: float,
+) -> tuple[Tensor, Tensor, int]:
+    """(parts·B·L,) Σf and Σ(g + c·q) of every part of a row that `row_parts` makes, and how many parts there are.
+
+    Of what is a token's, all is contiguous, in the accumulation type but mask and peak; the normalisers are (4, B·L).
+    """
+    dtype, acc = acc_type(student, teacher)
+    vocab = min(student.shape[-1], teacher.shape[-1])
+    config = launch_config("terms", divergence, vocab, student, teacher)
+    parts, part = row_parts(config, mask.numel(), vocab, student.device)
+    f, g = (torch.empty(parts * mask.numel(), dtype=dtype, device=mask.device) for _ in range(2))
+    with on_device(student):
+        token_terms_fwd_kernel[(mask.numel(), parts)](
+            student, teacher, temperature, mask, normalizers_tau, constant, peak, f, g,
+            mask.shape[1], *row_strides(student), *row_strides(teacher), PART=part,
+            V=vocab, DIVERGENCE=divergence, ALPHA=alpha, BETA=beta, ACC=acc, **config,
+        )  # fmt: skip
+    return f, g, parts
 
 
 def token_terms_fwd(
@@ -156,17 +196,18 @@ def token_terms_fwd(
     beta: float,
 ) -> tuple[Tensor, Tensor]:
     """(B, L, Vs), (B, L, Vt), (B, L), (B, L) bool, (4, B, L), (B, L), (B, L) int64 -> Σf, Σ(g + c·q)."""
-    dtype, acc = acc_type(student, teacher)
-    f, g = (torch.empty(mask.shape, dtype=dtype, device=mask.device) for _ in range(2))
-    vocab = min(student.shape[-1], teacher.shape[-1])
-    if mask.numel():
-        with on_device(student):
-            token_terms_fwd_kernel[(mask.numel(),)](
-                student, teacher, temperature.to(dtype).contiguous(), mask.contiguous(),
-                normalizers_tau.to(dtype).contiguous().flatten(1), constant.to(dtype).contiguous(),
-                peak.contiguous(), f, g,
-                mask.shape[1], *row_strides(student), *row_strides(teacher),
-                V=vocab, DIVERGENCE=divergence, ALPHA=alpha, BETA=beta, ACC=acc,
-                **launch_config("terms", divergence, vocab, student, teacher),
-            )  # fmt: skip
+    dtype = acc_type(student, teacher)[0]
+    if not mask.numel():
+        return torch.empty(mask.shape, dtype=dtype, device=mask.device), torch.empty(
+            mask.shape, dtype=dtype, device=mask.device
+        )
+    f, g, parts = sweep_parts_of_terms(
+        student, teacher, temperature.to(dtype).contiguous(), mask.contiguous(),
+        normalizers_tau.to(dtype).contiguous().flatten(1), constant.to(dtype).contiguous(), peak.contiguous(),
+        divergence, alpha, beta,
+    )  # fmt: skip
+    if parts == 1:
+        return f.view(mask.shape), g.view(mask.shape)
+    largest = torch.finfo(dtype).max
+    f, g = (x.view(parts, *mask.shape).sum(0, dtype=torch.float64).clamp(-largest, largest).to(dtype) for x in (f, g))
     return f, g

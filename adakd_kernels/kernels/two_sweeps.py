@@ -79,8 +79,8 @@ def own_terms(s, t, scale, of, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr, BE
 
 
 @triton.jit
-def sweep_normalizers(rows):
-    """(`Normalizers`, `FirstSweep`) of a row."""
+def sweep_normalizers(rows, rounding):
+    """(`Normalizers`, `FirstSweep`) of a row; `rounding` is that of its scale, if the second sweep has none."""
     STEP: tl.constexpr = rows.TILES * rows.LANES * rows.VEC
     lane_m_s = tl.full((rows.LANES,), lowest(rows.scale.dtype), rows.scale.dtype)
     lane_m_t = lane_m_s
@@ -95,10 +95,8 @@ def sweep_normalizers(rows):
         lane_m_t, l_t = fold_normalizer(rows.T, start, rows, lane_m_t, l_t, False)
     m_s, lane = lane_with_peak(lane_m_s, l_s)
     m_t = tl.max(lane_m_t, 0)
-    # Without the scale's rounding error: the second sweep computes its masses with the rounded scale, and they are
-    # added to these.
-    l_s *= shrink(lane_m_s, m_s, rows.scale, 0.0)
-    l_t *= shrink(lane_m_t, m_t, rows.scale, 0.0)
+    l_s *= shrink(lane_m_s, m_s, rows.scale, rounding)
+    l_t *= shrink(lane_m_t, m_t, rows.scale, rounding)
     peak, t_peak = find_peak(rows, m_s, lane)
     # (LANES,) sums over the entries beside the peak: those of its lane are computed anew.
     other = tl.arange(0, rows.LANES) != lane
@@ -115,7 +113,7 @@ def sweep_normalizers(rows):
     more_t = tl.sum(l_t - l_s, 0)
     # A student without finite entries has no mass; the peak of any other one has unnormalised mass 1.
     sum_s = tail_s + tl.where(peak < rows.V + rows.skew, 1.0, 0.0)
-    b = shrink(t_peak, m_t, rows.scale, 0.0)
+    b = shrink(t_peak, m_t, rows.scale, rounding)
     sum_t = tail_t + b
     some_t = tl.where(sum_t == 0.0, 1.0, sum_t)
     # Where both peaks are the same entry and the masses nearly equal, their difference is summed lane by lane, so that
