@@ -1,7 +1,7 @@
-"""The command line: `adakd train`, `adakd demo`, `adakd doctor`.
+"""The command line: `adakd train`, `adakd eval`, `adakd compare`, `adakd demo`, `adakd doctor`.
 
-Exit code 0 if all went well; 1 if a check failed or a loss was not finite; 2 for what the user can put right, a full
-disk and a network that does not answer; 130 after Ctrl-C. Each but 0 comes with one line on stderr.
+Exit code 0 if all went well; 1 if a check failed, or a loss or measure was not finite; 2 for what the user can put
+right, a full disk and a network that does not answer; 130 after Ctrl-C. Each but 0 comes with one line on stderr.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ usage: adakd COMMAND [OPTIONS]
 
 commands:
   train    distil a teacher into a student: adakd train --config run.yaml
+  eval     score a model's own answers, and its distance from its teacher: adakd eval --model runs/first --data a.jsonl
+  compare  what differs between evaluations on the same prompts: adakd compare FOLDER FOLDER
   demo     distil a small language model on this machine and report what it learnt
   doctor   which implementation each operator takes here, and whether it computes what it should
 
@@ -32,6 +34,18 @@ options:
 
 def _train(argv: list[str]) -> int:
     from .commands.train import run
+
+    return run(argv)
+
+
+def _eval(argv: list[str]) -> int:
+    from .commands.eval import run
+
+    return run(argv)
+
+
+def _compare(argv: list[str]) -> int:
+    from .commands.compare import run
 
     return run(argv)
 
@@ -51,7 +65,13 @@ def _doctor(argv: list[str]) -> int:
 NO_TELEMETRY = {"HF_HUB_DISABLE_TELEMETRY": "1", "VLLM_NO_USAGE_STATS": "1"}
 """What keeps the libraries of a command from reporting its use to their makers, unless the user has set it."""
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": _train, "demo": _demo, "doctor": _doctor}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "eval": _eval,
+    "compare": _compare,
+    "demo": _demo,
+    "doctor": _doctor,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

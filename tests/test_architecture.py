@@ -36,6 +36,7 @@ LAYERS = [
     {"loss"},
     {"trainer"},
     {"integrations"},
+    {"evaluation"},
     {"commands", "demo"},
     {"cli"},
 ]

@@ -20,6 +20,7 @@ from adakd_kernels.demo.answers import load_instructions
 from adakd_kernels.demo.config import DemoConfig, DemoError
 from adakd_kernels.demo.evaluate import distance
 from adakd_kernels.demo.tiny import tiny_config, write_tiny_teacher
+from adakd_kernels.evaluation import sampling
 
 pytestmark = pytest.mark.fast
 
@@ -83,10 +84,8 @@ def test_both_students_can_be_talked_to(workplace, monkeypatch, capsys):
 
 def test_a_second_start_reads_the_answers_and_gives_the_same_numbers(workplace, monkeypatch, capsys):
     first, asked = numbers(workplace), []
-    generate = answering.generate_greedy
-    monkeypatch.setattr(
-        answering, "generate_greedy", lambda model, *args: asked.append(model) or generate(model, *args)
-    )
+    generate = sampling.generate
+    monkeypatch.setattr(sampling, "generate", lambda model, *args: asked.append(model) or generate(model, *args))
     assert main(["demo", "--tiny", str(workplace)]) == 0
     layers = Counter(model.config.num_hidden_layers for model in asked)
     assert layers == {2: 3}  # the student before, plain and AdaKD, a batch each; nothing of the teacher with 4 layers
@@ -103,7 +102,7 @@ def test_answers_go_on_where_a_killed_run_stopped(tmp_path, monkeypatch):
     records = load_instructions(config)[0]
     settings = {"max_new_tokens": 6, "repetition_penalty": 1.0, "batch_size": 3}
     whole = answering.answer_records(model, tokenizer, records, **settings)
-    generate, calls = answering.generate_greedy, []
+    generate, calls = sampling.generate, []
 
     def dies_at_the_third_batch(*args):
         calls.append(args)
@@ -111,7 +110,7 @@ def test_answers_go_on_where_a_killed_run_stopped(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return generate(*args)
 
-    monkeypatch.setattr(answering, "generate_greedy", dies_at_the_third_batch)
+    monkeypatch.setattr(sampling, "generate", dies_at_the_third_batch)
     cache = tmp_path / "answers.jsonl"
     with pytest.raises(KeyboardInterrupt):
         answering.answer_records(model, tokenizer, records, cache=cache, **settings)

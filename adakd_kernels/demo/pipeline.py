@@ -98,7 +98,7 @@ def _teacher_answers(
         "batch": config.answer_batch,
         "dtype": str(config.torch_dtype()),
     }
-    cache = config.cache_dir / f"answers-{answer_fingerprint(teacher_id, records, settings)}.jsonl"
+    cache = config.cache_dir / f"ids-{answer_fingerprint(teacher_id, records, settings)}.jsonl"
     return _answer(config, teacher, tokenizer, records, "teacher", cache)
 
 

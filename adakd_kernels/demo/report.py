@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ..evaluation.tables import SHOWN, markdown
 from .answers import Answer, Record
 from .config import DemoConfig
 from .evaluate import Distance
@@ -46,13 +47,8 @@ class Run:
     seconds: float = 0.0
 
 
-ROWS: tuple[tuple[str, str, bool], ...] = (
-    ("forward KL (nats/token)", "forward_kl", False),
-    ("reverse KL (nats/token)", "reverse_kl", False),
-    ("cross-entropy (nats/token)", "cross_entropy", False),
-    ("ROUGE-L (0 to 100)", "rouge_l", True),
-)
-"""Row title, name, whether higher is better."""
+ROWS = ("forward_kl", "reverse_kl", "cross_entropy", "rouge_l")
+"""The measures that are shown."""
 
 
 def table(scores: dict[str, Score]) -> str:
@@ -60,21 +56,13 @@ def table(scores: dict[str, Score]) -> str:
 
     The best entry of a row is bold, and so is every entry that equals it as printed.
     """
-    header = ["held out", *scores]
-    lines = [header, ["---", *["---:"] * len(scores)]]
-    for title, name, higher in ROWS:
-        values = [_value(score, name) for score in scores.values()]
-        cells = [f"{value:.1f}" if name == "rouge_l" else f"{value:.3f}" for value in values]
-        best = cells[values.index(max(values) if higher else min(values))]
-        marked = [f"**{cell}**" if cell == best else cell for cell in cells]
-        lines.append([f"{title} {'↑' if higher else '↓'}", *marked])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    lines[1] = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    padded = (
-        [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
-        for line in lines
-    )
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+    rows = []
+    for name in ROWS:
+        values, shown = [_value(score, name) for score in scores.values()], SHOWN[name]
+        cells = [f"{value:.{shown.digits}f}" for value in values]
+        best = cells[values.index(max(values) if shown.higher else min(values))]
+        rows.append([str(shown), *(f"**{cell}**" if cell == best else cell for cell in cells)])
+    return markdown(["held out", *scores], rows)
 
 
 def _value(score: Score, name: str) -> float:
@@ -84,7 +72,8 @@ def _value(score: Score, name: str) -> float:
 def verdict(scores: dict[str, Score], plain: str, adaptive: str) -> str:
     """One sentence for each measure: which of the two runs is ahead, and by how much. No run is favoured."""
     sentences = []
-    for title, name, higher in ROWS:
+    for name in ROWS:
+        title, higher = SHOWN[name].title, SHOWN[name].higher
         old, new = _value(scores[plain], name), _value(scores[adaptive], name)
         if old == new:
             sentences.append(f"{title}: {plain} and {adaptive} are equal")

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
+from ..evaluation.progress import bar
 from ..integrations.transformers import AdaKDConfig, AdaKDTrainer
-from ..trainer.records import IGNORE_INDEX
 from .answers import Answer
 from .config import DemoConfig
-from .progress import bar
 from .report import Run
 
 PLAIN: dict[str, Any] = {"temperature_scale": 0.0, "focus_ratio": 1.0}
@@ -73,7 +72,7 @@ def train_run(
         model=student,
         teacher=teacher,
         args=args,
-        train_dataset=[_labelled(answer) for answer in answers],
+        train_dataset=[dict(zip(("input_ids", "labels"), answer.labelled(), strict=True)) for answer in answers],
         processing_class=tokenizer,
         callbacks=[_Progress(run, config.probe_every, probe)],
     )
@@ -82,13 +81,6 @@ def train_run(
     trainer.train()
     run.seconds = time.perf_counter() - start
     return run
-
-
-def _labelled(answer: Answer) -> dict[str, list[int]]:
-    return {
-        "input_ids": answer.prompt_ids + answer.answer_ids,
-        "labels": [IGNORE_INDEX] * len(answer.prompt_ids) + answer.answer_ids,
-    }
 
 
 class _Progress(TrainerCallback):

@@ -6,6 +6,7 @@ measures here do not: they are sums over tokens at temperature 1, divided at the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ..vocab_parallel import VocabParallel
 from .heads import HeadOptions
 from .records import IGNORE_INDEX
 
-__all__ = ["MEASURES", "HeldOutSums", "without_repeats"]
+__all__ = ["MEASURES", "HeldOutSums", "logits_in_chunks", "token_measures", "without_repeats"]
 
 MEASURES = ("forward_kl", "reverse_kl", "cross_entropy", "agreement")
 """Means over the valid tokens. The first three are better where they are lower, in nats per token."""
@@ -58,17 +59,7 @@ class HeldOutSums:
         if vocab_parallel is not None:
             self._add(*_measures_of_parts(student, teacher, targets, vocab_parallel))
             return
-        forward_kl, valid, normalizers_1, *_ = token_statistics(
-            student, teacher, targets != IGNORE_INDEX, None, "forward_kl"
-        )
-        temperature = torch.ones_like(forward_kl)
-        reverse_kl, *_ = ops.token_divergence(
-            student, teacher, temperature, valid, ReverseKL.name, *ReverseKL().parameters
-        )
-        cross_entropy = ops.token_cross_entropy(student, teacher, targets, valid, normalizers_1)
-        vocab = min(student.shape[-1], teacher.shape[-1])
-        agreement = (student[..., :vocab].argmax(-1) == teacher[..., :vocab].argmax(-1)) & valid
-        self._add(forward_kl, reverse_kl, cross_entropy, agreement, valid)
+        self._add(*token_measures(student, teacher, targets))
 
     def _add(self, *per_token: Tensor) -> None:
         """Add `MEASURES` of each token, and whether it is valid."""
@@ -88,36 +79,68 @@ class HeldOutSums:
         vocab_parallel: VocabParallel | None = None,  # the heads are this rank's rows
     ) -> None:
         """Add the tokens of a batch from what the heads get: one pass of the heads, the logits of a chunk at a time."""
-        heads = make_heads(
-            *(
-                HeadInput(hidden, head.weight, head.bias, after.scale, after.softcap)
-                for hidden, head, after in zip(
-                    (student_hidden, teacher_hidden), (student_head, teacher_head), options, strict=True
-                )
-            ),
-            shards=vocab_parallel,
-        )
+        sides = (student_hidden, student_head, options[0]), (teacher_hidden, teacher_head, options[1])
         targets = targets.flatten()
-        positions = (targets != IGNORE_INDEX).nonzero().flatten()
-        budget = CHUNK_BYTES.get(targets.device.type, 2**30)
-        rows = max(64, budget // max(1, sum(head.row_bytes for head in heads)))
-        if vocab_parallel is not None:  # as many messages on every rank, whatever its number of columns
-            rows = int(vocab_parallel.gather(torch.tensor([[[rows]]], device=targets.device)).min())
-        buffers = [head.empty_rows(min(rows, len(positions))) for head in heads]
-        with torch.autocast(targets.device.type, enabled=False):  # the heads have taken autocast's type
-            for a, b in spans(0, len(positions), rows):
-                index = positions[a:b]
-                for head, logits in zip(heads, buffers, strict=True):
-                    head.raw_logits(index, logits[: b - a])
-                    head.capped(logits[: b - a], logits[: b - a])
-                student, teacher = (logits[: b - a].unsqueeze(0) for logits in buffers)
-                self.add_logits(student, teacher, targets[index].unsqueeze(0), vocab_parallel)
+        for index, student, teacher in logits_in_chunks(*sides, targets, vocab_parallel):
+            self.add_logits(student, teacher, targets[index].unsqueeze(0), vocab_parallel)
 
     def means(self, accelerator: Any) -> dict[str, float]:
         """Loss and measures of all ranks together; NaN where no token is valid. Waits for the device and the ranks."""
         *measures, tokens, loss, items = accelerator.reduce(torch.cat((self.measures, self.loss)))
         values = torch.stack([loss / items, *(total / tokens for total in measures)]).tolist()
         return dict(zip(("loss", *MEASURES), values, strict=True))
+
+
+def token_measures(student: Tensor, teacher: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    """`MEASURES` of each token, (B, K) each and 0 where it is not valid, and whether it is.
+
+    Args:
+        student: logits (B, K, Vˢ).
+        teacher: logits (B, K, Vᵗ).
+        targets: (B, K), the token that each position predicts.
+    """
+    forward_kl, valid, normalizers_1, *_ = token_statistics(
+        student, teacher, targets != IGNORE_INDEX, None, "forward_kl"
+    )
+    temperature = torch.ones_like(forward_kl)
+    reverse_kl, *_ = ops.token_divergence(student, teacher, temperature, valid, ReverseKL.name, *ReverseKL().parameters)
+    cross_entropy = ops.token_cross_entropy(student, teacher, targets, valid, normalizers_1)
+    vocab = min(student.shape[-1], teacher.shape[-1])
+    agreement = (student[..., :vocab].argmax(-1) == teacher[..., :vocab].argmax(-1)) & valid
+    return forward_kl, reverse_kl, cross_entropy, agreement, valid
+
+
+def logits_in_chunks(
+    student: tuple[Tensor, Any, HeadOptions],  # hidden states (B, K, Hˢ), head, what follows it
+    teacher: tuple[Tensor, Any, HeadOptions],  # likewise, (B, K, Hᵗ)
+    targets: Tensor,  # (B·K,), the token that each position predicts
+    vocab_parallel: VocabParallel | None = None,  # the heads are this rank's rows
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of all tokens with a label, some at a time: their indices (n,), and the logits of both models (1, n, V).
+
+    The logits are of the common entries, and are overwritten by the next ones.
+    """
+    heads = make_heads(
+        *(
+            HeadInput(hidden, head.weight, head.bias, after.scale, after.softcap)
+            for hidden, head, after in (student, teacher)
+        ),
+        shards=vocab_parallel,
+    )
+    positions = (targets != IGNORE_INDEX).nonzero().flatten()
+    budget = CHUNK_BYTES.get(targets.device.type, 2**30)
+    rows = max(64, budget // max(1, sum(head.row_bytes for head in heads)))
+    if vocab_parallel is not None:  # as many messages on every rank, whatever its number of columns
+        rows = int(vocab_parallel.gather(torch.tensor([[[rows]]], device=targets.device)).min())
+    buffers = [head.empty_rows(min(rows, len(positions))) for head in heads]
+    with torch.autocast(targets.device.type, enabled=False):  # the heads have taken autocast's type
+        for a, b in spans(0, len(positions), rows):
+            index = positions[a:b]
+            for head, logits in zip(heads, buffers, strict=True):
+                head.raw_logits(index, logits[: b - a])
+                head.capped(logits[: b - a], logits[: b - a])
+            student_logits, teacher_logits = (logits[: b - a].unsqueeze(0) for logits in buffers)
+            yield index, student_logits, teacher_logits
 
 
 def _measures_of_parts(

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ import torch
 from datasets.fingerprint import Hasher
 from torch import Tensor
 
-from .records import IGNORE_INDEX, DataError, split_record, tokenize_record
+from .records import IGNORE_INDEX, DataError, each_reference, split_record, tokenize_record
 from .sources import (
     TEXTS,
     cached_map,
@@ -38,6 +39,7 @@ __all__ = [
     "load_for",
     "load_prompts_for",
     "load_records",
+    "load_references",
     "progress_bars",
 ]
 
@@ -55,6 +57,13 @@ PROMPTS = datasets.Features(
     conversation=datasets.Value("bool"),
 )
 """Of prompts and completions: both as JSON, and whether they are messages."""
+REFERENCES = datasets.Features(
+    input_ids=datasets.List(datasets.List(datasets.Value("int32"))),
+    labels=datasets.List(datasets.List(datasets.Value("int32"))),
+    id=datasets.Value("string"),
+    key=datasets.Value("string"),
+)
+"""Of tokenised records with an entry for each reference; `key` is made of what the record says."""
 STREAM_BATCH = 100
 """Records of a stream that are tokenised together."""
 WORKERS = 256
@@ -195,6 +204,36 @@ def load_prompts_for(args: Any, path: str, tokenizer: Any, name: str) -> LoadedR
     return loaded
 
 
+def load_references(path: str, tokenizer: Any) -> list[dict[str, Any]]:
+    """The records of a file to evaluate on, each tokenised with each of its references (`each_reference`); cached.
+
+    Returns:
+        Of each record `input_ids` and `labels`, lists with an entry for each reference, `id`, and `key`, 16 hex digits
+        of what the record says. Records that were tokenised before have one entry.
+
+    Raises:
+        DataError: see `load_records`, and a record of which nothing has a label.
+    """
+    rows = _from_file(Path(path), _References(tokenizer, 0, "truncate"), None).records.with_format(None)
+    if "key" in rows.column_names:
+        return list(rows)
+    if "labels" not in rows.column_names:
+        raise DataError(f"{path}: has 'input_ids' but no 'labels', which say where the answer is")
+    records = []
+    for index, row in enumerate(rows, 1):
+        one = {name: [list(row[name])] for name in ("input_ids", "labels")}
+        if all(label == IGNORE_INDEX for label in row["labels"]):
+            raise DataError(f"{path}, row {index}: no token has a label")
+        own = row.get("id")
+        records.append({**one, "id": f"{path}, row {index}" if own is None else str(own), "key": _key(one)})
+    return records
+
+
+def _key(record: Mapping[str, Any]) -> str:
+    said = {name: value for name, value in record.items() if name != "id"}
+    return sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
 class _Prompts(torch.utils.data.Dataset[Any]):
     """Prompts and completions as they were before they became JSON."""
 
@@ -304,6 +343,25 @@ class _Split(_Tokenize):
             raise DataError(f"{where}: {error}") from None
         texts = {"prompt": json.dumps(prompt), "completion": json.dumps(completion)}
         return {**texts, "conversation": isinstance(prompt, list)}
+
+
+class _References(_Tokenize):
+    """Rows to records with an entry for each reference, likewise."""
+
+    features = REFERENCES
+
+    def _record(self, row: Mapping[str, Any], where: str) -> dict[str, Any] | None:
+        try:
+            pairs = [tokenize_record(self.tokenizer, record) for record in each_reference(row)]
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+        own = row.get("id")
+        return {
+            "input_ids": [ids for ids, _ in pairs],
+            "labels": [labels for _, labels in pairs],
+            "id": where if own is None else str(own),
+            "key": _key(row),
+        }
 
 
 @dataclass

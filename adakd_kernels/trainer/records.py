@@ -29,7 +29,15 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["SHAPES", "DataError", "check_same_tokenizer", "split_record", "tokenize_messages", "tokenize_record"]
+__all__ = [
+    "SHAPES",
+    "DataError",
+    "check_same_tokenizer",
+    "each_reference",
+    "split_record",
+    "tokenize_messages",
+    "tokenize_record",
+]
 
 IGNORE_INDEX = -100
 """Label of a token that is not trained."""
@@ -108,6 +116,38 @@ def split_record(tokenizer: Any, record: Mapping[str, Any]) -> tuple[Any, Any]:
         f"### {m['role'].capitalize()}:\n{m['content']}{end * (m['role'] == 'assistant')}\n\n" for m in messages[:-1]
     )
     return "".join(turns) + "### Assistant:\n", messages[-1]["content"]
+
+
+def each_reference(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A record for each of the answers that a prompt may have, as `tokenize_record` takes them.
+
+    Several answers are a list of strings in the place of `output` or `completion`, or in `references`, which goes
+    before the answer of every shape but `text`.
+
+    Raises:
+        DataError: as `tokenize_record`, and for references that are no list of texts.
+    """
+    given = {name: value for name, value in record.items() if value is not None}
+    shape = _shape(given)
+    place = shape[1] if len(shape) == 2 else None
+    name, answers = "references", given.pop("references", None)
+    if answers is None and place is not None and _texts(given.get(place)):
+        name, answers = place, given[place]
+    if answers is None:
+        return [given]
+    if shape == ("text",):
+        raise DataError("field 'references' needs a prompt: give 'prompt' instead of 'text'")
+    if not _texts(answers) or not all(answers):
+        raise DataError(f"field {name!r} must be a list of texts that are not empty, got {_short(answers)}")
+    if place is None:
+        (turns,) = shape
+        messages = _messages(given, turns, least=1, ends_with=None)
+        messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        given = {key: value for key, value in given.items() if key not in (turns, "system")}
+        return [{**given, "messages": [*messages, _message("assistant", text)]} for text in answers]
+    if isinstance(given.get("prompt"), list):
+        return [{**given, place: [_message("assistant", text)]} for text in answers]
+    return [{**given, place: text} for text in answers]
 
 
 def tokenize_messages(tokenizer: Any, messages: list[Message]) -> tuple[list[int], int]:
@@ -350,6 +390,10 @@ def _check_text(value: Any, label: str) -> None:
     except UnicodeEncodeError as error:
         where = f", as character {error.start + 1}" if isinstance(value, str) else ""
         raise DataError(f"field '{label}' has half of a surrogate pair, {text[error.start]!r}{where}") from None
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
 
 def _listed(record: Mapping[str, Any]) -> str:
