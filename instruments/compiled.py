@@ -30,7 +30,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from adakd_kernels.divergences import DIVERGENCES, get_divergence
+from adakd_kernels.divergences import DIVERGENCES, Divergence, get_divergence
 from adakd_kernels.kernels import launch as package
 from adakd_kernels.kernels.token_divergence import token_divergence_bwd, token_divergence_fwd
 from adakd_kernels.kernels.token_kl import token_kl_fwd
@@ -47,7 +47,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
-# Multiprocessors and bytes of the last cache, by the makers' data sheets: A100, H100 SXM (H200 has the same), B200, MI300X.
+# Multiprocessors and bytes of the last cache by the makers' data sheets: A100, H100 SXM and H200, B200, MI300X.
 MACHINES = {
     "sm_80": package.Machine(108, 40 * 2**20),
     "sm_90": package.Machine(132, 50 * 2**20),
@@ -119,7 +119,7 @@ def logits(vocab: int, dtype: torch.dtype, batch: int = 2, length: int = 512, pa
     return torch.empty(batch, length, vocab + pad, dtype=dtype, device="meta")[..., :vocab]
 
 
-def launch(kernel: str, divergence: str, student: Tensor, teacher: Tensor, inplace: bool = False) -> None:
+def launch(kernel: str, divergence: str | Divergence, student: Tensor, teacher: Tensor, inplace: bool = False) -> None:
     """Call the launcher of a kernel, as the ops call it; "…_ce" is one with cross-entropy."""
     tokens = student.shape[:2]
     acc = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
@@ -127,21 +127,22 @@ def launch(kernel: str, divergence: str, student: Tensor, teacher: Tensor, inpla
     mask = torch.ones(tokens, dtype=torch.bool, device=student.device)
     place = torch.zeros(tokens, dtype=torch.int64, device=student.device)
     normalizers = torch.ones(4, *tokens, dtype=acc, device=student.device)
-    alpha, beta = get_divergence(divergence).parameters
+    divergence = get_divergence(divergence)
+    name, (alpha, beta) = divergence.name, divergence.parameters
     if kernel == "stats":
         token_stats_fwd(student, teacher, mask)
     elif kernel == "kl":
         token_kl_fwd(student, teacher, number, mask)
     elif kernel == "forward":
-        token_divergence_fwd(student, teacher, number, mask, divergence, alpha, beta)
+        token_divergence_fwd(student, teacher, number, mask, name, alpha, beta)
     elif kernel == "terms":
-        token_terms_fwd(student, teacher, number, mask, normalizers, number, place, divergence, alpha, beta)
+        token_terms_fwd(student, teacher, number, mask, normalizers, number, place, name, alpha, beta)
     elif kernel == "scale":
         scale_gradient(student, number.unsqueeze(0), number[0, 0], None)
     elif kernel.startswith("with_gradient"):
         of_ce = (place, number, normalizers) if kernel == "with_gradient_ce" else (None, None, None)
         token_divergence_with_gradient_over(
-            student, teacher, number, mask, divergence, alpha, beta, number, *of_ce,
+            student, teacher, number, mask, name, alpha, beta, number, *of_ce,
             student if inplace else empty_gradient(student),
         )  # fmt: skip
     else:
@@ -150,7 +151,7 @@ def launch(kernel: str, divergence: str, student: Tensor, teacher: Tensor, inpla
         call = GradientCall(
             student, teacher, number, number, number, normalizers, place, number,
             place if with_ce else None, number if with_ce else None, normalizers if with_ce else None,
-            divergence, alpha, beta,
+            name, alpha, beta,
         )  # fmt: skip
         token_divergence_bwd(call, out)
 

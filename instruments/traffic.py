@@ -4,8 +4,11 @@ Only the lanes that a mask lets through count, as on a GPU. An access belongs to
 whatever a kernel touches beyond them is a stray, even where that happens to be some other tensor. A stray is counted
 and not carried out.
 
-It cannot find a wrong entry of the right row, an access that is too narrow for a GPU, or what caches make of the bytes:
-a second read of the same byte counts again.
+A second read of the same byte counts again. But of (B, L, V) tensors it is told from the first look of a launch, with
+its distance: how many other bytes of such tensors the launch touched since the last access, in the order of the
+programs. A cache that holds as many bytes for every program that runs at a time serves it.
+
+It cannot find a wrong entry of the right row, an access that is too narrow for a GPU, or what a real cache does.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ class Argument:
         self.rows = Rows(name, tensor)
         self.itemsize = tensor.element_size()
         self.read = 0
+        self.first_looks = 0  # bytes that were read before any other access
+        self.touched = np.zeros(len(self.rows) if self.dim == 3 else 0, np.int64)  # time of the last access, or 0
         self.times_written = np.zeros(len(self.rows), np.int64)
 
     @property
@@ -46,6 +51,8 @@ class Launch:
     def __init__(self, kernel: str, tensors: dict[str, Tensor]) -> None:
         self.kernel = kernel
         self.strays: list[str] = []
+        self.time = 0
+        self.distance = 0  # the largest of a repeated look, in bytes
         self.arguments: list[Argument] = []
         seen = set()
         for name, tensor in tensors.items():
@@ -61,6 +68,7 @@ class Launch:
         """Count a load or a store of a block of pointers; the mask without the strays."""
         size = pointers.get_element_ty().primitive_bitwidth // 8 or 1
         addresses = np.asarray(pointers.data).astype(np.int64)
+        self.time += 1
         left = np.broadcast_to(np.asarray(mask.data, bool), addresses.shape).copy()
         allowed = np.zeros_like(left)
         for argument in self.arguments:
@@ -71,6 +79,8 @@ class Launch:
             else:
                 for byte in range(size):
                     np.add.at(argument.times_written, places[mine] + byte, 1)
+            if argument.dim == 3 and mine.any():
+                self._look(kind, argument, (places[mine][:, None] + np.arange(size)).ravel())
             left, allowed = left & ~mine, allowed | mine
         for address in addresses[left][:1]:
             nearest = min(self.arguments, key=lambda argument: argument.rows.distance(address))
@@ -80,6 +90,18 @@ class Launch:
             )
         return interpreter.TensorHandle(allowed, mask.dtype)
 
+    def _look(self, kind: str, argument: Argument, places: np.ndarray) -> None:
+        """Tell first looks from repeated ones, of bytes of a (B, L, V) tensor."""
+        places = np.unique(places)
+        last = argument.touched[places]
+        if kind == "read":
+            argument.first_looks += int((last == 0).sum())
+            if last.any():
+                oldest = last[last > 0].min()
+                since = sum(int((other.touched > oldest).sum()) for other in self.arguments)
+                self.distance = max(self.distance, since)
+        argument.touched[places] = self.time
+
 
 class Traffic(list[Launch]):
     """The launches since counting began."""
@@ -88,6 +110,10 @@ class Traffic(list[Launch]):
         """Bytes (read, written) of (B, L, V) tensors, the unit of the method's cost."""
         large = [argument for launch in self for argument in launch.arguments if argument.dim == 3]
         return sum(argument.read for argument in large), sum(argument.written for argument in large)
+
+    def first_looks(self) -> int:
+        """Bytes of (B, L, V) tensors that each launch reads for the first time: what a large enough cache leaves."""
+        return sum(argument.first_looks for launch in self for argument in launch.arguments)
 
     def per_token(self) -> int:
         """Bytes read and written of all other tensors."""

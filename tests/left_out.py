@@ -51,6 +51,7 @@ IN_THE_INTERPRETER: dict[str, Callable[..., bool]] = {
     "test_contract.py::test_reruns_agree_bit_for_bit": of_a_class_seen,
     "test_contract.py::test_divergence_is_not_negative": of_a_class_seen,
     "test_contract.py::test_an_empty_row_is_an_ignored_token": of_a_class_seen,
+    "test_gradient_at_once.py::test_the_operator_equals_the_pair": of_a_class_seen,
     "test_confident_rows.py::test_gradient_and_value_of_confident_tokens": lambda divergence, dtype: (
         dtype == FP16 or (dtype != FP32 and of_a_class_seen(divergence))
     ),
@@ -175,6 +176,13 @@ COMPILED: dict[str, Callable[..., bool]] = {
     ),
     "test_compile.py::test_padded_student_compiles_clean": lambda target: target in BUT_SM_100,
     "test_compile.py::test_every_vocabulary_and_padding_is_read_wide": lambda target: target != "sm_90",
+    # The loops are those of the forward and of the backward, which are compiled above.
+    "test_compile.py::test_divergence_and_gradient_at_once_compile_clean": lambda kernel, target, divergence, rows: (
+        of_a_class_seen(divergence) or (target, kernel, rows) not in (
+            ("sm_80", "with_gradient_ce", "whole"), ("sm_90", "with_gradient_ce", "odd"),
+            ("sm_100", "with_gradient_ce", "whole"), ("gfx942", "with_gradient_ce", "whole"),
+        ) or divergence not in ("reverse_kl", "jensen_shannon")
+    ),
     "test_compile.py::test_small_kernels_compile_clean_and_for_every_batch": lambda target, acc: (
         (target, acc) not in (("sm_90", torch.float32), ("gfx942", torch.float32), ("sm_90", torch.float64))
     ),

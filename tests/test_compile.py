@@ -23,9 +23,21 @@ if INTERPRETING:
 import triton
 import triton.language as tl
 
+from adakd_kernels.divergences import AlphaBeta, JensenShannon, SkewReverseKL
 from adakd_kernels.kernels import loss_sums, token_choice, token_stats
-from adakd_kernels.kernels.launch import divergence_class
-from instruments.compiled import KERNELS, TARGETS, Code, compiled, compiling_for, launch, logits, read_code
+from adakd_kernels.kernels.launch import Machine, divergence_class, warps_that_fit
+from instruments.compiled import (
+    AT_ONCE,
+    KERNELS,
+    MACHINES,
+    TARGETS,
+    Code,
+    compiled,
+    compiling_for,
+    launch,
+    logits,
+    read_code,
+)
 
 from .cases import name_of
 
@@ -250,6 +262,87 @@ def test_batch_does_not_recompile(kernel, divergence, vocab, target):
     assert len({id(k) for k in alike}) == len({id(k) for k in shifted}) == 1
     assert len({id(k) for k in alike + mixed}) == (1 if vocab == QWEN else 2)
     assert len({id(k) for k in alike + mixed + shifted}) == (1 if vocab == QWEN else 3)
+
+
+# The largest vocabulary of a model whose rows fit the last cache, by the itemsize of both rows together.
+FITS = {"sm_80": GPT2, "sm_90": GPT2, "sm_100": QWEN, "gfx942": QWEN}
+
+
+@pytest.mark.parametrize(("kernel", "divergence"), AT_ONCE)
+@each_target
+@pytest.mark.parametrize("rows", ["whole", "shorter", "odd", "not alike", "fp32"])
+def test_divergence_and_gradient_at_once_compile_clean(kernel, divergence, target, rows):
+    """With the registers that the choice of warps counts on: few enough for them, and too many for one row more."""
+    vocab = {"whole": FITS[target] // 8 * 8, "shorter": LLAMA_2, "odd": GPT2}.get(rows, LLAMA_2 - 1)
+    student, teacher = (logits(vocab + i, FP32 if rows == "fp32" else BF16) for i in (0, rows == "not alike"))
+    code = compiled(target, kernel, divergence, student, teacher)
+    found = faults(code, student, teacher)
+    waits = [(loop.shuffles, loop.barriers) for loop in code.sweeps if loop.shuffles or loop.barriers]
+    if rows not in ("not alike", "fp32"):
+        found += narrow_access(code, student, teacher)
+    assert not found + waits + many_registers(code, target)
+    assert code.registers > (40 if TARGETS[target].backend == "cuda" else 64)
+
+
+@each_target
+def test_one_kernel_is_launched_where_the_rows_fit_the_cache(target):
+    """Each line: the vocabulary, bytes of an entry of both rows, and the warps or None for two kernels."""
+    family = TARGETS[target].backend
+    expected = {
+        "sm_80": [
+            (12_800, 4, 8),
+            (LLAMA_2, 4, 16),
+            (GPT2, 4, 32),
+            (LLAMA_2, 8, 32),
+            (LLAMA_3, 4, None),
+            (GPT2, 8, None),
+        ],
+        "sm_90": [
+            (12_800, 4, 8),
+            (LLAMA_2, 4, 16),
+            (GPT2, 4, 32),
+            (LLAMA_2, 8, 32),
+            (LLAMA_3, 4, None),
+            (QWEN, 4, None),
+        ],
+        "sm_100": [(LLAMA_2, 4, 8), (GPT2, 4, 16), (QWEN, 4, 32), (QWEN_PADDED, 4, 32), (LLAMA_3, 8, None)],
+        "gfx942": [(12_800, 4, 4), (GPT2, 4, 8), (QWEN, 4, 16), (LLAMA_3, 6, None)],
+    }[target]
+    for vocab, entry_bytes, warps in expected:
+        fewest = 8 if family == "cuda" else 4
+        assert warps_that_fit(MACHINES[target], family, vocab * entry_bytes, fewest) == warps, vocab
+
+
+@pytest.mark.parametrize(("target", "vocab", "kernels"), [("sm_90", GPT2, 1), ("sm_90", QWEN, 2), ("gfx942", QWEN, 1)])
+def test_the_launcher_asks_what_fits(target, vocab, kernels):
+    x = logits(vocab, BF16)
+    with compiling_for(TARGETS[target]) as launched:
+        launch("with_gradient", "reverse_kl", x, x)
+    assert len(launched) == kernels
+
+
+def test_a_larger_cache_takes_longer_rows():
+    row = QWEN * 4
+    for processors, cache, warps in ((132, 50, None), (132, 110, 32), (66, 60, 32), (20, 1000, 8)):
+        assert warps_that_fit(Machine(processors, cache * 2**20), "cuda", row, 8) == warps
+
+
+SCHEDULES = {  # a weight next to 0 has a kernel of its own, on each side
+    "jensen_shannon": [JensenShannon(beta) for beta in (1e-3, 0.999, 0.1, 0.3, 0.5, 0.625, 0.9)],
+    "skew_reverse_kl": [SkewReverseKL(alpha) for alpha in (0.999, 1e-3, 0.1, 0.3, 0.5, 0.625, 0.9)],
+    "alpha_beta": [AlphaBeta(alpha, beta) for alpha in (1e-3, 0.5, 1.0) for beta in (0.3, 1.0)],
+}
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward", "terms"])
+@pytest.mark.parametrize("divergence", SCHEDULES)
+def test_a_schedule_of_a_parameter_does_not_recompile(kernel, divergence):
+    x = logits(1003, BF16)
+    with compiling_for(TARGETS["sm_90"]) as launched:
+        for step in SCHEDULES[divergence]:
+            launch(kernel, step, x, x)
+    assert len({id(k) for k in launched}) == (1 if divergence == "alpha_beta" else 3)
+    assert len({id(k) for k in launched[2:]}) == 1
 
 
 def launch_small_kernels(tokens: int, acc: torch.dtype) -> None:

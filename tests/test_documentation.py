@@ -103,7 +103,7 @@ def test_commands_of_a_page_run(page, project):
 
 
 def test_the_readme_shows_every_kind_of_snippet():
-    pages = {"README.md", "docs/losses.md", SEVERAL_PROCESSES, "docs/trainer.md", "docs/trl.md"}
+    pages = {"README.md", "docs/evaluation.md", "docs/losses.md", SEVERAL_PROCESSES, "docs/trainer.md", "docs/trl.md"}
     assert set(pages_with("python")) == pages
     assert {"README.md", "docs/methods.md", "docs/trainer.md"} == set(pages_with("yaml"))
     assert [line.split()[:2] for block in blocks("sh", PAGES["README.md"]) for line in block.splitlines()] == [

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adakd_kernels import AdaKDLoss, adakd_loss, ops, token_difficulty, token_divergence
+from adakd_kernels import AdaKDLoss, JensenShannon, adakd_loss, ops, token_difficulty, token_divergence
 
 from .cases import ONE_OF_EACH, logits, name_of, temperatures, tokens
 
@@ -93,6 +93,33 @@ def test_compile_of_a_model_with_inplace_and_the_module(unpoisoned):
     assert torch.allclose(head.weight.grad, expected, rtol=1e-5, atol=1e-7)
     loss_fn.step()
     assert loss_fn.focus.steps == 1
+    torch._dynamo.reset()
+
+
+@pytest.mark.fast
+def test_a_schedule_beside_a_compiled_model_compiles_twice_at_most(unpoisoned):
+    """As in docs/losses.md: the graph would hold each value as a constant."""
+    graphs, head = [], torch.nn.Linear(8, 50, bias=False)
+    hidden, teacher, labels = logits(2, 4, 8, scale=1.0), logits(2, 4, 50, seed=1), tokens(50, 2, 4)
+
+    def loss_at(student, beta):
+        return adakd_loss(student, teacher, labels, divergence=JensenShannon(beta=beta)).loss
+
+    def step(hidden, beta):
+        return torch.compiler.disable(loss_at)(head(hidden), beta)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend=lambda graph, inputs: graphs.append(graph) or graph)
+    for i in range(1, 11):
+        results = []
+        for function in (step, compiled):
+            head.weight.grad = None
+            loss = function(hidden, i / 20)
+            loss.backward()
+            results.append((loss, head.weight.grad))
+        for eager, other in zip(*results, strict=True):
+            assert torch.allclose(eager, other, rtol=1e-5)
+    assert 1 <= len(graphs) <= 2
     torch._dynamo.reset()
 
 

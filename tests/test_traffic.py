@@ -4,6 +4,9 @@ U is one pass over the (B, L, V) logits. The statistics read 2U of the valid row
 rows (4U where it takes two sweeps), the backward 2U of the selected rows, and it writes the gradient, 1U, where
 unselected rows are zeros. A divergence reads again what one lane met of a row, 1/LANES of it: of the student once for
 its peak, and of both rows for the sums beside the peak, once a sweep; and the teacher's logit there, once a sweep.
+
+Divergence and backward are one kernel here, so that of the looks at a row only the first has to come from memory:
+(2r + 3)·U, where the cache holds the rows of the programs that run at a time.
 """
 
 from __future__ import annotations
@@ -82,7 +85,26 @@ def test_bytes_are_those_of_the_formula(divergence, inplace, vocab):
         again = read_again(student, teacher, out.selected, divergence)
         assert again < 0.1 * share * unit
         assert sum(traffic.passes()) == (2 + 2 * divergence.sweeps) * share * unit + 3 * unit + again
+        assert traffic.first_looks() + traffic.passes()[1] == (2 * share + 3) * unit
+        # Between two looks at an entry, a program touches its two rows, and the new one of the gradient up to there.
+        row = vocab * student.element_size()
+        (both,) = (launch for launch in traffic if launch.kernel == "token_divergence_with_gradient_kernel")
+        assert row < both.distance < (2 if inplace else 3) * row
         assert not traffic.faults()
+
+
+@new_or_inplace
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_the_backward_reads_the_gradient_only_if_it_changes_it(inplace, factor):
+    """And then only the rows that are no zeros."""
+    student, teacher = logits(2, 4, 1003, dtype=BF16, seed=1), logits(2, 4, 1003, dtype=BF16, seed=2)
+    leaf = fresh(student)
+    loss = adakd_loss(leaf, teacher, tokens(1003, 2, 4), focus_ratio=0.5, inplace=inplace).loss
+    with counting() as traffic:
+        (loss * factor).backward()
+    rows = 0 if factor == 1.0 else 4
+    assert [launch.kernel for launch in traffic] == ["scale_gradient_kernel"]
+    assert traffic.passes() == (rows * 1003 * 2, rows * 1003 * 2)
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jensen_shannon"])
@@ -187,6 +209,29 @@ def test_a_part_is_read_once(divergence, teacher_vocab):
     read = torch.tensor([[True, False, False], [False, True, True]])
     assert traffic.passes() == (3 * 2 * min(1003, teacher_vocab) * 2, 0) and not traffic.faults()
     assert not f[~read].any() and not g[~read].any() and f[read].all() and g[read].all()
+
+
+def test_instrument_tells_first_looks_from_repeated_ones():
+    """Two passes over a row, of which the second writes: between its looks at an entry lie the others of the row."""
+    x, y = torch.randn(1, 2, 512), torch.empty(1, 2, 512)
+    with counting() as traffic:
+        sum_then_divide[(2,)](x, y, V=512, BLOCK_V=128)
+        sum_then_divide[(2,)](x, x, V=512, BLOCK_V=128)
+    assert traffic.passes() == (4 * 2 * 512 * 4, 2 * 2 * 512 * 4)
+    assert traffic.first_looks() == 2 * 2 * 512 * 4
+    row, block = 512 * 4, 128 * 4
+    assert [launch.distance for launch in traffic] == [row - block + 3 * block, row - block]
+
+
+@triton.jit
+def sum_then_divide(X, Y, V: tl.constexpr, BLOCK_V: tl.constexpr):
+    n = tl.program_id(0)
+    total = 0.0
+    for start in tl.static_range(0, V, BLOCK_V):
+        total += tl.sum(tl.load(X + n * V + start + tl.arange(0, BLOCK_V)), 0)
+    for start in tl.static_range(0, V, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        tl.store(Y + n * V + offs_v, tl.load(X + n * V + offs_v) / total)
 
 
 # The counts above mean something only if the instrument sees what it looks for.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .divergence_terms import divergence_terms
+from .divergence_terms import Parameters, divergence_terms, number
 from .rows import (
     LOG2E,
     Rows,
@@ -57,8 +57,7 @@ def write_grad(
     VS,  # entries of the student's vocabulary, of a part those that it writes
     EDGE: tl.constexpr,
     DIVERGENCE: tl.constexpr,
-    ALPHA: tl.constexpr,
-    BETA: tl.constexpr,
+    parameters,
     WITH_CE: tl.constexpr,
 ):
     """(10) for a tile: weight/τ·(g − q Σg), 0 where either side is −inf; plus the gradient of the cross-entropy.
@@ -70,7 +69,7 @@ def write_grad(
     t = load_tile(rows.T, start, rows, EDGE)
     log_q = log2_mass(s, token.m_s, token.c_s, rows.scale)
     log_p = log2_mass(t, token.m_t, token.c_t, rows.scale)
-    _, g, q = divergence_terms(log_q, log_p, DIVERGENCE, ALPHA, BETA)
+    _, g, q = divergence_terms(log_q, log_p, DIVERGENCE, parameters)
     finite = (s != -float("inf")) & (t != -float("inf"))
     grad = tl.where(finite, token.weight * (g - q * token.sum_g), 0.0)
     entry = entries_of_lane(rows.LANES, rows.VEC, rows.WIDTH)
@@ -98,17 +97,16 @@ def write_row(
     token,
     VS,
     DIVERGENCE: tl.constexpr,
-    ALPHA: tl.constexpr,
-    BETA: tl.constexpr,
+    parameters,
     WITH_CE: tl.constexpr,
 ):
     """`write_grad` for every tile of a row of VS entries."""
     STEP: tl.constexpr = rows.LANES * rows.VEC
     for i in range(0, edge_entries(rows.V, VS, STEP, rows.SKEWED), STEP):
         start = edge_start(i, rows.V, STEP, rows.SKEWED)
-        write_grad(Grad, rows, start, token, VS, True, DIVERGENCE, ALPHA, BETA, WITH_CE)
+        write_grad(Grad, rows, start, token, VS, True, DIVERGENCE, parameters, WITH_CE)
     for start in range(whole_steps(rows.V, STEP, rows.SKEWED)[0], whole_steps(rows.V, STEP, rows.SKEWED)[1], STEP):
-        write_grad(Grad, rows, start, token, VS, False, DIVERGENCE, ALPHA, BETA, WITH_CE)
+        write_grad(Grad, rows, start, token, VS, False, DIVERGENCE, parameters, WITH_CE)
 
 
 @triton.jit
@@ -122,7 +120,7 @@ def load_cross_entropy(
     WITH_CE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """(place of the label or −1, weight, m_1, c_1) of token n, see `Token`; `first` is that of the row's first entry."""
+    """(place of the label or −1, weight, m_1, c_1) of token n; `first` is the place of the row's first entry."""
     label = -1
     ce_weight = tl.full((), 0.0, ACC)
     m_1 = ce_weight
@@ -140,8 +138,10 @@ def load_cross_entropy(
 
 
 @triton.jit(
-    do_not_specialize=["L", "stride_sb", "stride_sl", "stride_tb", "stride_tl", "stride_gb", "stride_gl", "lead"]
-)
+    do_not_specialize=[
+        "L", "stride_sb", "stride_sl", "stride_tb", "stride_tl", "stride_gb", "stride_gl", "lead", "of_p", "of_q"
+    ]
+)  # fmt: skip
 def token_divergence_bwd_kernel(
     S,  # (B, L, Vs) logits
     T,  # (B, L, Vt)
@@ -167,12 +167,13 @@ def token_divergence_bwd_kernel(
     unit_g,
     lead,  # of all three tensors, see `row_start`
     PART,  # entries of a part, see `part_of_row`, or None
+    of_p: tl.int64,  # the numbers of the divergence, see `launch.parameters`
+    of_q: tl.int64,
     V: tl.constexpr,  # entries of the common vocabulary
     VS: tl.constexpr,  # entries of the student's
     SKEWED: tl.constexpr,
     DIVERGENCE: tl.constexpr,
-    ALPHA: tl.constexpr,
-    BETA: tl.constexpr,
+    LIGHT: tl.constexpr,  # see `Parameters`
     WITH_CE: tl.constexpr,
     ACC: tl.constexpr,
     LANES: tl.constexpr,
@@ -219,5 +220,6 @@ def token_divergence_bwd_kernel(
         Grad,
         Rows(S, T, skew, scale, V if PART is None else entries, SKEWED if PART is None or not SKEWED else part == 0, 1,
              LANES, VEC, WIDTH),
-        token, VS if PART is None else written, DIVERGENCE, ALPHA, BETA, WITH_CE,
+        token, VS if PART is None else written, DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT),
+        WITH_CE,
     )  # fmt: skip

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import math
+import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,8 @@ _LEAST_PART = 8192
 _LONG_ROW = 262_144
 # Parts of a row at most; one program merges them at once. A power of two.
 MOST_PARTS = 32
+# A weight below this leaves the mixture next to the other part nearly everywhere.
+_LIGHT = 0.01
 # Family of the target -> tiles a step and warps by default, and the launches that take others, with the reason.
 # Written by `python -m benchmarks.launch_table`, which says how they are chosen.
 LAUNCH_TABLE: dict[str, Any] = json.loads(Path(__file__).with_name("launch_table.json").read_text())
@@ -188,6 +191,30 @@ def row_parts(config: dict[str, Any], tokens: int, vocab: int, device: torch.dev
     of_part = -(-steps // wanted_parts(tokens, vocab, device))
     parts = -(-steps // of_part)
     return parts, of_part * step if parts > 1 else None
+
+
+def parameters(divergence: str, alpha: float, beta: float, acc: torch.dtype) -> dict[str, Any]:
+    """of_p, of_q and LIGHT: the numbers of a divergence, as `divergence_terms.Parameters` has them.
+
+    A kernel takes them as the bits of its accumulation type: Triton passes a float in fp32, and an fp64 argument would
+    bring instructions in fp64 into every kernel. So no value of them compiles anew, as a constant would; but a mixture
+    nearly all of whose weight is on one side has kernels of its own.
+    """
+    of_p, of_q = {
+        "alpha_beta": (alpha, beta),
+        "jensen_shannon": (beta, 1.0 - beta),
+        "skew_forward_kl": (alpha, 1.0 - alpha),
+        "skew_reverse_kl": (1.0 - alpha, alpha),
+    }.get(divergence, (0.0, 0.0))
+    light = None
+    if divergence != "alpha_beta" and of_p + of_q:
+        light = "p" if of_p < _LIGHT else "q" if of_q < _LIGHT else None
+    bits = "dq" if acc == torch.float64 else "fi"
+    return {
+        "of_p": struct.unpack(bits[1], struct.pack(bits[0], of_p))[0],
+        "of_q": struct.unpack(bits[1], struct.pack(bits[0], of_q))[0],
+        "LIGHT": light,
+    }
 
 
 def acc_type(student: Tensor, teacher: Tensor) -> tuple[torch.dtype, tl.dtype]:

@@ -217,9 +217,7 @@ def tile_offsets(start, LANES: tl.constexpr, VEC: tl.constexpr, WIDTH: tl.conste
 def inside(offs_v, skew, V, SKEWED):
     """Which offsets from a row's aligned start are entries of it."""
     mask = offs_v < skew + V
-    if isinstance(SKEWED, tl.tensor):
-        mask &= offs_v >= skew
-    elif SKEWED:
+    if isinstance(SKEWED, tl.tensor) or SKEWED:
         mask &= offs_v >= skew
     return mask
 

@@ -17,10 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..divergences import DIVERGENCES
-from .divergence_terms import divergence_terms
+from .divergence_terms import Parameters, divergence_terms, number
 from .hellinger import sweep_distance, sweep_hellinger
 from .kl import sweep_both
-from .launch import MOST_PARTS, acc_type, row_parts, row_strides, sweeps
+from .launch import FUSED, MOST_PARTS, acc_type, parameters, row_parts, row_strides, sweeps
 from .peak import store_peak
 from .rows import (
     LN2,
@@ -30,8 +30,8 @@ from .rows import (
     exponent_rounding,
     exponent_scale,
     load_normalizers,
-    part_of_row,
     lowest,
+    part_of_row,
     row_start,
     saturated,
     store_normalizers,
@@ -365,7 +365,7 @@ def merge_one_sweep_kernel(
     store_peak(Peak, PeakGrad, n, place, 0, peak.finite, in_range(of_row.peak_grad, ACC))
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(do_not_specialize=["parts", "of_p", "of_q"])
 def merge_normalizers_kernel(
     Sums,  # (5, parts·N) of `row_parts_kernel`, in ACC
     PartPeak,  # (parts·N,) of it
@@ -375,9 +375,10 @@ def merge_normalizers_kernel(
     Peak,  # (N,) result, int64: place of the student's peak, or −1 where it is not heavy
     PeakTerms,  # (2, N) result: c = −g/q of a heavy peak and f, else 0, in ACC
     parts,
+    of_p: tl.int64,  # the numbers of the divergence, see `launch.parameters`
+    of_q: tl.int64,
     DIVERGENCE: tl.constexpr,
-    ALPHA: tl.constexpr,
-    BETA: tl.constexpr,
+    LIGHT: tl.constexpr,  # see `Parameters`
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,  # at least the number of parts
 ):
@@ -402,8 +403,10 @@ def merge_normalizers_kernel(
     log_q = tl.where(heavy, tl.log2(peak.q), 0.0)
     log_p = tl.where(heavy, log_q - peak.gap, 0.0)
     # g as the second sweep has it, so that g + c·q of equal rows cancels in every entry.
-    _, g, _ = divergence_terms(log_q.to(ACC), log_p.to(ACC), DIVERGENCE, ALPHA, BETA)
-    f, _, q = divergence_terms(log_q, log_p, DIVERGENCE, ALPHA, BETA)
+    _, g, _ = divergence_terms(
+        log_q.to(ACC), log_p.to(ACC), DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT)
+    )
+    f, _, q = divergence_terms(log_q, log_p, DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT))
     store_normalizers(NormalizersTau, n, Normalizers(student.max, student.sum, teacher.max, teacher.sum))
     place = tl.max(tl.where(peak.own, tl.load(PartPeak + at, mask=inside, other=-1), -1), 0)
     tl.store(Peak + n, tl.where(heavy, place, -1).to(tl.int64))
@@ -470,7 +473,7 @@ def split_stats(
     acc = acc_type(student, teacher)[1]
     sums, _, parts = _sweep_parts(student, teacher, None, mask, "difficulty", config)
     merge_stats_kernel[(mask.numel(),)](
-        sums, mask, difficulty, normalizers_1, parts, ACC=acc, BLOCK=MOST_PARTS, num_warps=1
+        sums, mask, difficulty, normalizers_1, parts, ACC=acc, BLOCK=MOST_PARTS, num_warps=1, **FUSED
     )
 
 
@@ -492,7 +495,7 @@ def split_divergence(
     """`token_divergence` of split rows, into its five results; `config` is that of its launch."""
     dtype, acc = acc_type(student, teacher)
     sums, part_peak, parts = _sweep_parts(student, teacher, temperature, mask, divergence, config)
-    grid, fixed = (mask.numel(),), {"ACC": acc, "BLOCK": MOST_PARTS, "num_warps": 1}
+    grid, fixed = (mask.numel(),), {"ACC": acc, "BLOCK": MOST_PARTS, "num_warps": 1, **FUSED}
     if DIVERGENCES[divergence].sweeps == 1:
         merge_one_sweep_kernel[grid](
             sums, part_peak, temperature, mask, d, sum_g, normalizers_tau, peak, peak_grad, parts, WHAT=divergence,
@@ -502,7 +505,7 @@ def split_divergence(
     of_peak = torch.empty(2, mask.numel(), dtype=dtype, device=mask.device)
     merge_normalizers_kernel[grid](
         sums, part_peak, temperature, mask, normalizers_tau, peak, of_peak, parts,
-        DIVERGENCE=divergence, ALPHA=alpha, BETA=beta, **fixed,
+        DIVERGENCE=divergence, **parameters(divergence, alpha, beta, dtype), **fixed,
     )  # fmt: skip
     f, g, parts = sweep_parts_of_terms(
         student, teacher, temperature, mask, normalizers_tau, of_peak[0], peak, divergence, alpha, beta

@@ -13,10 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import GradientCall
+from .divergence_terms import Parameters, number
 from .gradient import token_divergence_bwd_kernel
 from .hellinger import sweep_hellinger
 from .kl import sweep_kl
-from .launch import acc_type, launch_config, on_device, row_parts, row_strides, sweeps
+from .launch import acc_type, launch_config, on_device, parameters, row_parts, row_strides, sweeps
 from .peak import store_peak
 from .rows import Normalizers, Rows, exponent_rounding, exponent_scale, row_start, store_normalizers
 from .split import split_divergence
@@ -30,8 +31,7 @@ def sweep_rows(
     NormalizersTau,  # (4, B·L)
     n,
     DIVERGENCE: tl.constexpr,
-    ALPHA: tl.constexpr,
-    BETA: tl.constexpr,
+    parameters,
 ):
     """(`Normalizers`, `TokenResult`) of token n; the normalisers are stored."""
     if DIVERGENCE == "hellinger":
@@ -46,11 +46,11 @@ def sweep_rows(
         normalizers, first = sweep_normalizers(rows, 0.0)
         # Stored between the sweeps, so that the second one need not hold all of them.
         store_normalizers(NormalizersTau, n, normalizers)
-        found = sweep_terms(rows, Tau, normalizers, first, DIVERGENCE, ALPHA, BETA)
+        found = sweep_terms(rows, Tau, normalizers, first, DIVERGENCE, parameters)
     return normalizers, found
 
 
-@triton.jit(do_not_specialize=["L", "stride_sb", "stride_sl", "stride_tb", "stride_tl", "lead"])
+@triton.jit(do_not_specialize=["L", "stride_sb", "stride_sl", "stride_tb", "stride_tl", "lead", "of_p", "of_q"])
 def token_divergence_fwd_kernel(
     S,  # (B, L, Vs) logits
     T,  # (B, L, Vt)
@@ -69,11 +69,12 @@ def token_divergence_fwd_kernel(
     stride_tl,
     unit_t,
     lead,  # of all logits, see `row_start`
+    of_p: tl.int64,  # the numbers of the divergence, see `launch.parameters`
+    of_q: tl.int64,
     V: tl.constexpr,  # entries of the common vocabulary
     SKEWED: tl.constexpr,
     DIVERGENCE: tl.constexpr,
-    ALPHA: tl.constexpr,
-    BETA: tl.constexpr,
+    LIGHT: tl.constexpr,  # see `Parameters`
     ACC: tl.constexpr,
     TILES: tl.constexpr,
     LANES: tl.constexpr,
@@ -92,7 +93,7 @@ def token_divergence_fwd_kernel(
     scale = exponent_scale(tl.load(Tau + n))
     _, found = sweep_rows(
         Rows(S, T, skew, scale, V, SKEWED, TILES, LANES, VEC, WIDTH),
-        Tau + n, NormalizersTau, n, DIVERGENCE, ALPHA, BETA,
+        Tau + n, NormalizersTau, n, DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT),
     )  # fmt: skip
     tl.store(D + n, found.d)  # 0 for an empty row, which has no finite entry
     tl.store(SumG + n, found.sum_g)
@@ -119,7 +120,7 @@ def token_divergence_fwd(
                 token_divergence_fwd_kernel[(mask.numel(),)](
                     student, teacher, temperature, mask, *results,
                     mask.shape[1], *row_strides(student), *row_strides(teacher),
-                    V=vocab, DIVERGENCE=divergence, ALPHA=alpha, BETA=beta, ACC=acc, **config,
+                    V=vocab, DIVERGENCE=divergence, ACC=acc, **parameters(divergence, alpha, beta, dtype), **config,
                 )  # fmt: skip
     return d, sum_g, normalizers_tau.view(4, *mask.shape), peak, peak_grad
 
@@ -148,6 +149,6 @@ def token_divergence_bwd(call: GradientCall, out: Tensor) -> None:
                 bundle(call.normalizers_1),
                 call.weight.shape[1], *row_strides(student), *row_strides(teacher), *row_strides(out),
                 PART=part, V=vocab, VS=student.shape[-1], DIVERGENCE=call.divergence,
-                ALPHA=call.alpha, BETA=call.beta, WITH_CE=call.labels is not None, ACC=acc,
-                **config,
+                WITH_CE=call.labels is not None, ACC=acc,
+                **parameters(call.divergence, call.alpha, call.beta, dtype), **config,
             )  # fmt: skip

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import acc_type, launch_config, on_device, row_parts, row_strides
+from .divergence_terms import Parameters, number
+from .launch import acc_type, launch_config, on_device, parameters, row_parts, row_strides
 from .rows import (
     Rows,
     below,
@@ -58,16 +59,14 @@ def log2_mass_exactly(z, m, log_l, scale, row):
 
 
 @triton.jit
-def fold_terms(
-    rows, start, row, peak, f, g, EDGE: tl.constexpr, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr
-):
+def fold_terms(rows, start, row, peak, f, g, EDGE: tl.constexpr, DIVERGENCE: tl.constexpr, parameters):
     """(Σf, Σ(g + c·q)) of every lane with those of a tile, to which the entry at `peak` adds nothing."""
     s = load_tile(rows.S, start, rows, EDGE)
     t = load_tile(rows.T, start, rows, EDGE)
     s = tl.where((peak - start)[:, None] == entries_of_lane(rows.LANES, rows.VEC, rows.WIDTH), -float("inf"), s)
     log_q = log2_mass_exactly(s, row.m_s, row.log_l_s, rows.scale, row)
     log_p = log2_mass_exactly(t, row.m_t, row.log_l_t, rows.scale, row)
-    more_f, more_g = finite_terms(s, t, log_q, log_p, row.c, DIVERGENCE, ALPHA, BETA)
+    more_f, more_g = finite_terms(s, t, log_q, log_p, row.c, DIVERGENCE, parameters)
     return f + more_f, g + more_g
 
 
@@ -77,8 +76,7 @@ def sweep_part(
     row,
     peak,  # (LANES,) offset of the entry that is left out, less that of a lane's first entry in the first tile
     DIVERGENCE: tl.constexpr,
-    ALPHA: tl.constexpr,
-    BETA: tl.constexpr,
+    parameters,
 ):
     """(Σf, Σ(g + c·q)) over the entries of `rows`."""
     STEP: tl.constexpr = rows.LANES * rows.VEC
@@ -86,13 +84,13 @@ def sweep_part(
     g = f
     for i in range(0, edge_entries(rows.V, rows.V, STEP, rows.SKEWED), STEP):
         start = edge_start(i, rows.V, STEP, rows.SKEWED)
-        f, g = fold_terms(rows, start, row, peak, f, g, True, DIVERGENCE, ALPHA, BETA)
+        f, g = fold_terms(rows, start, row, peak, f, g, True, DIVERGENCE, parameters)
     for start in range(whole_steps(rows.V, STEP, rows.SKEWED)[0], whole_steps(rows.V, STEP, rows.SKEWED)[1], STEP):
-        f, g = fold_terms(rows, start, row, peak, f, g, False, DIVERGENCE, ALPHA, BETA)
+        f, g = fold_terms(rows, start, row, peak, f, g, False, DIVERGENCE, parameters)
     return saturated(tl.sum(f, 0)), saturated(tl.sum(g, 0))
 
 
-@triton.jit(do_not_specialize=["L", "stride_sb", "stride_sl", "stride_tb", "stride_tl", "lead"])
+@triton.jit(do_not_specialize=["L", "stride_sb", "stride_sl", "stride_tb", "stride_tl", "lead", "of_p", "of_q"])
 def token_terms_fwd_kernel(
     S,  # (B, L, Vs) logits of the part
     T,  # (B, L, Vt)
@@ -112,11 +110,12 @@ def token_terms_fwd_kernel(
     unit_t,
     lead,  # of all logits, see `row_start`
     PART,  # entries of a part, see `part_of_row`, or None
+    of_p: tl.int64,  # the numbers of the divergence, see `launch.parameters`
+    of_q: tl.int64,
     V: tl.constexpr,  # entries of the common vocabulary
     SKEWED: tl.constexpr,
     DIVERGENCE: tl.constexpr,
-    ALPHA: tl.constexpr,
-    BETA: tl.constexpr,
+    LIGHT: tl.constexpr,  # see `Parameters`
     ACC: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
@@ -147,7 +146,7 @@ def token_terms_fwd_kernel(
     f, g = sweep_part(
         Rows(S, T, skew, scale, V if PART is None else entries, SKEWED if PART is None or not SKEWED else part == 0, 1,
              LANES, VEC, WIDTH),
-        row, peak - first_of_lanes(LANES, WIDTH), DIVERGENCE, ALPHA, BETA,
+        row, peak - first_of_lanes(LANES, WIDTH), DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT),
     )  # fmt: skip
     tl.store(F + at, f)
     tl.store(G + at, g)
@@ -178,7 +177,7 @@ def sweep_parts_of_terms(
         token_terms_fwd_kernel[(mask.numel(), parts)](
             student, teacher, temperature, mask, normalizers_tau, constant, peak, f, g,
             mask.shape[1], *row_strides(student), *row_strides(teacher), PART=part,
-            V=vocab, DIVERGENCE=divergence, ALPHA=alpha, BETA=beta, ACC=acc, **config,
+            V=vocab, DIVERGENCE=divergence, ACC=acc, **parameters(divergence, alpha, beta, dtype), **config,
         )  # fmt: skip
     return f, g, parts
 

@@ -55,12 +55,12 @@ def fold_normalizer(Row, start, rows, m, l, EDGE: tl.constexpr):
 
 
 @triton.jit
-def finite_terms(s, t, log_q, log_p, c, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr):
+def finite_terms(s, t, log_q, log_p, c, DIVERGENCE: tl.constexpr, parameters):
     """(Σf, Σg) of every lane over its finite entries, or Σ(g + c·q) where c is given.
 
     Skew reverse KL leaves q out of g, see `reference.py`.
     """
-    f, g, q = divergence_terms(log_q, log_p, DIVERGENCE, ALPHA, BETA)
+    f, g, q = divergence_terms(log_q, log_p, DIVERGENCE, parameters)
     finite = (s != -float("inf")) & (t != -float("inf"))
     lost = -q if DIVERGENCE == "skew_reverse_kl" else 0.0
     f = tl.sum(tl.where(finite, f, 0.0), 1)
@@ -71,11 +71,11 @@ def finite_terms(s, t, log_q, log_p, c, DIVERGENCE: tl.constexpr, ALPHA: tl.cons
 
 
 @triton.jit
-def own_terms(s, t, scale, of, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr):
+def own_terms(s, t, scale, of, DIVERGENCE: tl.constexpr, parameters):
     """(Σf, Σg) of every lane below the row's own `LogMass`."""
     log_q = log2_mass(s, of.m_s, of.c_s, scale)
     log_p = log2_mass(t, of.m_t, of.c_t, scale)
-    return finite_terms(s, t, log_q, log_p, None, DIVERGENCE, ALPHA, BETA)
+    return finite_terms(s, t, log_q, log_p, None, DIVERGENCE, parameters)
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def sweep_normalizers(rows, rounding):
 
 
 @triton.jit
-def sweep_terms(rows, Tau, of, first, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr):
+def sweep_terms(rows, Tau, of, first, DIVERGENCE: tl.constexpr, parameters):
     """The `TokenResult` of a row from its `Normalizers` and `FirstSweep`: the second sweep, one tile a step.
 
     With c = −g/q of the peak, g + c·q is 0 there, and the gradient is −q·S, S = Σ (g + c·q) over the other entries.
@@ -143,13 +143,13 @@ def sweep_terms(rows, Tau, of, first, DIVERGENCE: tl.constexpr, ALPHA: tl.conste
         start = edge_start(i, rows.V, STEP, rows.SKEWED)
         s = load_tile(rows.S, start, rows, True)
         t = load_tile(rows.T, start, rows, True)
-        f, g = own_terms(s, t, rows.scale, of_lane, DIVERGENCE, ALPHA, BETA)
+        f, g = own_terms(s, t, rows.scale, of_lane, DIVERGENCE, parameters)
         d += f
         sum_g += g
     for start in range(whole_steps(rows.V, STEP, rows.SKEWED)[0], whole_steps(rows.V, STEP, rows.SKEWED)[1], STEP):
         s = load_tile(rows.S, start, rows, False)
         t = load_tile(rows.T, start, rows, False)
-        f, g = own_terms(s, t, rows.scale, of_lane, DIVERGENCE, ALPHA, BETA)
+        f, g = own_terms(s, t, rows.scale, of_lane, DIVERGENCE, parameters)
         d += f
         sum_g += g
     # (LANES,) sums over the entries beside the peak: those of its lane are computed anew.
@@ -161,7 +161,7 @@ def sweep_terms(rows, Tau, of, first, DIVERGENCE: tl.constexpr, ALPHA: tl.conste
     start = lane * rows.WIDTH
     while start < rows.V + rows.skew:
         s, t = load_rest_of_lane(rows, start, first.peak)
-        f, g = own_terms(s, t, rows.scale, of_row, DIVERGENCE, ALPHA, BETA)
+        f, g = own_terms(s, t, rows.scale, of_row, DIVERGENCE, parameters)
         d += f
         sum_g += g
         start += rows.LANES * rows.LANES * rows.WIDTH
@@ -171,7 +171,7 @@ def sweep_terms(rows, Tau, of, first, DIVERGENCE: tl.constexpr, ALPHA: tl.conste
     # Where the peak has less than half of the mass, nothing cancels, and c is the sweep's with its own roundings.
     confident = c_s < 1.0
     gap = tl.where(confident, first.gap, -c_s - log2_mass(t_peak, of.m_t, c_t, rows.scale))
-    f, c, q = peak_terms(c_s, gap, DIVERGENCE, ALPHA, BETA)
+    f, c, q = peak_terms(c_s, gap, DIVERGENCE, parameters)
     # What cancels does so in every lane, before the lanes' sums are rounded.
     rest = tl.sum(sum_g + c * q * first.tail_s, 0)
     # Where a row is confident, the rounding of the scale multiplies all masses but the peak's by the same factor; its

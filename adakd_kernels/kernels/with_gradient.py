@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import GradientCall
+from .divergence_terms import Parameters, number
 from .gradient import Token, load_cross_entropy, write_row
-from .launch import acc_type, launch_config, on_device, row_strides, with_gradient_config
+from .launch import acc_type, launch_config, on_device, parameters, row_strides, with_gradient_config
 from .peak import store_peak
 from .rows import (
     Normalizers,
@@ -34,8 +35,10 @@ from .token_divergence import sweep_rows, token_divergence_bwd, token_divergence
 
 
 @triton.jit(
-    do_not_specialize=["L", "stride_sb", "stride_sl", "stride_tb", "stride_tl", "stride_gb", "stride_gl", "lead"]
-)
+    do_not_specialize=[
+        "L", "stride_sb", "stride_sl", "stride_tb", "stride_tl", "stride_gb", "stride_gl", "lead", "of_p", "of_q"
+    ]
+)  # fmt: skip
 def token_divergence_with_gradient_kernel(
     S,  # (B, L, Vs) logits
     T,  # (B, L, Vt)
@@ -62,12 +65,13 @@ def token_divergence_with_gradient_kernel(
     stride_gl,
     unit_g,
     lead,  # of all three tensors, see `row_start`
+    of_p: tl.int64,  # the numbers of the divergence, see `launch.parameters`
+    of_q: tl.int64,
     V: tl.constexpr,  # entries of the common vocabulary
     VS: tl.constexpr,  # entries of the student's
     SKEWED: tl.constexpr,
     DIVERGENCE: tl.constexpr,
-    ALPHA: tl.constexpr,
-    BETA: tl.constexpr,
+    LIGHT: tl.constexpr,  # see `Parameters`
     WITH_CE: tl.constexpr,
     ACC: tl.constexpr,
     TILES: tl.constexpr,
@@ -95,7 +99,7 @@ def token_divergence_with_gradient_kernel(
     if selected:
         normalizers, found = sweep_rows(
             Rows(S, T, skew, scale, V, SKEWED, TILES, LANES, VEC, WIDTH),
-            Tau + n, NormalizersTau, n, DIVERGENCE, ALPHA, BETA,
+            Tau + n, NormalizersTau, n, DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT),
         )  # fmt: skip
         d = found.d  # 0 for an empty row, which has no finite entry
         sum_g = found.sum_g
@@ -123,7 +127,7 @@ def token_divergence_with_gradient_kernel(
     )
     write_row(
         Grad, Rows(S, T, skew, scale, V, SKEWED, 1, LANES, VEC, WIDTH), token,
-        VS, DIVERGENCE, ALPHA, BETA, WITH_CE,
+        VS, DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT), WITH_CE,
     )  # fmt: skip
 
 
@@ -168,8 +172,8 @@ def token_divergence_with_gradient_over(
                 None if normalizers_1 is None else normalizers_1.contiguous().flatten(1),
                 d, sum_g, normalizers_tau.flatten(1), peak, peak_grad,
                 mask.shape[1], *row_strides(student), *row_strides(teacher), *row_strides(out),
-                V=vocab, VS=student.shape[-1], DIVERGENCE=divergence, ALPHA=alpha, BETA=beta,
-                WITH_CE=labels is not None, ACC=acc, **config,
+                V=vocab, VS=student.shape[-1], DIVERGENCE=divergence,
+                WITH_CE=labels is not None, ACC=acc, **parameters(divergence, alpha, beta, dtype), **config,
             )  # fmt: skip
     return d, sum_g, normalizers_tau, peak, peak_grad
 
