@@ -362,17 +362,23 @@ def token_statistics(
     if shards is not None:
         labels = torch.full(mask.shape, -1, device=mask.device) if labels is None else labels
         return ops.row_statistics(shards, student, teacher, mask, labels, measure)
+    difficulty, normalizers_1 = distances(student, teacher, mask, measure)
+    of = Normalizers.of(normalizers_1)
+    valid = mask & of.sum_s.logical_and(of.sum_t)  # the sum of a row of nothing but −inf is 0
+    if measure == "cross_entropy" and labels is not None:
+        difficulty = ops.token_cross_entropy(student, teacher, labels, valid, normalizers_1)
+    return TokenStatistics(difficulty, valid, normalizers_1)
+
+
+def distances(student: Tensor, teacher: Tensor, mask: Tensor, measure: str) -> tuple[Tensor, Tensor]:
+    """Difficulty of the tokens in the mask by the `measure`, s² for cross-entropy, and their normalisers."""
     if measure in ("hellinger", "cross_entropy"):
         difficulty, normalizers_1 = ops.token_stats(student, teacher, mask)
     else:
         ones = torch.ones(mask.shape, dtype=torch.float32, device=mask.device)
         div = DIVERGENCES[measure]()
         difficulty, _, normalizers_1, *_ = ops.token_divergence(student, teacher, ones, mask, div.name, *div.parameters)
-    of = Normalizers.of(normalizers_1)
-    valid = mask & of.sum_s.logical_and(of.sum_t)  # the sum of a row of nothing but −inf is 0
-    if measure == "cross_entropy" and labels is not None:
-        difficulty = ops.token_cross_entropy(student, teacher, labels, valid, normalizers_1)
-    return TokenStatistics(difficulty, valid, normalizers_1)
+    return difficulty, normalizers_1
 
 
 def next_labels(labels: Tensor, ignore_index: int) -> Tensor:

@@ -168,6 +168,7 @@ def _multiply_high(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _permute_bytes(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
+    a, b, selector = np.broadcast_arrays(a, b, np.atleast_1d(selector))
     pool = np.concatenate([np.ascontiguousarray(x).view(np.uint8).reshape(-1, 4) for x in (a, b)], axis=1)
     nibbles = np.stack([(selector >> np.uint32(4 * i)) & np.uint32(15) for i in range(4)], axis=1).astype(np.int64)
     picked = np.take_along_axis(pool, nibbles & 7, axis=1)

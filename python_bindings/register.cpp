@@ -352,14 +352,38 @@ Tensor token_cross_entropy(const Tensor& student, const Tensor& teacher, const T
   return out;
 }
 
+Four spread_statistics(const Tensor& difficulty, const Tensor& normalizers_1, const Tensor& positions, int64_t batch,
+                       const std::optional<Tensor>& label_logits, const std::optional<Tensor>& labels,
+                       int64_t vocab) {
+  const ScalarType type = difficulty.scalar_type();
+  const int64_t count = difficulty.numel();
+  Tensor everywhere = torch::stable::new_empty(difficulty, {1, batch});
+  Tensor valid = torch::stable::new_empty(difficulty, {1, batch}, ScalarType::Bool);
+  Tensor valid_here = torch::stable::new_empty(difficulty, {1, count}, ScalarType::Bool);
+  Tensor cross_entropy = torch::stable::new_empty(difficulty, {1, labels.has_value() ? count : 0});
+  const Tensor distance = numbers(difficulty, type), of_1 = numbers(normalizers_1, type);
+  const Tensor places = numbers(positions, ScalarType::Long);
+  const auto logits = numbers(label_logits, type), ids = numbers(labels, ScalarType::Long);
+  const adakd::Normalizers of = normalizers_of(of_1);
+  adakd::spread_statistics({is_double(difficulty), count, batch, distance.data_ptr(), of.max_s, of.sum_s, of.sum_t,
+                            static_cast<const int64_t*>(places.data_ptr()), data_of(logits),
+                            static_cast<const int64_t*>(data_of(ids)), vocab, everywhere.data_ptr(),
+                            static_cast<bool*>(valid.data_ptr()), static_cast<bool*>(valid_here.data_ptr()),
+                            cross_entropy.data_ptr()});
+  return {everywhere, valid, valid_here, cross_entropy};
+}
+
 Three loss_sums(const Tensor& d, const Tensor& temperature, const Tensor& k,
-                const std::optional<Tensor>& cross_entropy, const std::optional<Tensor>& n, double ce_weight) {
+                const std::optional<Tensor>& cross_entropy, const std::optional<Tensor>& n, double ce_weight,
+                const std::optional<Tensor>& positions, int64_t batch) {
   const ScalarType type = d.scalar_type();
-  Tensor token_loss = torch::stable::new_empty(d, d.sizes()), loss = torch::stable::new_empty(d, {});
+  Tensor token_loss = positions.has_value() ? torch::stable::new_empty(d, {1, batch})
+                                            : torch::stable::new_empty(d, d.sizes());
+  Tensor loss = torch::stable::new_empty(d, {});
   Tensor distillation = torch::stable::new_empty(d, {}, ScalarType::Double);
   const Tensor of_d = numbers(d, type), tau = numbers(temperature, type);
-  const auto ce = numbers(cross_entropy, type);
-  adakd::loss_sums({is_double(d), d.numel(), of_d.data_ptr(), tau.data_ptr(), data_of(ce), value_of(n, 1.0),
+  const auto ce = numbers(cross_entropy, type), places = numbers(positions, ScalarType::Long);
+  adakd::loss_sums({is_double(d), d.numel(), static_cast<const int64_t*>(data_of(places)), batch, of_d.data_ptr(), tau.data_ptr(), data_of(ce), value_of(n, 1.0),
                     value_of(k), ce_weight, token_loss.data_ptr(), loss.data_ptr(),
                     static_cast<double*>(distillation.data_ptr())});
   return {token_loss, loss, distillation};
@@ -391,6 +415,7 @@ STABLE_TORCH_LIBRARY_IMPL(adakd, CPU, library) {
   library.impl("choose_tokens", TORCH_BOX(&choose_tokens));
   library.impl("focus_step_", TORCH_BOX(&focus_step_));
   library.impl("token_cross_entropy", TORCH_BOX(&token_cross_entropy));
+  library.impl("spread_statistics", TORCH_BOX(&spread_statistics));
   library.impl("loss_sums", TORCH_BOX(&loss_sums));
   library.impl("loss_weights", TORCH_BOX(&loss_weights));
   library.impl("token_kl", TORCH_BOX(&token_kl));

@@ -124,3 +124,4 @@ def without_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "token_stats", bundled)
     monkeypatch.setattr(ops, "token_divergence", bundled)
     monkeypatch.setattr(ops, "token_divergence_backward_", lambda student, *args: student.mul_(0.5))
+    monkeypatch.setattr(ops, "token_divergence_with_gradient_", lambda student, *args: bundled(student.mul_(0.5)))

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from adakd_kernels.divergences import AlphaBeta, JensenShannon, SkewReverseKL
-from adakd_kernels.kernels import loss_sums, token_choice, token_stats
+from adakd_kernels.kernels import loss_sums, spread_statistics, token_choice, token_stats
 from adakd_kernels.kernels.launch import Machine, divergence_class, warps_that_fit
 from instruments.compiled import (
     AT_ONCE,
@@ -354,8 +354,12 @@ def launch_small_kernels(tokens: int, acc: torch.dtype) -> None:
     token_choice.choose_tokens_fwd(number, mask, 0.5, 0.5, 1.0, None)
     token_choice.focus_step_over(scalar, exact, exact, exact, steps, 10, 0.9, 0.05, 0.05, 0.1)
     loss_sums.token_cross_entropy_fwd(rows, rows, mask.long(), mask, number.expand(4, 1, tokens))
+    places = torch.empty(tokens, dtype=torch.int64, device="meta")
+    for of_labels in ((rows[..., 0].contiguous(), mask.long()), (None, None)):
+        spread_statistics.spread_statistics_fwd(number, number.expand(4, 1, tokens), places, 3 * tokens, *of_labels, 9)
     for ce, ce_mask, n in ((number, mask, scalar), (None, None, None)):
         loss_sums.loss_sums_fwd(number, number, scalar, ce, n, 0.3)
+        loss_sums.loss_sums_fwd(number, number, scalar, ce, n, 0.3, places, 3 * tokens)
         loss_sums.loss_weights_fwd(None, scalar, number, mask, scalar, ce, ce_mask, n, 0.3)
 
 
@@ -368,7 +372,7 @@ def test_small_kernels_compile_clean_and_for_every_batch(target, acc):
         for tokens in (2050, 4112, 65536):
             launch_small_kernels(tokens, acc)
         codes = [read_code(kernel) for kernel in launched[: len(once)]]
-    assert len(codes) == 8 and not any(code.spills or code.local_bytes or code.atomics for code in codes)
+    assert len(codes) == 12 and not any(code.spills or code.local_bytes or code.atomics for code in codes)
     assert {id(kernel) for kernel in launched} == once
 
 

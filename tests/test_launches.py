@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adakd_kernels import AdaKDLoss, LossAdaptiveFocus, adakd_loss, ops, reference, token_divergence
+from adakd_kernels import (
+    AdaKDLoss,
+    LossAdaptiveFocus,
+    adakd_loss,
+    linear_adakd_loss,
+    ops,
+    reference,
+    token_divergence,
+)
 
 from .cases import logits, name_of, tokens
 
@@ -17,7 +26,7 @@ pytestmark = [pytest.mark.fast, pytest.mark.native]
 # Allocations and views: nothing runs on the device.
 FREE = {
     "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand", "new_empty", "select", "slice",
-    "squeeze", "unbind", "unsqueeze", "view",
+    "permute", "squeeze", "unbind", "unsqueeze", "view",
 }  # fmt: skip
 
 
@@ -56,6 +65,58 @@ def test_few_operations_launch_a_kernel(ce_weight, num_items, unpoisoned):
         loss_fn.step()
     assert loss_fn.focus.steps == 1
     assert len(of_step.names) <= 15 + (ce_weight > 0), of_step.names
+
+
+def launches_from_hidden(n, **options) -> int:
+    """Of `linear_adakd_loss` and its backward, with n labelled tokens of n + 1, in chunks of 12 and parts of 6."""
+    dtype, keep = options.pop("dtype", torch.float32), options.pop("keep", 0)
+    heads = [logits(65, 8, dtype=dtype, seed=s) for s in (1, 2)]
+    states = [logits(1, n + 1, 8, dtype=dtype, seed=s) for s in (3, 4)]
+    biases = [logits(65, dtype=dtype, seed=s) for s in (5, 6)] if options.pop("bias", False) else [None, None]
+    labels = tokens(65, 1, n + 1)
+    labels[0, 1] = -100
+    for leaf in (states[0], heads[0], biases[0]):
+        if leaf is not None:
+            leaf.requires_grad_()
+    with Launches() as calls:
+        linear_adakd_loss(
+            states[0], heads[0], states[1], heads[1], labels, student_bias=biases[0], teacher_bias=biases[1],
+            chunk_tokens=12, keep_bytes=keep * 2 * 65 * dtype.itemsize, **options,
+        ).loss.backward()  # fmt: skip
+    assert "token_divergence_with_gradient_" in calls.names
+    return len(calls.names)
+
+
+@pytest.mark.parametrize("ce_weight", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [False, True], ids=["weight", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=name_of)
+def test_few_operations_from_hidden_states(dtype, bias, ce_weight, unpoisoned):
+    """A chunk whose teacher's logits are in one part takes six products; each further chunk, in two, up to nine."""
+    options = {"dtype": dtype, "bias": bias, "ce_weight": ce_weight}
+    for share in (0.5, 1.0, torch.tensor(0.5, dtype=torch.float64)):
+        one, *more = (launches_from_hidden(n, focus_ratio=share, **options) for n in (6, 12, 24, 36, 48))
+        assert one <= 36, one
+        assert more[0] <= one + 7  # a product, statistics, and both again in phase 2; results in two parts
+        assert all(b - a <= 20 for a, b in pairwise(more)), more
+
+
+@pytest.mark.parametrize(
+    "options, of_six, of_36",
+    [
+        ({"focus_ratio": 0.5, "keep": 100}, 57, 119),
+        ({"focus_ratio": 0.5, "keep": 4}, 57, 195),
+        ({"ce_weight": 0.3, "keep": 100}, 28, 60),
+        ({"temperature_scale": 0.0}, 28, 65),
+        ({"temperature_scale": 0.0, "ce_weight": 0.3}, 30, 73),
+        ({"focus_ratio": 0.5, "student_softcap": 3.0, "ce_weight": 0.3}, 39, 103),
+        ({"focus_ratio": 0.5, "difficulty": "cross_entropy"}, 31, 70),
+        ({"focus_ratio": 0.5, "num_items": torch.tensor(9)}, 28, 56),
+    ],
+    ids=str,
+)
+def test_other_calls_from_hidden_states_take_no_more_than_counted(options, of_six, of_36, unpoisoned):
+    found = [launches_from_hidden(n, **options) for n in (6, 36)]
+    assert found[0] <= of_six and found[1] <= of_36, found
 
 
 def chosen(difficulty, valid, share):
@@ -161,6 +222,11 @@ def test_opcheck_of_the_operators(unpoisoned):
     check(ops_of.token_cross_entropy.default, (student, teacher, labels, mask, normalizers_1))
     ce = ops.token_cross_entropy(student, teacher, labels, mask, normalizers_1)
     _, tau, n, k = ops.choose_tokens(difficulty, mask, share, None, 0.5, 1.0)
+    places, flat = torch.arange(10) * 2, difficulty.view(1, -1)
+    bundle = (flat, normalizers_1.view(4, 1, -1), places, 30)
+    check(ops_of.spread_statistics.default, (*bundle, None, None, 65))
+    check(ops_of.spread_statistics.default, (*bundle, flat, labels.clamp_min(0).view(1, -1), 65))
+    check(ops_of.loss_sums.default, (flat, tau.view(1, -1), k, None, None, 0.0, places, 30))
     for of_ce in ((None, None, 0.0), (ce, n, 0.3)):
         check(ops_of.loss_sums.default, (difficulty, tau, k, *of_ce))
         between = (of_ce[0], None if of_ce[0] is None else mask, *of_ce[1:])
@@ -186,3 +252,44 @@ def test_a_share_that_changes_compiles_once(unpoisoned):
         assert torch.allclose(compiled(*batch(), share, items), loss(*batch(), share, items), rtol=1e-6)
     assert len(graphs) == 1
     torch._dynamo.reset()
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
+@pytest.mark.parametrize("size, batch", [(0, 0), (0, 3), (1, 1), (7, 9), (300, 300), (1100, 2100)])
+def test_spread_statistics(size, batch, dtype):
+    """Against indices: most difficulties are far from the places that they go to, and some rows are empty."""
+    gen, device = torch.Generator(device="cpu").manual_seed(size), torch.ones(()).device
+    positions = torch.randperm(batch, generator=gen, device="cpu")[:size].sort().values
+    difficulty, logit = torch.rand(2, 1, size, generator=gen, dtype=dtype, device="cpu")
+    sums = 1.0 + torch.rand(4, 1, size, generator=gen, dtype=dtype, device="cpu")
+    labels = torch.randint(20, (1, size), generator=gen, device="cpu")
+    empty = torch.arange(size, device="cpu") % 5
+    sums[1, :, empty == 1], sums[3, :, empty == 2], sums[1, :, empty == 3] = 0.0, 0.0, math.nan
+    labels[:, ::7], labels[:, 4::7] = 20, -100
+    valid = (empty != 1) & (empty != 2)
+    ce = (sums[0] - logit.half().to(dtype) + sums[1].log()).where((labels >= 0) & (labels < 20), math.nan)
+    given = [x.to(device) for x in (difficulty, sums, positions)]
+    for of_labels in (logit.half().to(device), labels.to(device)), (None, None):
+        found, everywhere, here, cross_entropy = ops.spread_statistics(*given, batch, *of_labels, 20)
+        expected, expected_valid = torch.zeros(1, batch, dtype=dtype, device="cpu"), torch.zeros(1, batch, device="cpu")
+        expected[0, positions], expected_valid[0, positions] = difficulty[0], valid.float()
+        assert torch.equal(found.cpu(), expected) and torch.equal(everywhere.cpu().float(), expected_valid)
+        assert torch.equal(here.cpu()[0], valid)
+    assert cross_entropy.shape == (1, 0)
+    *_, found = ops.spread_statistics(*given, batch, logit.half().to(device), labels.to(device), 20)
+    torch.testing.assert_close(found.cpu(), ce.where(valid, 0.0), rtol=2e-6, atol=1e-7, equal_nan=True)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("size, batch", [(0, 3), (5, 5), (1100, 2500)])
+def test_sums_of_some_tokens_of_a_batch(size, batch):
+    """τ²·D goes to the places of the tokens, in any order; the sums are those of the tokens alone."""
+    positions = torch.randperm(batch)[:size]
+    d, tau, ce = torch.rand(3, 1, size)
+    for of_ce in ((None, None, 0.0), (ce, torch.tensor(7.0), 0.3)):
+        alone = ops.loss_sums(d, tau, torch.tensor(3.0), *of_ce)
+        found = ops.loss_sums(d, tau, torch.tensor(3.0), *of_ce, positions, batch)
+        expected = torch.zeros(1, batch)
+        expected[:, positions] = alone[0]
+        assert torch.equal(found[0], expected) and found[1:] == alone[1:]

@@ -28,6 +28,7 @@ from adakd_kernels import ops, reference
 from adakd_kernels.adaptive import focus_step, token_choice
 from adakd_kernels.divergences import AlphaBeta, JensenShannon, SkewReverseKL, TotalVariation, get_divergence
 from adakd_kernels.kernels.loss_sums import loss_sums_fwd
+from adakd_kernels.kernels.spread_statistics import spread_statistics_fwd
 from adakd_kernels.kernels.token_choice import choose_tokens_fwd, focus_step_over
 from adakd_kernels.kernels.token_divergence import token_divergence_bwd, token_divergence_fwd
 from adakd_kernels.kernels.token_kl import token_kl_fwd
@@ -92,6 +93,20 @@ def test_the_choice_of_tokens_and_the_sums_of_the_loss_are_the_reference(size):
     assert torch.equal(selected, chosen)
     for found, exact in zip((*numbers, *of_numbers, *sums), expected, strict=True):
         assert torch.allclose(found, exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size, batch", [(1, 5), (1200, 2500)])
+def test_spread_statistics_are_the_reference(size, batch):
+    gen = torch.Generator().manual_seed(size)
+    positions = torch.randperm(batch, generator=gen)[:size].sort().values
+    difficulty, logit = torch.rand(2, 1, size, generator=gen)
+    bundle, labels = torch.rand(4, 1, size, generator=gen), torch.randint(20, (1, size), generator=gen)
+    bundle[1, :, ::5], labels[:, ::7] = 0.0, 20
+    args = (difficulty, bundle, positions, batch, logit.bfloat16(), labels, 20)
+    with executing():
+        found = spread_statistics_fwd(*args)
+    for ours, exact in zip(found, ops.spread_statistics(*args), strict=True):
+        assert torch.allclose(ours.double(), exact.double(), rtol=1e-6, equal_nan=True)
 
 
 def test_a_step_of_the_share_is_the_reference():

@@ -129,7 +129,7 @@ def _measures_of_logits(student: Any, teacher: Any, ids: Tensor, attention: Tens
 
 def _token_values(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
     *measures, valid = token_measures(student, teacher, targets)
-    values = (*measures, token_entropy(student, valid), valid)
+    values = (*measures, token_entropy(student) * valid, valid)
     return torch.stack([each.squeeze(0).to("cpu", torch.float64) for each in values], dim=-1)
 
 

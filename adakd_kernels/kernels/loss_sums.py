@@ -61,20 +61,27 @@ def token_cross_entropy_fwd(
     return result
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "batch"])
 def loss_sums_kernel(
     D,  # (N,) divergences
     Tau,  # (N,) temperatures
     CrossEntropy,  # (N,), or None
     K,  # 0-d divisors
     Items,  # or None
-    TokenLoss,  # (N,) result
+    Position,  # (N,) int64 places of the tokens in a batch of more, or None
+    TokenLoss,  # (N,) result, or (batch,)
     Loss,  # 0-d result
     Distillation,  # 0-d result, fp64
     N,
+    batch,
     ce_weight: tl.float64,
     BLOCK: tl.constexpr,
 ):
+    if Position is not None:
+        for start in range(0, batch, BLOCK):
+            token = start + tl.arange(0, BLOCK)
+            tl.store(TokenLoss + token, tl.zeros((BLOCK,), TokenLoss.dtype.element_ty), mask=token < batch)
+        tl.debug_barrier()  # the zeros of one thread are overwritten by others
     total = tl.zeros((BLOCK,), tl.float64)
     total_ce = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, N, BLOCK):
@@ -82,7 +89,10 @@ def loss_sums_kernel(
         inside = n < N
         tau = tl.load(Tau + n, mask=inside, other=0.0)
         token_loss = tau * tau * tl.load(D + n, mask=inside, other=0.0)
-        tl.store(TokenLoss + n, token_loss, mask=inside)
+        place = n
+        if Position is not None:
+            place = tl.load(Position + n, mask=inside, other=0)
+        tl.store(TokenLoss + place, token_loss, mask=inside)
         total += token_loss.to(tl.float64)
         if CrossEntropy is not None:
             total_ce += tl.load(CrossEntropy + n, mask=inside, other=0.0).to(tl.float64)
@@ -96,17 +106,25 @@ def loss_sums_kernel(
 
 
 def loss_sums_fwd(
-    d: Tensor, temperature: Tensor, k: Tensor, cross_entropy: Tensor | None, n: Tensor | None, ce_weight: float
+    d: Tensor,
+    temperature: Tensor,
+    k: Tensor,
+    cross_entropy: Tensor | None,
+    n: Tensor | None,
+    ce_weight: float,
+    positions: Tensor | None = None,
+    batch: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, L), (B, L), 0-d, (B, L) or None, 0-d or None -> τ²·D (B, L), and 0-d loss and L."""
-    token_loss = torch.empty(d.shape, dtype=d.dtype, device=d.device)
+    """(B, L), (B, L), 0-d, (B, L) or None, 0-d or None -> τ²·D (B, L) or (1, batch), and 0-d loss and L."""
+    token_loss = torch.empty(d.shape if positions is None else (1, batch), dtype=d.dtype, device=d.device)
     loss = torch.empty((), dtype=d.dtype, device=d.device)
     distillation = torch.empty((), dtype=exact_dtype(d.device), device=d.device)
     with on_device(d):
         loss_sums_kernel[(1,)](
             d.contiguous(), temperature.to(d.dtype).contiguous(),
-            None if cross_entropy is None else cross_entropy.contiguous(), k, n, token_loss, loss, distillation,
-            d.numel(), float(ce_weight), BLOCK=BLOCK, num_warps=8, **FUSED,
+            None if cross_entropy is None else cross_entropy.contiguous(), k, n,
+            None if positions is None else positions.contiguous(), token_loss, loss, distillation, d.numel(), batch,
+            float(ce_weight), BLOCK=BLOCK, num_warps=8, **FUSED,
         )  # fmt: skip
     return token_loss, loss, distillation
 

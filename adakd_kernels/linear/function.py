@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..adaptive import focus_count, loss_temperature
 from ..checks import (
     check_entropy_out,
     check_flag,
@@ -31,7 +29,7 @@ from ..functional import (
 )
 from ..ops.token_divergence import OnceDifferentiable
 from ..vocab_parallel import VocabParallel, local_part, local_shards
-from .chunks import Chunks, KeptLogits, Objective, Tokens, one_phase, phase_1, two_phases
+from .chunks import Chunks, KeptLogits, Objective, Tokens, one_phase, phase_1, power_of_two, two_phases
 from .heads import HeadInput, StudentHead, TeacherHead, blocks, make_heads
 
 __all__ = ["linear_adakd_loss"]
@@ -209,52 +207,67 @@ def loss_of_hidden(
             student_in, teacher_in, shards=shards, differentiable=differentiable, summed=reduce_hidden
         )
         with torch.autocast(student_hidden.device.type, enabled=False):
-            labelled = labels != ignore_index
             if choice is not None:
                 labelled = choice.valid if ce_weight else choice.selected
-            # The one wait: how many tokens are labelled, and how many of them can be selected.
-            n, k = torch.stack((labelled.sum(), focus_count(focus_ratio, labelled.sum()))).tolist()
-            positions = masked_positions(labelled, n)
-            tokens = Tokens(positions, labels[positions].unsqueeze(0))
+            else:
+                labelled = labels != ignore_index
+            share, items = host_copy(focus_ratio), host_copy(num_items if choice is None else choice.n)
+            # The one wait: which tokens are labelled.
+            positions = labelled.nonzero().flatten()
+            n = len(positions)
+            objective = objective._replace(power=power_of_two(n if items is None else number(items)))
+            of_labelled = labels.index_select(0, positions).unsqueeze(0) if read or shards is not None else None
+            tokens = Tokens(positions, of_labelled, len(labels))
             if choice is not None or objective.selects_all_at_one_temperature:
                 chunks = Chunks(student, teacher, tokens, objective, chunk_tokens, shards=shards)
                 own = None
                 if choice is not None:
-                    own = choice.each(lambda values: values[positions].unsqueeze(0))
+                    own = choice.each(lambda values: values.unsqueeze(0))
                     own = own._replace(
                         **{name: getattr(own, name).to(chunks.dtype) for name in ("temperature", "n", "k")}
                     )
                 results = one_phase(chunks, own)
             else:
-                needed = n if ce_weight else min(k, n)
+                needed = n if ce_weight else focus_number(number(share), n)
                 kept = KeptLogits(student, teacher, n, needed, keep_bytes, shards)
                 chunks = Chunks(student, teacher, tokens, objective, chunk_tokens, kept.rows, shards)
                 results = two_phases(chunks, kept, needed)
             of_tokens = results.choice
             token_loss, loss, distillation = ops.loss_sums(
-                results.divergence, of_tokens.temperature, of_tokens.k, results.cross_entropy, of_tokens.n, ce_weight
-            )
-
-        def spread(values: Tensor, fill: float) -> Tensor:
-            everywhere = torch.full(labels.shape, fill, dtype=values.dtype, device=values.device)
-            return everywhere.index_copy(0, positions, values[0])
-
-        if choice is None:
-            choice = TokenChoice(
-                spread(of_tokens.difficulty, 0.0),
-                labelled,
-                spread(of_tokens.temperature, loss_temperature(base_temperature, of_tokens.temperature.dtype)),
-                spread(of_tokens.selected, False),
-                *of_tokens[4:],
-            )
-        per_token = (spread(token_loss, 0.0), choice.difficulty, choice.temperature, choice.selected)
+                results.divergence, results.temperature, of_tokens.k, results.cross_entropy, of_tokens.n, ce_weight,
+                results.positions, len(labels),
+            )  # fmt: skip
+        shown = of_tokens if choice is None else choice
+        per_token = (token_loss, shown.difficulty, shown.temperature, shown.selected)
         if entropy_out is not None and results.entropy is not None:
-            entropy_out.copy_(spread(results.entropy, 0.0).view(batch))
+            everywhere = results.entropy.new_zeros(labels.shape).index_copy_(0, positions, results.entropy[0])
+            entropy_out.copy_(everywhere.view(batch))
     if student.differentiates:
         if shards is not None and reduce_hidden and student.d_hidden is not None:
             shards.add_up(student.d_hidden)
-        loss = _WithGradient.apply(loss, results.gradient_scale, student.gradients(), *student.inputs)  # type: ignore[no-untyped-call]
+        loss = _WithGradient.apply(  # type: ignore[no-untyped-call]
+            [loss], results.gradient_scale, student.positions, student.gradients(), *student.inputs
+        )
     return AdaKDOutput(loss, *(values.view(batch) for values in per_token)), distillation
+
+
+def host_copy(value: float | Tensor | None) -> float | Tensor | None:
+    """A number, or a 0-d tensor on the CPU, which has the value of one on a device after the next wait for it."""
+    if isinstance(value, Tensor):
+        return value.to("cpu", non_blocking=value.is_cuda)
+    return value
+
+
+def number(value: float | Tensor | None) -> float:
+    """The value of a number or of a 0-d tensor on the CPU."""
+    plain: Any = value.tolist() if isinstance(value, Tensor) else value
+    return float(plain)
+
+
+def focus_number(focus_ratio: float, n: int) -> int:
+    """k = max(1, ⌊r·n⌋) of (3) for a share r ≤ 1 that is a number, but no more than n; 1 for a share of NaN."""
+    k = focus_ratio * n
+    return n if k >= n else max(int(k), 1) if k > 1 else min(1, n)
 
 
 @torch.no_grad()
@@ -273,22 +286,15 @@ def linear_token_statistics(
     """
     heads = make_heads(student, teacher, shards=shards)
     with torch.autocast(mask.device.type, enabled=False):
-        n = int(mask.sum())
-        positions = masked_positions(mask.flatten(), n)
-        tokens = Tokens(positions, labels.flatten()[positions].unsqueeze(0))
+        positions = mask.flatten().nonzero().flatten()
+        n, size = len(positions), mask.numel()
+        tokens = Tokens(positions, labels.flatten()[positions].unsqueeze(0), size)
         chunks = Chunks(*heads, tokens, Objective(difficulty=measure), chunk_tokens, shards=shards)
         found = phase_1(chunks, KeptLogits(*heads, n, n, 0, shards))
-    difficulty, valid = (
-        torch.zeros(mask.numel(), dtype=values.dtype, device=mask.device).index_copy(0, positions, values[0])
-        for values in (found.difficulty, found.valid)
-    )
+        difficulty, valid, *_ = ops.spread_statistics(
+            found.difficulty, found.normalizers_1, positions, size, None, None, chunks.vocab
+        )
     return difficulty.view(mask.shape), valid.view(mask.shape)
-
-
-def masked_positions(mask: Tensor, n: int) -> Tensor:
-    """The indices of the n true entries of a mask (N,), in order."""
-    # By a stable sort, because `nonzero` would wait for the device.
-    return (~mask).to(torch.uint8).argsort(stable=True)[:n]
 
 
 def local_head(side: str, head: HeadInput, split: bool) -> HeadInput:
@@ -314,34 +320,66 @@ class _WithGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, loss: Tensor, factor: Tensor, gradients: Sequence[Tensor | None], *inputs: Tensor | None
+        ctx: Any,
+        loss: Sequence[Tensor],  # in a list, so that it is no input, and no copy has to be returned
+        factor: float | Tensor,
+        positions: Tensor,
+        gradients: Sequence[Tensor | None],
+        *inputs: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(factor, *gradients)
+        of_device = isinstance(factor, Tensor)
+        ctx.factor = None if of_device else factor
+        ctx.save_for_backward(factor if of_device else None, positions, *gradients)
         ctx.like = [None if x is None else (x.shape, x.dtype) for x in inputs]
-        return loss.clone()
+        return loss[0]
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        factor, *gradients = ctx.saved_tensors
+        factor, positions, *gradients = ctx.saved_tensors
         with torch.no_grad():
-            grads = [
-                None if grad is None else scaled(grad, grad_loss * factor, *like)
-                for grad, like in zip(gradients, ctx.like, strict=True)
-            ]
+            factor = grad_loss * (ctx.factor if factor is None else factor)
+            grads = scaled_gradients(gradients, positions, factor, ctx.like)
         if torch.is_grad_enabled():  # create_graph=True
-            refuses = torch.zeros((), device=factor.device, requires_grad=True)
+            refuses = torch.zeros((), device=positions.device, requires_grad=True)
             grads = [None if x is None else OnceDifferentiable.apply(x, refuses, grad_loss) for x in grads]  # type: ignore[no-untyped-call]
-        return None, None, None, *grads
+        return None, None, None, None, *grads
+
+
+def scaled_gradients(
+    gradients: Sequence[Tensor | None], positions: Tensor, factor: Tensor,
+    like: Sequence[tuple[torch.Size, torch.dtype] | None],
+) -> list[Tensor | None]:  # fmt: skip
+    """A head's gradients times a factor, in the shapes and types of its inputs; the first is that of `positions`."""
+    of_hidden, *others = gradients
+    shape, dtype = like[0] or (torch.Size(), positions.dtype)
+    return [
+        None if of_hidden is None else spread_rows(of_hidden, positions, factor, shape, dtype),
+        *(
+            None if grad is None or of is None else scaled(grad, factor, *of)
+            for grad, of in zip(others, like[1:], strict=True)
+        ),
+    ]
+
+
+def spread_rows(grad: Tensor, positions: Tensor, factor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """factor·grad (rows, H) at these places of the (B, L) or (N,) tokens and 0 elsewhere, rounded once."""
+    out = torch.zeros(shape, dtype=dtype, device=grad.device)
+    of_tokens = out.view(-1, shape[-1])
+    if grad.dtype == dtype:  # without a temporary
+        of_tokens.index_copy_(0, positions, grad).mul_(factor)
+    else:
+        for rows in blocks(grad):
+            of_tokens.index_copy_(0, positions[rows], (grad[rows] * factor).to(dtype))
+    return out
 
 
 def scaled(grad: Tensor, factor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """factor·grad in another type and with zeros behind it, rounded once, without a temporary of its size."""
-    all_of_it = grad.numel() == math.prod(shape)
-    if grad.dim() == 0 or (all_of_it and grad.dtype == dtype):
-        return (grad * factor).to(dtype).view(shape)
+    if grad.dim() == 0 or (grad.shape == shape and grad.dtype == dtype):
+        return (grad * factor).to(dtype)
     out = torch.empty(shape, dtype=dtype, device=grad.device)
-    rows_of_out = out.view(grad.shape) if all_of_it else out
-    rows_of_out[grad.shape[0] :] = 0
+    if len(grad) < len(out):
+        out[grad.shape[0] :] = 0
     for rows in blocks(grad):
-        rows_of_out[rows] = grad[rows] * factor
+        torch.mul(grad[rows], factor, out=out[rows])
     return out

@@ -42,35 +42,39 @@ class Head:
         inputs: the student's tensors that may require grad, in the order of `gradients()`.
         vocab: entries of a row of logits.
         dtype: type of the logits.
-        d_hidden: gradient of the hidden states, (tokens, H), or None where none is asked for.
+        differentiates: whether any gradient is asked for.
+        positions: the tokens that are folded, in this order; None where no gradient is asked for.
+        d_hidden: gradient of the hidden states of these tokens, (rows, H), or None where none is asked for.
         needs_graph: whether `fold` differentiates a graph that `raw_logits` has to record.
     """
 
     inputs: list[Tensor | None]
+    differentiates = False
+    positions: Tensor | None = None
     d_hidden: Tensor | None = None
     needs_graph = False
 
     def __init__(self, hidden: Tensor, scale: float, softcap: float | None, vocab: int, dtype: torch.dtype) -> None:
         self.hidden = hidden.flatten(0, -2)  # (tokens, H)
         self.scale, self.softcap, self.vocab, self.dtype = scale, softcap, vocab, dtype
+        self.folded = 0  # rows so far
 
     @property
     def row_bytes(self) -> int:
         """Bytes of the logits of one token."""
         return self.vocab * self.dtype.itemsize
 
-    @property
-    def differentiates(self) -> bool:
-        """Whether any gradient is asked for."""
-        return any(grad is not None for grad in self.gradients())
-
     def empty_rows(self, rows: int) -> Tensor:
         """Memory for the logits of so many tokens."""
         return torch.empty(rows, self.vocab, dtype=self.dtype, device=self.hidden.device)
 
-    def raw_logits(self, index: Tensor, out: Tensor, *, graph: bool = False) -> None:
-        """Raw logits of the tokens at `index` into `out` (rows, V); `graph` for a call that `fold` follows."""
-        self.product(self.hidden.index_select(0, index), out, graph)
+    def rows(self, index: Tensor) -> Tensor:
+        """The hidden states of the tokens at `index`, (rows, H)."""
+        return self.hidden.index_select(0, index)
+
+    def raw_logits(self, hidden: Tensor, out: Tensor, *, graph: bool = False) -> None:
+        """Raw logits of hidden states (rows, H) into `out` (rows, V); `graph` for a call that `fold` follows."""
+        self.product(hidden, out, graph)
         if self.scale != 1.0:
             out.mul_(self.scale)
         if self.softcap is not None:
@@ -84,12 +88,24 @@ class Head:
         """The head of hidden states (rows, H) into `out` (rows, V)."""
         raise NotImplementedError
 
-    def fold(self, index: Tensor, grad: Tensor) -> None:
-        """Add to the gradients what follows from `grad` (rows, V), the gradient over x of the tokens at `index`."""
+    def expect(self, positions: Tensor) -> None:
+        """Which tokens are folded, in this order. Nothing is folded without it."""
         raise NotImplementedError
 
+    def fold(self, hidden: Tensor, grad: Tensor) -> None:
+        """Add to the gradients what follows from `grad` (rows, V), the gradient over x of the next tokens."""
+        raise NotImplementedError
+
+    def next_rows(self, rows: int) -> slice:
+        """Where the next so many tokens are among those that are folded."""
+        self.folded += rows
+        return slice(self.folded - rows, self.folded)
+
     def gradients(self) -> list[Tensor | None]:
-        """The gradients of `inputs`, but for the factor `scale`; None for what does not require grad."""
+        """The gradients of `inputs`, but for the factor `scale`; None for what does not require grad.
+
+        The first is `d_hidden`, of the tokens at `positions`; the hidden states of the others have gradient 0.
+        """
         raise NotImplementedError
 
 
@@ -103,53 +119,93 @@ class WeightHead(Head):
         super().__init__(hidden, scale, softcap, vocab, _compute_dtype(hidden))
         self.inputs = [hidden, weight, bias]
         self.weight = weight[:vocab].to(self.dtype)
+        self.columns = self.weight.T
         self.bias = None if bias is None else bias[:vocab].to(self.dtype)
-        acc = reference.accumulation_dtype(hidden)
-        self.wide = summed and self.dtype != acc
-        self.d_hidden = self.d_weight = self.d_bias = None
-        if differentiable and hidden.requires_grad:
-            self.d_hidden = torch.zeros_like(self.hidden, dtype=acc if summed else None)
-        if differentiable and weight.requires_grad:
-            self.d_weight = torch.zeros_like(self.weight, dtype=acc)
-        if differentiable and bias is not None and bias.requires_grad:
-            self.d_bias = torch.zeros(vocab, dtype=acc, device=bias.device)
+        self.acc = reference.accumulation_dtype(hidden)
+        self.wide = summed and self.dtype != self.acc
+        self.d_weight: Tensor | None = None
+        self.d_bias: Tensor | None = None
+        self.ones: Tensor | None = None
+        self.wants = [differentiable and x is not None and x.requires_grad for x in self.inputs]
+        self.differentiates = any(self.wants)
+
+    def expect(self, positions: Tensor) -> None:
+        self.positions, rows = positions, len(positions)
+        of_hidden, of_weight, of_bias = self.wants
+        if of_hidden:
+            dtype = self.acc if self.wide else self.dtype
+            self.d_hidden = torch.empty(rows, self.hidden.shape[1], dtype=dtype, device=positions.device)
+        if of_weight:
+            self.d_weight = torch.empty(self.weight.shape, dtype=self.acc, device=positions.device)
+        if of_bias:
+            self.d_bias = torch.empty(self.vocab, dtype=self.acc, device=positions.device)
+            if self.dtype != torch.bfloat16:
+                self.ones = torch.ones(rows, dtype=self.acc, device=positions.device)
 
     def product(self, hidden: Tensor, out: Tensor, graph: bool) -> None:
         if self.bias is None:
-            torch.mm(hidden.to(self.dtype), self.weight.T, out=out)
+            torch.mm(hidden.to(self.dtype), self.columns, out=out)
         else:
-            torch.addmm(self.bias, hidden.to(self.dtype), self.weight.T, out=out)
+            torch.addmm(self.bias, hidden.to(self.dtype), self.columns, out=out)
 
-    def fold(self, index: Tensor, grad: Tensor) -> None:
+    def fold(self, hidden: Tensor, grad: Tensor) -> None:
+        rows = self.next_rows(len(grad))
+        first = rows.start == 0
         if self.d_hidden is not None:
-            part = self._wide_product(grad) if self.wide else torch.mm(grad, self.weight)
-            self.d_hidden.index_copy_(0, index, part.to(self.d_hidden.dtype))
-        if self.d_bias is not None:
-            # In blocks, because the sum casts its input to the accumulation type.
-            for cols in blocks(self.weight):
-                self.d_bias[cols] += grad[:, cols].sum(0, dtype=self.d_bias.dtype)
-        if self.d_weight is not None:
-            hidden = self.hidden.index_select(0, index).to(self.dtype)
-            # In blocks, because the product of a chunk is as large as the weight.
-            for rows in blocks(self.weight):
-                part = self.d_weight[rows]
-                if self.dtype == torch.bfloat16:
-                    part += torch.mm(grad[:, rows].T, hidden)
-                else:  # in fp16 the sum over a chunk could overflow
-                    part.addmm_(grad[:, rows].T.to(part.dtype), hidden.to(part.dtype))
+            part = self.d_hidden[rows]
+            if self.wide:
+                self._wide_product(grad, part)
+            else:
+                torch.mm(grad, self.weight, out=part)
+        if self.d_weight is None and self.d_bias is None:
+            return
+        # In fp16 the sum over a chunk could overflow.
+        type_ = self.dtype if self.dtype == torch.bfloat16 else self.acc
+        hidden = hidden.to(self.dtype).to(type_)
+        # In blocks, because the product of a chunk is as large as the weight, and so is the gradient in another type.
+        for block in blocks(self.weight):
+            of_block = grad[:, block].T.to(type_)
+            if self.d_weight is not None:
+                add_product(self.d_weight[block], of_block, hidden, first)
+            if self.d_bias is not None:
+                add_row_sums(self.d_bias[block], of_block, None if self.ones is None else self.ones[rows], first)
+            del of_block  # before the next one is made
 
-    def _wide_product(self, grad: Tensor) -> Tensor:
+    def _wide_product(self, grad: Tensor, out: Tensor) -> None:
         """grad·W, not rounded to their type: parts that ranks add up may cancel, and their sum is what is rounded."""
-        acc = reference.accumulation_dtype(grad)
         if grad.is_cuda:
-            return torch.mm(grad, self.weight, out_dtype=acc)
-        total = torch.zeros(len(grad), self.weight.shape[1], dtype=acc, device=grad.device)
+            out.copy_(torch.mm(grad, self.weight, out_dtype=self.acc))
+            return
+        out.zero_()
         for rows in blocks(self.weight):
-            total.addmm_(grad[:, rows].to(acc), self.weight[rows].to(acc))
-        return total
+            out.addmm_(grad[:, rows].to(self.acc), self.weight[rows].to(self.acc))
 
     def gradients(self) -> list[Tensor | None]:
+        if self.folded == 0:
+            for total in (self.d_weight, self.d_bias):
+                if total is not None:
+                    total.zero_()
         return [self.d_hidden, self.d_weight, self.d_bias]
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """Add a·b to the total; the `first` one takes the place of what was there."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b, beta=0 if first else 1)
+    elif first:
+        total.copy_(torch.mm(a, b))
+    else:
+        total += torch.mm(a, b)
+
+
+def add_row_sums(total: Tensor, a: Tensor, ones: Tensor | None, first: bool) -> None:
+    """Add the sums over the rows of `a` to the total, as a product with `ones` where their types are alike."""
+    if ones is not None:
+        total.addmv_(a, ones, beta=0 if first else 1)
+    elif first:
+        torch.sum(a, 1, dtype=total.dtype, out=total)
+    else:
+        total += a.sum(1, dtype=total.dtype)
 
 
 class ModuleHead(Head):
@@ -169,9 +225,9 @@ class ModuleHead(Head):
         if differentiable and isinstance(head, nn.Module):
             self.parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
         self.inputs = [hidden, *self.parameters]
-        self.d_hidden = torch.zeros_like(self.hidden) if differentiable and hidden.requires_grad else None
+        self.wants_hidden = differentiable and hidden.requires_grad
         self.d_parameters = [torch.zeros_like(p, dtype=reference.accumulation_dtype(p)) for p in self.parameters]
-        self.needs_graph = self.differentiates
+        self.needs_graph = self.differentiates = self.wants_hidden or bool(self.parameters)
 
     def check_logits(self, name: str, split: bool) -> None:
         """Refuse a module that gives DTensors, or columns of its split weight where no vocabulary is `split`."""
@@ -187,6 +243,11 @@ class ModuleHead(Head):
         with torch.autocast(hidden.device.type, enabled=self.autocast):
             return self.head(hidden)
 
+    def expect(self, positions: Tensor) -> None:
+        self.positions = positions
+        if self.wants_hidden:
+            self.d_hidden = self.hidden.new_empty(len(positions), self.hidden.shape[1])
+
     def product(self, hidden: Tensor, out: Tensor, graph: bool) -> None:
         with torch.set_grad_enabled(graph):
             self.leaf = hidden.requires_grad_(graph and self.d_hidden is not None)
@@ -195,14 +256,17 @@ class ModuleHead(Head):
         if not graph:
             del self.leaf, self.result
 
-    def fold(self, index: Tensor, grad: Tensor) -> None:
+    def fold(self, hidden: Tensor, grad: Tensor) -> None:
+        rows = self.next_rows(len(grad))
         inputs = ([] if self.d_hidden is None else [self.leaf]) + self.parameters
         with without_hooks(self.parameters):
             grads = torch.autograd.grad(self.result, inputs, grad.to(self.result.dtype), allow_unused=True)
         del self.leaf, self.result
         if self.d_hidden is not None:
-            if grads[0] is not None:
-                self.d_hidden.index_copy_(0, index, grads[0])
+            if grads[0] is None:
+                self.d_hidden[rows] = 0
+            else:
+                self.d_hidden[rows] = grads[0]
             grads = grads[1:]
         for total, part in zip(self.d_parameters, grads, strict=True):
             if part is not None:

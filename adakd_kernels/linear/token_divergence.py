@@ -14,7 +14,7 @@ from ..divergences import Divergence, get_divergence
 from ..functional import divergence_temperature, token_mask
 from ..ops.token_divergence import OnceDifferentiable
 from .chunks import Chunks, Objective, Tokens
-from .function import check_heads, masked_positions, scaled
+from .function import check_heads, scaled_gradients
 from .heads import HeadInput, StudentHead, TeacherHead, make_heads
 
 __all__ = ["linear_token_divergence"]
@@ -84,10 +84,9 @@ def linear_token_divergence(
     with torch.no_grad():
         heads = make_heads(student, teacher, differentiable=differentiable)
         with torch.autocast(within.device.type, enabled=False):
-            positions = masked_positions(within, within.numel() if mask is None else int(within.sum()))
-            chunks = Chunks(
-                *heads, Tokens(positions, torch.zeros_like(positions).unsqueeze(0)), objective, chunk_tokens
-            )
+            n = within.numel()
+            positions = torch.arange(n, device=within.device) if mask is None else within.nonzero().flatten()
+            chunks = Chunks(*heads, Tokens(positions, None, n), objective, chunk_tokens)
             each = divergence_temperature(temperature, batch, within.device, chunks.dtype)
             each = each.flatten()[positions].unsqueeze(0)
             d, *sums = _sums(chunks, each)
@@ -167,16 +166,14 @@ class _TokenDivergence(torch.autograd.Function):
                 differentiable=True,
             )
             with torch.autocast(grad_d.device.type, enabled=False):
-                tokens = Tokens(positions, torch.zeros_like(temperature, dtype=torch.long))
+                tokens = Tokens(positions, None, heads[0].hidden.shape[0])
                 chunks = Chunks(*heads, tokens, options.objective, options.chunk_tokens)
                 unit = _unit(grad_d)
                 for part, pair in chunks.parts(fold=True):
                     saved = [values[..., part] for values in sums]
                     chunks.gradient(pair, temperature[:, part], grad_d[:, part] / unit, saved)
-            grads = [
-                None if grad is None else scaled(grad, unit * heads[0].scale, x.shape, x.dtype)
-                for grad, x in zip(heads[0].gradients(), inputs, strict=True)
-            ]
+            like = [None if x is None else (x.shape, x.dtype) for x in inputs]
+            grads = scaled_gradients(heads[0].gradients(), positions, unit * heads[0].scale, like)
         if torch.is_grad_enabled():  # create_graph=True
             refuses = torch.zeros((), device=grad_d.device, requires_grad=True)
             grads = [None if x is None else OnceDifferentiable.apply(x, refuses, grad_d) for x in grads]  # type: ignore[no-untyped-call]
@@ -186,4 +183,5 @@ class _TokenDivergence(torch.autograd.Function):
 def _unit(weight: Tensor) -> Tensor:
     """A power of two near the largest weight, without which gradients in fp16 could become 0."""
     largest = weight.abs().amax() if weight.numel() else weight.new_zeros(())
-    return power_of_two(largest.where(largest.isfinite() & (largest > 0), 1.0))
+    largest = largest.where(largest.isfinite() & (largest > 0), 1.0)
+    return power_of_two(largest)

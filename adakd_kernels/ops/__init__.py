@@ -1,7 +1,7 @@
 """The `adakd::` operators: schema, shapes, and which kernel runs on which device."""
 
 from .backends import Backend, backend, load_native
-from .loss_sums import loss_sums, loss_weights, token_cross_entropy
+from .loss_sums import loss_sums, loss_weights, spread_statistics, token_cross_entropy
 from .shards import merge_statistics, row_statistics, shard_divergence, shard_statistics
 from .token_choice import choose_tokens, focus_step_
 from .token_divergence import (
@@ -29,6 +29,7 @@ __all__ = [
     "scale_gradient_",
     "shard_divergence",
     "shard_statistics",
+    "spread_statistics",
     "token_cross_entropy",
     "token_divergence",
     "token_divergence_backward",

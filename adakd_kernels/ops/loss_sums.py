@@ -45,9 +45,69 @@ def _(*args: Any) -> Tensor:
     return token_cross_entropy_fwd(*args)
 
 
+@operator("spread_statistics")
+def spread_statistics(
+    difficulty: Tensor,
+    normalizers_1: Tensor,
+    positions: Tensor,
+    batch: int,
+    label_logits: Tensor | None,
+    labels: Tensor | None,
+    vocab: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Statistics of the labelled tokens of a batch, as statistics of all its tokens, and their cross-entropy.
+
+    Args:
+        difficulty, normalizers_1: (1, n) and (4, 1, n) results of `token_stats`.
+        positions: (n,) int64, the places of the labelled tokens in the batch, in ascending order and none twice.
+        batch: number of all tokens.
+        label_logits, labels: (1, n) student's logits of any type at the labels, and the int64 labels, or None. The
+            logit of a label beyond the vocabulary is not read.
+        vocab: entries of the common vocabulary.
+
+    Returns:
+        (difficulty, valid, valid_here, cross_entropy): (1, batch) and (1, batch) bool of all tokens, (1, n) bool and
+        (1, n) of the labelled ones; cross_entropy is (1, 0) where no labels are given, else as `token_cross_entropy`
+        returns it. A labelled token is valid where both its rows have a finite entry. Other tokens have difficulty 0.
+    """
+    of = Normalizers.of(normalizers_1)
+    valid = of.sum_s.logical_and(of.sum_t)
+    difficulties = difficulty.new_zeros(1, batch).index_copy_(1, positions, difficulty)
+    everywhere = valid.new_zeros(1, batch).index_copy_(1, positions, valid)
+    if label_logits is None or labels is None:
+        return difficulties, everywhere, valid, difficulty.new_empty(1, 0)
+    cross_entropy = of.max_s - label_logits.to(difficulty.dtype) + of.sum_s.log()
+    inside = (labels >= 0) & (labels < vocab)
+    return difficulties, everywhere, valid, cross_entropy.where(inside, torch.nan).where(valid, 0.0)
+
+
+@register_fake(spread_statistics)
+def _(
+    difficulty: Tensor, normalizers_1: Tensor, positions: Tensor, batch: int, label_logits: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape, device = difficulty.shape, difficulty.device
+    valid, everywhere = (torch.empty(1, size, dtype=torch.bool, device=device) for size in (shape[1], batch))
+    cross_entropy = difficulty.new_empty(1, 0 if label_logits is None else shape[1])
+    return difficulty.new_empty(1, batch), everywhere, valid, cross_entropy
+
+
+@register_triton(spread_statistics)
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from ..kernels.spread_statistics import spread_statistics_fwd
+
+    return spread_statistics_fwd(*args)
+
+
 @operator("loss_sums")
 def loss_sums(
-    d: Tensor, temperature: Tensor, k: Tensor, cross_entropy: Tensor | None, n: Tensor | None, ce_weight: float
+    d: Tensor,
+    temperature: Tensor,
+    k: Tensor,
+    cross_entropy: Tensor | None,
+    n: Tensor | None,
+    ce_weight: float,
+    positions: Tensor | None = None,
+    batch: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Equation (7), or with the cross-entropy of every token (1−a)·L + a·CE.
 
@@ -56,6 +116,8 @@ def loss_sums(
         k, n: 0-d divisors of the two sums.
         cross_entropy: (B, L), 0 for tokens that are not valid, or None, as n then may be.
         ce_weight: a, read where there is a cross-entropy.
+        positions, batch: where the tokens are (1, n) of a batch of more, their (n,) places, none twice, and the number
+            of tokens in the batch; τ²·D is then (1, batch), and 0 elsewhere.
 
     Returns:
         (τ²·D, loss, L): (B, L) and 0-d in the type of d, and 0-d in fp64 where the device has it. The sums are in fp64
@@ -66,12 +128,24 @@ def loss_sums(
     loss = distillation
     if cross_entropy is not None and n is not None:
         loss = (1.0 - ce_weight) * distillation + ce_weight * (cross_entropy.to(exact).sum() / n)
+    if positions is not None:
+        token_loss = token_loss.new_zeros(1, batch).index_copy_(1, positions, token_loss)
     return token_loss, loss.to(d.dtype, copy=True), distillation
 
 
 @register_fake(loss_sums)
-def _(d: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(d), d.new_empty(()), d.new_empty((), dtype=exact_dtype(d.device))
+def _(
+    d: Tensor,
+    temperature: Tensor,
+    k: Tensor,
+    cross_entropy: Tensor | None,
+    n: Tensor | None,
+    ce_weight: float,
+    positions: Tensor | None = None,
+    batch: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    token_loss = torch.empty_like(d) if positions is None else d.new_empty(1, batch)
+    return token_loss, d.new_empty(()), d.new_empty((), dtype=exact_dtype(d.device))
 
 
 @register_triton(loss_sums)

@@ -137,7 +137,7 @@ def logits_in_chunks(
         for a, b in spans(0, len(positions), rows):
             index = positions[a:b]
             for head, logits in zip(heads, buffers, strict=True):
-                head.raw_logits(index, logits[: b - a])
+                head.raw_logits(head.rows(index), logits[: b - a])
                 head.capped(logits[: b - a], logits[: b - a])
             student_logits, teacher_logits = (logits[: b - a].unsqueeze(0) for logits in buffers)
             yield index, student_logits, teacher_logits

@@ -83,13 +83,32 @@ template <class S> void cross_entropy(const CrossEntropyCall& call) {
   }
 }
 
+template <class S> void spread(const SpreadCall& call) {
+  const S* const difficulty = static_cast<const S*>(call.difficulty);
+  const S *const sum_s = static_cast<const S*>(call.sum_s), *const sum_t = static_cast<const S*>(call.sum_t);
+  S *const everywhere = static_cast<S*>(call.everywhere), *const ce = static_cast<S*>(call.cross_entropy);
+  std::fill_n(everywhere, call.batch, S(0));
+  std::fill_n(call.valid, call.batch, false);
+  for (int64_t i = 0; i < call.count; ++i) {
+    const bool valid = sum_s[i] != 0 && sum_t[i] != 0;  // a sum of NaN is not 0
+    everywhere[call.positions[i]] = difficulty[i];
+    call.valid[call.positions[i]] = call.valid_here[i] = valid;
+    if (call.labels == nullptr) continue;
+    const bool known = call.labels[i] >= 0 && call.labels[i] < call.vocab;
+    const S logit = static_cast<const S*>(call.label_logits)[i], max = static_cast<const S*>(call.max_s)[i];
+    ce[i] = !valid ? S(0) : known ? max - logit + std::log(sum_s[i]) : std::numeric_limits<S>::quiet_NaN();
+  }
+}
+
 template <class S> void sums(const SumsCall& call) {
   const S *const d = static_cast<const S*>(call.d), *const tau = static_cast<const S*>(call.temperature);
   const S* const ce = static_cast<const S*>(call.cross_entropy);
+  S* const out = static_cast<S*>(call.token_loss);
+  std::fill_n(out, call.batch, S(0));
   double total = 0.0, total_ce = 0.0;
   for (int64_t i = 0; i < call.tokens; ++i) {
     const S token_loss = tau[i] * tau[i] * d[i];
-    static_cast<S*>(call.token_loss)[i] = token_loss;
+    out[call.positions == nullptr ? i : call.positions[i]] = token_loss;
     total += token_loss;
     if (ce != nullptr) total_ce += ce[i];
   }
@@ -130,6 +149,7 @@ void choose_tokens(const ChoiceCall& call) { call.in_double ? choose<double>(cal
 void token_cross_entropy(const CrossEntropyCall& call) {
   call.in_double ? cross_entropy<double>(call) : cross_entropy<float>(call);
 }
+void spread_statistics(const SpreadCall& call) { call.in_double ? spread<double>(call) : spread<float>(call); }
 void loss_sums(const SumsCall& call) { call.in_double ? sums<double>(call) : sums<float>(call); }
 void loss_weights(const WeightsCall& call) { call.in_double ? weights<double>(call) : weights<float>(call); }
 

@@ -40,9 +40,26 @@ struct CrossEntropyCall {
 };
 void token_cross_entropy(const CrossEntropyCall& call);
 
+// Statistics of the labelled tokens (`count`), as statistics of all tokens of their batch, and their cross-entropy.
+struct SpreadCall {
+  bool in_double;
+  int64_t count, batch;
+  const void *difficulty, *max_s, *sum_s, *sum_t;
+  const int64_t* positions;  // of the tokens in the batch
+  const void* label_logits;  // null where the loss has no cross-entropy
+  const int64_t* labels;
+  int64_t vocab;
+  void* everywhere;  // difficulty
+  bool *valid, *valid_here;
+  void* cross_entropy;
+};
+void spread_statistics(const SpreadCall& call);
+
 struct SumsCall {
   bool in_double;
   int64_t tokens;
+  const int64_t* positions;  // of the tokens in a batch of more, or null; then the batch is 0
+  int64_t batch;
   const void *d, *temperature, *cross_entropy;  // cross_entropy: null where the loss has none
   double n, k, ce_weight;
   void *token_loss, *loss;
