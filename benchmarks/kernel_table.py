@@ -14,7 +14,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from instruments.compiled import KERNELS, TARGETS, Code, compiled, compiling_for, logits, read_code
+from adakd_kernels.divergences import DIVERGENCES
+from adakd_kernels.kernels.launch import LAUNCH_TABLE, rows_in_flight, warps_that_fit
+from instruments.compiled import KERNELS, MACHINES, TARGETS, Code, compiled, compiling_for, logits, read_code
 
 from .roofline import bound, bytes_moved, entries
 
@@ -27,6 +29,8 @@ NAMES = {
     "backward": "backward",
     "backward_ce": "backward with CE",
     "terms": "`token_terms`",
+    "with_gradient": "both",
+    "with_gradient_ce": "both with CE",
 }
 PAIR = 4  # bytes of an entry of both rows in bf16
 
@@ -68,6 +72,48 @@ def row_of_targets(kernel: str, divergence: str, vocab: int) -> str:
         cells += [f"{code.registers}, {per_entry(code):.1f}, {per_entry(code, 'mufu'):.2f}, {widths(code)}"]
     occupancy = f"{in_bf16('sm_90', kernel, divergence, vocab).occupancy():.0%}"
     return f"| {NAMES[kernel]} | `{divergence}` | " + " | ".join(cells) + f" | {occupancy} |"
+
+
+def launch_of(target: str, vocab: int) -> str:
+    """How divergence and gradient of bf16 rows are launched, and what the rows begun at a time take of the cache."""
+    family, machine = TARGETS[target].backend, MACHINES[target]
+    fewest = int(LAUNCH_TABLE[family]["default"]["warps"])
+    warps = warps_that_fit(machine, family, vocab * PAIR, fewest)
+    begun = machine.processors * rows_in_flight(family, warps or 4 * fewest) * vocab * PAIR / 2**20
+    return f"{f'{warps} warps' if warps else 'two kernels'} ({begun:.0f} of {machine.cache / 2**20:.0f} MiB)"
+
+
+def row_at_once(divergence: str, vocab: int = 50_257) -> str:
+    """The counts of the one kernel for sm_90, without cross-entropy and with it."""
+    codes = [in_bf16("sm_90", kernel, divergence, vocab) for kernel in ("with_gradient", "with_gradient_ce")]
+    sweeps = DIVERGENCES[divergence].sweeps
+    cells = " | ".join(f"{code.registers}, {per_entry(code):.1f}" for code in codes)
+    return f"| `{divergence}` | {cells} | {widths(codes[0])} | {PAIR + 2} | {(sweeps + 1) * PAIR + 2} |"
+
+
+def lines_at_once() -> list[str]:
+    """The section on divergence and gradient in one kernel."""
+    return [
+        "## Divergence and gradient in one kernel",
+        "",
+        "The warps of a program, by the vocabulary of bf16 logits, and what the rows of both models that all",
+        "programs have begun take of the last cache. Where that is more than three quarters with the most warps, two",
+        "kernels are launched. A100, H100 SXM and H200, B200, MI300X with its Infinity Cache.",
+        "",
+        "| V | " + " | ".join(TARGETS) + " |",
+        "|--:|" + "---|" * len(TARGETS),
+        *(
+            f"| {vocab:,} | " + " | ".join(launch_of(target, vocab) for target in TARGETS) + " |"
+            for vocab in (12_800, 32_000, 50_257, 64_000, 128_256, VOCAB, 262_144)
+        ),
+        "",
+        "On sm_90 at V = 50,257: registers and instructions without cross-entropy, and with it; the access; and the",
+        "bytes of one entry of both rows, where only the first look at it comes from memory, and where each does.",
+        "",
+        "| divergence | without CE | with CE | access (bits) | bytes | with two kernels |",
+        "|---|---|---|---|--:|--:|",
+        *(row_at_once(divergence) for divergence in DIVERGENCES),
+    ]
 
 
 # From logits in bf16 to loss and gradient, in passes over the N x V logits; read from the package's source. log_softmax
@@ -143,7 +189,7 @@ def page() -> str:
             "|---|---|" + "---|" * len(TARGETS) + "--:|",
             *(row_of_targets(kernel, div, vocab) for kernel, div in KERNELS if kernel != "backward_ce"),
         ]
-    return "\n".join([*lines, "", *peer_lines(), "", *trl_lines()]) + "\n"
+    return "\n".join([*lines, "", *lines_at_once(), "", *peer_lines(), "", *trl_lines()]) + "\n"
 
 
 def trl_kernels() -> dict[str, Code]:
@@ -230,7 +276,11 @@ def peer_lines() -> list[str]:
         "| | passes |",
         "|---|--:|",
     ]
-    lines += ["| this package, one sweep (forward 2, backward 3) | 5 |", "| this package, two sweeps (4, 3) | 7 |"]
+    lines += [
+        "| this package where the rows fit the cache (divergence and gradient 3) | 3 |",
+        "| this package else, one sweep (forward 2, backward 3) | 5 |",
+        "| this package else, two sweeps (4, 3) | 7 |",
+    ]
     for name, stages in (("JSD", LIGER_JSD), ("KL", LIGER_KL)):
         what = "; ".join(f"{stage} {passes}" for stage, passes in stages)
         lines.append(f"| liger-kernel's {name} ({what}) | {sum(passes for _, passes in stages)} |")

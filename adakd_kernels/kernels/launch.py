@@ -140,16 +140,25 @@ def machine(device: torch.device) -> Machine:
     return Machine(properties.multi_processor_count, _LAST_CACHE.get(family, properties.L2_cache_size))
 
 
+def rows_in_flight(family: str, warps: int) -> int:
+    """How many programs of so many warps a multiprocessor has begun at a time, by the room in its registers.
+
+    That is 42 warps on NVIDIA, since the kernels have more than 40 registers for each of 32 lanes and there are 65,536,
+    given by 8. AMD's has room for 32 warps, but where 64 registers or fewer would leave it for two programs of 16, the
+    rows are so short that two fit the cache (`tests/test_compile.py`).
+    """
+    if family == "cuda":
+        return 42 // warps
+    return 1 if warps == 16 else 32 // warps
+
+
 def warps_that_fit(of: Machine, family: str, row_bytes: int, fewest: int) -> int | None:
     """Warps of a program such that the rows that all programs have begun fit the cache; None if no number does.
 
-    `row_bytes` are those of one row of all logits that are read. Registers leave room for so many warps on a
-    multiprocessor: on NVIDIA 42, since the kernels have more than 40 for each of 32 lanes and there are 65,536, given
-    by 8; on AMD 28, since they have more than 64 of 512 on each of four units (`tests/test_compile.py`).
+    `row_bytes` are those of one row of all logits that are read.
     """
-    resident = 42 if family == "cuda" else 28
     for warps in (fewest, 2 * fewest, 4 * fewest):
-        if of.processors * (resident // warps) * row_bytes <= _SHARE_OF_CACHE * of.cache:
+        if of.processors * rows_in_flight(family, warps) * row_bytes <= _SHARE_OF_CACHE * of.cache:
             return warps
     return None
 
@@ -215,6 +224,12 @@ def parameters(divergence: str, alpha: float, beta: float, acc: torch.dtype) -> 
         "of_q": struct.unpack(bits[1], struct.pack(bits[0], of_q))[0],
         "LIGHT": light,
     }
+
+
+def bounded(config: dict[str, Any], student: Tensor, teacher: Tensor) -> dict[str, Any]:
+    """A launch whose registers leave room for half of an SM's warps, where they do not spill for it."""
+    narrow = max(student.element_size(), teacher.element_size()) == 2
+    return config | {"maxnreg": 64} if narrow and _target()[0] == "cuda" else config
 
 
 def acc_type(student: Tensor, teacher: Tensor) -> tuple[torch.dtype, tl.dtype]:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..divergences import DIVERGENCES
-from .divergence_terms import Parameters, divergence_terms, number
+from .divergence_terms import Parameters, divergence_terms, number, peak_terms
 from .hellinger import sweep_distance, sweep_hellinger
 from .kl import sweep_both
 from .launch import FUSED, MOST_PARTS, acc_type, parameters, row_parts, row_strides, sweeps
@@ -25,11 +25,13 @@ from .peak import store_peak
 from .rows import (
     LN2,
     LOG2E,
+    UNIT,
     Normalizers,
     Rows,
     exponent_rounding,
     exponent_scale,
     load_normalizers,
+    log2_1p,
     lowest,
     part_of_row,
     row_start,
@@ -39,23 +41,18 @@ from .rows import (
 from .token_terms import sweep_parts_of_terms
 from .two_sweeps import sweep_normalizers
 
-# Mass of a peak from which on (10) could cancel there, so that its terms are computed apart. `ops/shards.py` has it too.
+# Mass of a peak from which on (10) could cancel there, so that its terms are computed apart, as in `ops/shards.py`.
 HEAVY = tl.constexpr(1.0 / 16.0)
 # In the place of a logarithm of 0: products with 0 stay 0, and sums of a few stay finite in fp64.
 NO_LOG = tl.constexpr(-1.0e300)
 
 
-def numbers(what: str) -> int:
+@triton.constexpr_function
+def numbers(what):
     """How many numbers a part stores between its normalisers and the teacher's logit at its peak."""
     if what == "difficulty":
         return 1
     return {1: 6 if what == "jeffreys" else 3, 2: 0}[DIVERGENCES[what].sweeps]
-
-
-@triton.constexpr_function
-def numbers_of_part(what):
-    """`numbers`, inside a kernel."""
-    return numbers(what)
 
 
 @triton.jit
@@ -64,7 +61,7 @@ def store_part(rows, Sums, Peak, at, size, before, rounding, WHAT: tl.constexpr)
 
     `before` is the place in the row of the part's aligned start.
     """
-    NUMBERS: tl.constexpr = numbers_of_part(WHAT)
+    NUMBERS: tl.constexpr = numbers(WHAT)
     if WHAT == "difficulty":
         of, d = sweep_distance(rows, rounding)
         tl.store(Sums + at + 4 * size, d)
@@ -137,17 +134,18 @@ def row_parts_kernel(
         tau = tl.load(Tau + n)
     start, own_skew, entries = part_of_row(part, PART, parts, skew, V, SKEWED)
     store_part(
-        Rows(S + start, T + start, own_skew, exponent_scale(tau), entries, (part == 0) if SKEWED else False, TILES, LANES,
-             VEC, WIDTH),
+        Rows(S + start, T + start, own_skew, exponent_scale(tau), entries, (part == 0) if SKEWED else False,
+             TILES, LANES, VEC, WIDTH),
         Sums, Peak, part * N + n, N * parts, start - skew, exponent_rounding(tau), WHAT,
     )  # fmt: skip
 
 
 class Mass(NamedTuple):
-    """How the mass of a row lies on its parts, in fp64."""
+    """How the mass of a row lies on its parts, in fp64 but for the maximum."""
 
     max: tl.tensor  # the row's normaliser
     sum: tl.tensor
+    log_sum: tl.tensor  # log2 of it, 0 for an empty row
     exists: tl.tensor  # (BLOCK,) whether the part has a finite entry
     log: tl.tensor  # (BLOCK,) log2 of the part's share of the mass, 0 for one without any
     share: tl.tensor  # (BLOCK,)
@@ -172,34 +170,69 @@ class RowSums(NamedTuple):
 
 
 @triton.jit
-def load_mass(Sums, at, size, inside, exponent):
-    """`Mass` of a row from the maxima and, `size` after them, the sums of its parts."""
-    m = tl.load(Sums + at, mask=inside, other=0.0).to(tl.float64)
-    l = tl.load(Sums + at + size, mask=inside, other=0.0).to(tl.float64)
-    exists = l != 0.0
-    top = tl.max(tl.where(exists, m, -float("inf")), 0)
-    moved = tl.maximum((m - top) * exponent, NO_LOG)
-    mass = tl.where(exists, l * tl.exp2(moved), 0.0)
-    total = tl.sum(mass, 0)
-    some = tl.where(total == 0.0, 1.0, total)
-    log = tl.where(exists, moved + tl.log2(tl.where(exists, l, 1.0)) - tl.log2(some), 0.0)
-    return Mass(top, total, exists, log, mass / some)
+def power_of_two(x, ACC: tl.constexpr):
+    """2^x of an fp64 x ≤ 0: in its range, with the digits of ACC. The library's fp64 takes several times as long."""
+    if tl.float64 == ACC:
+        return tl.exp2(x)
+    else:
+        whole = tl.floor(x)
+        of_whole = ((tl.maximum(whole, -1022.0).to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+        return of_whole * tl.exp2((x - whole).to(tl.float32)).to(tl.float64)
 
 
 @triton.jit
-def find_row_peak(Sums, TPeak, at, inside, student, teacher, exponent):
+def log2_of(x, ACC: tl.constexpr):
+    """log2 of a normal fp64 number, with the digits of ACC, also near 1."""
+    if tl.float64 == ACC:
+        return tl.log2(x)
+    else:
+        bits = x.to(tl.int64, bitcast=True)
+        exponent = (bits - 0x3FE6A09E667F3BCD) >> 52  # that of x/√½
+        r = (bits - (exponent << 52)).to(tl.float64, bitcast=True) - 1.0
+        # x − x keeps NaN, which has an exponent and digits, too.
+        return exponent.to(tl.float64) + log2_1p(r.to(tl.float32)).to(tl.float64) + (x - x)
+
+
+@triton.jit
+def reciprocal_of(x, ACC: tl.constexpr):
+    """1/x of an fp64 number between 1 and the size of a vocabulary: in fp32, and a step of Newton's."""
+    if tl.float64 == ACC:
+        return 1.0 / x
+    else:
+        rough = (1.0 / x.to(tl.float32)).to(tl.float64)
+        return rough * (2.0 - x * rough)
+
+
+@triton.jit
+def load_mass(Sums, at, size, inside, exponent, ACC: tl.constexpr):
+    """`Mass` of a row from the maxima and, `size` after them, the sums of its parts."""
+    m = tl.load(Sums + at, mask=inside, other=0.0)
+    l = tl.load(Sums + at + size, mask=inside, other=0.0).to(tl.float64)
+    exists = l != 0.0
+    top = tl.max(tl.where(exists, m, -float("inf")), 0)
+    moved = tl.maximum((m.to(tl.float64) - top.to(tl.float64)) * exponent, NO_LOG)
+    mass = tl.where(exists, l * power_of_two(moved, ACC), 0.0)
+    total = tl.sum(mass, 0)
+    some = tl.where(total == 0.0, 1.0, total)
+    log_total = log2_of(some, ACC)
+    log = tl.where(exists, moved + log2_of(tl.where(exists, l, 1.0), ACC) - log_total, 0.0)
+    return Mass(top, total, log_total, exists, log, mass * reciprocal_of(some, ACC))
+
+
+@triton.jit
+def find_row_peak(Sums, TPeak, at, inside, student, teacher, exponent, ACC: tl.constexpr):
     """`RowPeak` from the parts' maxima and the teacher's logits at their peaks."""
-    m = tl.load(Sums + at, mask=inside, other=0.0).to(tl.float64)
+    m = tl.load(Sums + at, mask=inside, other=0.0)
     part = tl.arange(0, at.shape[0])
-    t_peak = tl.load(TPeak + at, mask=inside, other=-float("inf")).to(tl.float64)
+    t_peak = tl.load(TPeak + at, mask=inside, other=-float("inf"))
     owner = tl.min(tl.where(student.exists & (m == student.max), part, at.shape[0]), 0)
     own = part == owner
     t_peak = tl.max(tl.where(own, t_peak, -float("inf")), 0)
     finite = t_peak != -float("inf")
-    log_q = -tl.log2(tl.where(finite, student.sum, 1.0))
-    log_p = tl.maximum((t_peak - teacher.max) * exponent, NO_LOG) - tl.log2(tl.where(finite, teacher.sum, 1.0))
-    q = tl.where(finite, tl.exp2(log_q), 0.0)
-    return RowPeak(own, finite, q, tl.where(finite, tl.exp2(log_p), 0.0), tl.where(finite, log_q - log_p, 0.0))
+    log_p = tl.maximum((t_peak.to(tl.float64) - teacher.max.to(tl.float64)) * exponent, NO_LOG) - teacher.log_sum
+    gap = tl.where(finite, -student.log_sum - log_p, 0.0)
+    q = tl.where(finite, power_of_two(-student.log_sum, ACC), 0.0)
+    return RowPeak(own, finite, q, tl.where(finite, power_of_two(log_p, ACC), 0.0), gap)
 
 
 @triton.jit
@@ -209,35 +242,38 @@ def of_own_and_others(own, mine, others):
 
 
 @triton.jit
-def merge_distance(student, teacher, d):
+def merge_distance(student, teacher, d, ACC: tl.constexpr):
     """s² of a row from those of its parts: Σ [½(√Q − √P)² + √(QP)·s²], in which every term is ≥ 0."""
-    root_q = tl.sqrt(student.share)
-    root_p = tl.sqrt(teacher.share)
-    apart = root_q - root_p
+    root_q = tl.sqrt(student.share.to(ACC))
+    root_p = tl.sqrt(teacher.share.to(ACC))
+    sum = root_q + root_p
+    # (Q − P)/(√Q + √P), which has all digits of the difference.
+    apart = (student.share - teacher.share).to(ACC) / tl.where(sum == 0.0, 1.0, sum)
     distance = tl.sum(0.5 * (apart * apart) + root_q * root_p * d, 0)
     return tl.where(distance > 1.0, 1.0, distance)  # by comparison, since a minimum would lose NaN
 
 
 @triton.jit
-def merge_hellinger(student, teacher, d, sum_g, grad, peak):
+def merge_hellinger(student, teacher, d, sum_g, grad, peak, ACC: tl.constexpr):
     """`RowSums` of the Hellinger distance from D, Σg and the peak's gradient of the parts."""
-    roots = tl.sqrt(student.share * teacher.share)
+    roots = tl.sqrt(student.share.to(ACC)) * tl.sqrt(teacher.share.to(ACC))
     total_g = tl.where(student.exists & teacher.exists, roots * sum_g, 0.0)
-    others = peak.q * total_g + 0.5 * tl.sqrt(peak.p * peak.q) * student.share
+    of_peak = tl.sqrt(peak.p.to(ACC)) * tl.sqrt(peak.q.to(ACC))
+    others = peak.q * total_g + 0.5 * of_peak * student.share
     peak_grad = of_own_and_others(peak.own, roots * student.share * grad, others)
-    return RowSums(merge_distance(student, teacher, d), tl.sum(total_g, 0), peak_grad)
+    return RowSums(merge_distance(student, teacher, d, ACC), tl.sum(total_g, 0), peak_grad)
 
 
 @triton.jit
 def log_ratio(student, teacher):
-    """(BLOCK,) whether a part has mass of both sides, and log(Q/P), by which log(q/p) of the row is above the part's."""
+    """(BLOCK,) whether a part has mass of both sides, and log(Q/P), by which log(q/p) of the row is above its own."""
     both = student.exists & teacher.exists
     return both, tl.where(both, LN2 * (student.log - teacher.log), 0.0)
 
 
 @triton.jit
 def merge_forward_kl(student, teacher, d, kept, grad, peak):
-    """`RowSums` of KL(p‖q) from D, the mass of p on the finite entries and the peak's gradient of the parts."""
+    """`RowSums` of KL(p‖q) from D, the mass of p on the finite entries and the peak's gradient, of parts."""
     both, ratio = log_ratio(student, teacher)
     kept = tl.where(both, kept, 0.0)
     total = tl.where(both, teacher.share * (d - kept * ratio), 0.0)
@@ -248,7 +284,7 @@ def merge_forward_kl(student, teacher, d, kept, grad, peak):
 
 @triton.jit
 def merge_reverse_kl(student, teacher, d, lost, grad, peak):
-    """`RowSums` of KL(q‖p) from D, the mass of q on entries that are not finite and the peak's gradient of the parts."""
+    """`RowSums` of KL(q‖p) from D, the mass of q on the other entries and the peak's gradient, of parts."""
     both, ratio = log_ratio(student, teacher)
     lost = tl.where(both, lost, 1.0)
     total = tl.where(both, d + (1.0 - lost) * ratio, 0.0)
@@ -259,13 +295,13 @@ def merge_reverse_kl(student, teacher, d, lost, grad, peak):
 
 
 @triton.jit
-def merge_parts(Sums, at, size, inside, student, teacher, peak, WHAT: tl.constexpr):
+def merge_parts(Sums, at, size, inside, student, teacher, peak, WHAT: tl.constexpr, ACC: tl.constexpr):
     """`RowSums` of a divergence of one sweep."""
     one = tl.load(Sums + at + 4 * size, mask=inside, other=0.0).to(tl.float64)
     two = tl.load(Sums + at + 5 * size, mask=inside, other=0.0).to(tl.float64)
     grad = tl.load(Sums + at + 6 * size, mask=inside, other=0.0).to(tl.float64)
     if WHAT == "hellinger":
-        return merge_hellinger(student, teacher, one, two, grad, peak)
+        return merge_hellinger(student, teacher, one, two, grad, peak, ACC)
     elif WHAT == "forward_kl":
         return merge_forward_kl(student, teacher, one, two, grad, peak)
     elif WHAT == "reverse_kl":
@@ -290,8 +326,8 @@ def in_range(x, ACC: tl.constexpr):
 
 @triton.jit
 def exponent_of(tau):
-    """log2(e)/τ in fp64."""
-    return tl.full((), LOG2E, tl.float64) / tau.to(tl.float64)
+    """log2(e)/τ in fp64, from the scale of the sweeps and its rounding error."""
+    return exponent_scale(tau).to(tl.float64) * UNIT * (1.0 + exponent_rounding(tau).to(tl.float64))
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -313,9 +349,9 @@ def merge_stats_kernel(
     part = tl.arange(0, BLOCK)
     at, size, inside = part * N + n, parts * N, part < parts
     exponent = tl.full((), LOG2E, tl.float64)
-    student = load_mass(Sums, at, size, inside, exponent)
-    teacher = load_mass(Sums + 2 * size, at, size, inside, exponent)
-    d = merge_distance(student, teacher, tl.load(Sums + at + 4 * size, mask=inside, other=0.0).to(tl.float64))
+    student = load_mass(Sums, at, size, inside, exponent, ACC)
+    teacher = load_mass(Sums + 2 * size, at, size, inside, exponent, ACC)
+    d = merge_distance(student, teacher, tl.load(Sums + at + 4 * size, mask=inside, other=0.0).to(tl.float64), ACC)
     empty = (student.sum == 0.0) | (teacher.sum == 0.0)
     tl.store(Difficulty + n, in_range(tl.where(empty, 0.0, d), ACC))
     store_normalizers(Normalizers1, n, Normalizers(student.max, student.sum, teacher.max, teacher.sum))
@@ -348,11 +384,11 @@ def merge_one_sweep_kernel(
     part = tl.arange(0, BLOCK)
     at, size, inside = part * N + n, parts * N, part < parts
     exponent = exponent_of(tl.load(Tau + n))
-    student = load_mass(Sums, at, size, inside, exponent)
-    teacher = load_mass(Sums + 2 * size, at, size, inside, exponent)
-    FIELDS: tl.constexpr = numbers_of_part(WHAT)
-    peak = find_row_peak(Sums, Sums + (4 + FIELDS) * size, at, inside, student, teacher, exponent)
-    of_row = merge_parts(Sums, at, size, inside, student, teacher, peak, WHAT)
+    student = load_mass(Sums, at, size, inside, exponent, ACC)
+    teacher = load_mass(Sums + 2 * size, at, size, inside, exponent, ACC)
+    FIELDS: tl.constexpr = numbers(WHAT)
+    peak = find_row_peak(Sums, Sums + (4 + FIELDS) * size, at, inside, student, teacher, exponent, ACC)
+    of_row = merge_parts(Sums, at, size, inside, student, teacher, peak, WHAT, ACC)
     some = (student.sum != 0.0) & (teacher.sum != 0.0)
     sum_g = in_range(of_row.sum_g, ACC)
     if WHAT != "hellinger":
@@ -393,25 +429,29 @@ def merge_normalizers_kernel(
     part = tl.arange(0, BLOCK)
     at, size, inside = part * N + n, parts * N, part < parts
     exponent = exponent_of(tl.load(Tau + n))
-    student = load_mass(Sums, at, size, inside, exponent)
-    teacher = load_mass(Sums + 2 * size, at, size, inside, exponent)
+    student = load_mass(Sums, at, size, inside, exponent, ACC)
+    teacher = load_mass(Sums + 2 * size, at, size, inside, exponent, ACC)
     # From the rounded sums, which the second sweep takes.
-    rounded_s = Mass(student.max, student.sum.to(ACC).to(tl.float64), student.exists, student.log, student.share)
-    rounded_t = Mass(teacher.max, teacher.sum.to(ACC).to(tl.float64), teacher.exists, teacher.log, teacher.share)
-    peak = find_row_peak(Sums, Sums + 4 * size, at, inside, rounded_s, rounded_t, exponent)
+    rounded_s = student.sum.to(ACC).to(tl.float64)
+    rounded_t = teacher.sum.to(ACC).to(tl.float64)
+    of_s = Mass(student.max, rounded_s, log2_of(tl.where(rounded_s == 0.0, 1.0, rounded_s), ACC), student.exists,
+                student.log, student.share)  # fmt: skip
+    of_t = Mass(teacher.max, rounded_t, log2_of(tl.where(rounded_t == 0.0, 1.0, rounded_t), ACC), teacher.exists,
+                teacher.log, teacher.share)  # fmt: skip
+    peak = find_row_peak(Sums, Sums + 4 * size, at, inside, of_s, of_t, exponent, ACC)
     heavy = peak.finite & (peak.q >= HEAVY)
-    log_q = tl.where(heavy, tl.log2(peak.q), 0.0)
-    log_p = tl.where(heavy, log_q - peak.gap, 0.0)
+    log_q = tl.where(heavy, -of_s.log_sum, 0.0).to(ACC)
+    gap = tl.where(heavy, peak.gap, 0.0)
     # g as the second sweep has it, so that g + c·q of equal rows cancels in every entry.
-    _, g, _ = divergence_terms(
-        log_q.to(ACC), log_p.to(ACC), DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT)
+    _, g, q = divergence_terms(
+        log_q, (log_q - gap).to(ACC), DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT)
     )
-    f, _, q = divergence_terms(log_q, log_p, DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT))
+    f, _, _ = peak_terms(-log_q, gap.to(ACC), DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT))
     store_normalizers(NormalizersTau, n, Normalizers(student.max, student.sum, teacher.max, teacher.sum))
     place = tl.max(tl.where(peak.own, tl.load(PartPeak + at, mask=inside, other=-1), -1), 0)
     tl.store(Peak + n, tl.where(heavy, place, -1).to(tl.int64))
-    tl.store(PeakTerms + n, in_range(-tl.where(heavy, g, 0.0).to(tl.float64) / q, ACC))
-    tl.store(PeakTerms + N + n, in_range(tl.where(heavy, f, 0.0), ACC))
+    tl.store(PeakTerms + n, saturated(-tl.where(heavy, g, 0.0) / q))
+    tl.store(PeakTerms + N + n, saturated(tl.where(heavy, f, 0.0)))
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -494,6 +534,8 @@ def split_divergence(
 ) -> None:
     """`token_divergence` of split rows, into its five results; `config` is that of its launch."""
     dtype, acc = acc_type(student, teacher)
+    if DIVERGENCES[divergence].sweeps == 2:
+        config["TILES"] = 1  # two spill where rows are skewed
     sums, part_peak, parts = _sweep_parts(student, teacher, temperature, mask, divergence, config)
     grid, fixed = (mask.numel(),), {"ACC": acc, "BLOCK": MOST_PARTS, "num_warps": 1, **FUSED}
     if DIVERGENCES[divergence].sweeps == 1:

@@ -21,7 +21,7 @@ from .launch import acc_type, launch_config, on_device, parameters, row_parts, r
 from .peak import store_peak
 from .rows import Normalizers, Rows, exponent_rounding, exponent_scale, row_start, store_normalizers
 from .split import split_divergence
-from .two_sweeps import sweep_normalizers, sweep_terms
+from .two_sweeps import LogMass, sweep_normalizers, sweep_terms
 
 
 @triton.jit
@@ -33,13 +33,14 @@ def sweep_rows(
     DIVERGENCE: tl.constexpr,
     parameters,
 ):
-    """(`Normalizers`, `TokenResult`) of token n; the normalisers are stored."""
-    if DIVERGENCE == "hellinger":
-        normalizers, found = sweep_hellinger(rows, exponent_rounding(tl.load(Tau)))
+    """(`LogMass`, `TokenResult`) of token n; its normalisers are stored."""
+    if sweeps(DIVERGENCE) == 1:
+        if DIVERGENCE == "hellinger":
+            normalizers, found = sweep_hellinger(rows, exponent_rounding(tl.load(Tau)))
+        else:
+            normalizers, found = sweep_kl(rows, exponent_rounding(tl.load(Tau)), DIVERGENCE)
         store_normalizers(NormalizersTau, n, normalizers)
-    elif sweeps(DIVERGENCE) == 1:
-        normalizers, found = sweep_kl(rows, exponent_rounding(tl.load(Tau)), DIVERGENCE)
-        store_normalizers(NormalizersTau, n, normalizers)
+        own = 0.0
     else:
         # Without the scale's rounding error: the second sweep computes its masses with the rounded scale, and they are
         # added to these.
@@ -47,7 +48,11 @@ def sweep_rows(
         # Stored between the sweeps, so that the second one need not hold all of them.
         store_normalizers(NormalizersTau, n, normalizers)
         found = sweep_terms(rows, Tau, normalizers, first, DIVERGENCE, parameters)
-    return normalizers, found
+        # (LANES, 1) The same numbers as in the second sweep, which holds them already.
+        own = (0.0 * first.tail_s)[:, None]
+    c_s = tl.log2(tl.where(normalizers.l_s == 0.0, 1.0, normalizers.l_s))
+    c_t = tl.log2(tl.where(normalizers.l_t == 0.0, 1.0, normalizers.l_t))
+    return LogMass(normalizers.m_s + own, c_s + own, normalizers.m_t + own, c_t + own), found
 
 
 @triton.jit(do_not_specialize=["L", "stride_sb", "stride_sl", "stride_tb", "stride_tl", "lead", "of_p", "of_q"])

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .divergence_terms import Parameters, number
-from .launch import acc_type, launch_config, on_device, parameters, row_parts, row_strides
+from .launch import acc_type, bounded, launch_config, on_device, parameters, row_parts, row_strides
 from .rows import (
     Rows,
     below,
@@ -172,6 +172,8 @@ def sweep_parts_of_terms(
     vocab = min(student.shape[-1], teacher.shape[-1])
     config = launch_config("terms", divergence, vocab, student, teacher)
     parts, part = row_parts(config, mask.numel(), vocab, student.device)
+    if parts > 1:  # whose edges take more registers than those of whole rows
+        config = bounded(config, student, teacher)
     f, g = (torch.empty(parts * mask.numel(), dtype=dtype, device=mask.device) for _ in range(2))
     with on_device(student):
         token_terms_fwd_kernel[(mask.numel(), parts)](

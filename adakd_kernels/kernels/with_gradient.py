@@ -15,7 +15,7 @@ from torch import Tensor
 from ..reference import GradientCall
 from .divergence_terms import Parameters, number
 from .gradient import Token, load_cross_entropy, write_row
-from .launch import acc_type, launch_config, on_device, parameters, row_strides, with_gradient_config
+from .launch import acc_type, launch_config, on_device, parameters, row_strides, sweeps, with_gradient_config
 from .peak import store_peak
 from .rows import (
     Normalizers,
@@ -32,6 +32,7 @@ from .rows import (
     whole_steps,
 )
 from .token_divergence import sweep_rows, token_divergence_bwd, token_divergence_fwd
+from .two_sweeps import LogMass
 
 
 @triton.jit(
@@ -82,31 +83,20 @@ def token_divergence_with_gradient_kernel(
     n = tl.program_id(0)
     S, skew = row_start(S, n, L, stride_sb, stride_sl, unit_s, lead, SKEWED)
     T, _ = row_start(T, n, L, stride_tb, stride_tl, unit_t, lead, SKEWED)
-    Grad, _ = row_start(Grad, n, L, stride_gb, stride_gl, unit_g, lead, SKEWED)
-    selected = tl.load(Mask + n) != 0
-    weight = tl.load(Weight + n)
-    label, ce_weight, m_1, c_1 = load_cross_entropy(Label, CeWeight, Normalizers1, n, skew, V, WITH_CE, ACC)
-    tau = tl.load(Tau + n)
-    scale = exponent_scale(tau)
+    scale = exponent_scale(tl.load(Tau + n))
     d = tl.full((), 0.0, ACC)
     sum_g = d
-    m_s = d
-    c_s = d
-    m_t = d
-    c_t = d
+    nothing = tl.zeros((LANES, 1), ACC) if sweeps(DIVERGENCE) == 2 else d  # of the shape that `sweep_rows` gives
+    of = LogMass(nothing, nothing, nothing, nothing)
     peak = tl.full((), -1, tl.int32)
     peak_grad = d
-    if selected:
-        normalizers, found = sweep_rows(
+    if tl.load(Mask + n) != 0:
+        of, found = sweep_rows(
             Rows(S, T, skew, scale, V, SKEWED, TILES, LANES, VEC, WIDTH),
             Tau + n, NormalizersTau, n, DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT),
         )  # fmt: skip
         d = found.d  # 0 for an empty row, which has no finite entry
         sum_g = found.sum_g
-        m_s = normalizers.m_s
-        c_s = tl.log2(normalizers.l_s)
-        m_t = normalizers.m_t
-        c_t = tl.log2(normalizers.l_t)
         finite = found.t_peak != -float("inf")
         peak = tl.where(finite, found.peak, -1)
         peak_grad = tl.where(finite, found.peak_grad, 0.0)
@@ -115,16 +105,21 @@ def token_divergence_with_gradient_kernel(
     tl.store(D + n, d)
     tl.store(SumG + n, sum_g)
     store_peak(Peak, PeakGrad, n, peak, skew, peak >= 0, peak_grad)
+    # What the gradient alone needs is read here, so that the sweeps need not hold it.
+    Grad, _ = row_start(Grad, n, L, stride_gb, stride_gl, unit_g, lead, SKEWED)
+    weight = tl.load(Weight + n)
+    label, ce_weight, m_1, c_1 = load_cross_entropy(Label, CeWeight, Normalizers1, n, skew, V, WITH_CE, ACC)
     if (weight == 0.0) & (ce_weight == 0.0):
         store_zeros(Grad, skew, VS, SKEWED, LANES, VEC, WIDTH)
         return
     # In place: whatever a thread read of other threads' entries above has a part in sums over all threads, which none
     # of them passes before the last has read; below, a thread reads its own entries alone.
-    weight = weight / tau
+    weight = weight / tl.load(Tau + n)
     first = first_of_lanes(LANES, WIDTH)
     token = Token(
-        weight, sum_g, m_s, c_s, m_t, c_t, peak - first, weight * peak_grad, label - first, ce_weight, m_1, c_1
-    )
+        weight, sum_g, of.m_s, of.c_s, of.m_t, of.c_t,
+        peak - first, weight * peak_grad, label - first, ce_weight, m_1, c_1,
+    )  # fmt: skip
     write_row(
         Grad, Rows(S, T, skew, scale, V, SKEWED, 1, LANES, VEC, WIDTH), token,
         VS, DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT), WITH_CE,
