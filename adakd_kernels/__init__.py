@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from .adaptive import LossAdaptiveFocus, inverse_difficulty_temperature, select_tokens
+from .adaptive import LossAdaptiveFocus, ScheduledFocus, inverse_difficulty_temperature, select_tokens
 from .divergences import (
     AlphaBeta,
     Divergence,
@@ -34,6 +34,7 @@ __all__ = [
     "LinearAdaKDLoss",
     "LossAdaptiveFocus",
     "ReverseKL",
+    "ScheduledFocus",
     "SkewForwardKL",
     "SkewReverseKL",
     "TokenChoice",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .checks import check_floating, check_integer, check_mask, check_number, check_range, check_temperature_options
 
-__all__ = ["LossAdaptiveFocus", "inverse_difficulty_temperature", "select_tokens"]
+__all__ = ["LossAdaptiveFocus", "ScheduledFocus", "inverse_difficulty_temperature", "select_tokens"]
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
@@ -114,11 +114,12 @@ def inverse_difficulty_temperature(
     Args:
         difficulty: (...) s² ≥ 0 of a floating type, such as `token_difficulty` returns; below 0 is taken for 0.
         selected: (...) bool, the tokens whose median is the reference; None for all.
-        temperature_scale: c ≥ 0, a float or a 0-d tensor (not checked then); 0 gives every token the base temperature.
+        temperature_scale: c, a float or a 0-d tensor (not checked then); 0 gives every token the base temperature, and
+            a negative number turns the direction round, for comparisons: high where a token is hard.
         base_temperature: τ_base > 0, a float or a 0-d tensor (not checked then).
 
     Returns:
-        (...) in [τ_base·e^−c, τ_base·e^c], of the difficulty's type: no less than its smallest normal number and no
+        (...) in [τ_base·e^−|c|, τ_base·e^|c|], of the difficulty's type: no less than its smallest normal number and no
         more than its largest finite one.
 
     Raises:
@@ -320,3 +321,36 @@ class LossAdaptiveFocus(ExactModule):
             f"warmup_steps={self.warmup_steps}, beta={self.beta}, epsilon={self.epsilon}, delta={self.delta}, "
             f"min_ratio={self.min_ratio}"
         )
+
+
+class ScheduledFocus(LossAdaptiveFocus):
+    """A share r that does not follow the loss, for comparisons: it falls in a straight line.
+
+    It is 1 in the warm-up, and `min_ratio` in the last step of the run. L̄ and L_ref of (8) and (9) are kept for the
+    logs, without effect.
+
+    Args:
+        total_steps, warmup_ratio, beta, epsilon, delta, min_ratio: as in `LossAdaptiveFocus`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or outside its range.
+
+    Example:
+        >>> focus = ScheduledFocus(total_steps=5, warmup_ratio=0.2, min_ratio=0.4)
+        >>> for _ in range(3):
+        ...     focus.step(torch.tensor(1.0))
+        >>> round(focus.focus_ratio.item(), 2)
+        0.6
+    """
+
+    def __init__(self, total_steps: int, **options: float) -> None:
+        super().__init__(total_steps, **options)
+        self.total_steps = total_steps
+
+    @torch.no_grad()
+    def step(self, loss: Tensor) -> None:
+        """As `LossAdaptiveFocus.step`; the next share depends on the number of steps alone."""
+        super().step(loss)
+        falling = max(1, self.total_steps - 1 - self.warmup_steps)
+        progress = ((self.steps - self.warmup_steps).to(self.focus_ratio) / falling).clamp(0.0, 1.0)
+        self.focus_ratio.copy_(1.0 - (1.0 - self.min_ratio) * progress)

@@ -49,7 +49,8 @@ def check_options(
 
 def check_temperature_options(temperature_scale: float | Tensor, base_temperature: float | Tensor) -> None:
     """Refuse c and τ_base of equation (6) outside their ranges."""
-    check_range("temperature_scale", temperature_scale, 0.0, _INFINITY, "a finite number >= 0", high_open=True)
+    finite = "a finite number"
+    check_range("temperature_scale", temperature_scale, -_INFINITY, _INFINITY, finite, low_open=True, high_open=True)
     check_range("base_temperature", base_temperature, 0.0, _INFINITY, "> 0", low_open=True, high_open=True)
 
 

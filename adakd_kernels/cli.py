@@ -1,4 +1,4 @@
-"""The command line: `adakd train`, `adakd eval`, `adakd compare`, `adakd demo`, `adakd doctor`.
+"""The command line: `adakd train`, `adakd eval`, `adakd compare`, `adakd report`, `adakd demo`, `adakd doctor`.
 
 Exit code 0 if all went well; 1 if a check failed, or a loss or measure was not finite; 2 for what the user can put
 right, a full disk and a network that does not answer; 130 after Ctrl-C. Each but 0 comes with one line on stderr.
@@ -22,6 +22,7 @@ commands:
   train    distil a teacher into a student: adakd train --config run.yaml
   eval     score a model's own answers, and its distance from its teacher: adakd eval --model runs/first --data a.jsonl
   compare  what differs between evaluations on the same prompts: adakd compare FOLDER FOLDER
+  report   show on one page what happened in training runs: adakd report runs/first runs/second
   demo     distil a small language model on this machine and report what it learnt
   doctor   which implementation each operator takes here, and whether it computes what it should
 
@@ -50,6 +51,12 @@ def _compare(argv: list[str]) -> int:
     return run(argv)
 
 
+def _report(argv: list[str]) -> int:
+    from .commands.report import run
+
+    return run(argv)
+
+
 def _demo(argv: list[str]) -> int:
     from .demo import main as demo_main
 
@@ -69,6 +76,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "eval": _eval,
     "compare": _compare,
+    "report": _report,
     "demo": _demo,
     "doctor": _doctor,
 }

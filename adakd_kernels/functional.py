@@ -66,7 +66,8 @@ class AdaKDOutput(NamedTuple):
 
     Attributes:
         loss: 0-d, in the accumulation type (fp32; fp64 for fp64 logits).
-        token_loss: τ²·D of the selected tokens, 0 elsewhere; differentiable in the student's logits.
+        token_loss: τ²·D of the selected tokens, 0 elsewhere; differentiable in the student's logits, but not where the
+            loss was computed with `inplace`.
         difficulty: difficulty of the valid tokens (squared Hellinger distance by default), 0 elsewhere.
         temperature: temperature τ of the valid tokens, the base temperature elsewhere.
         selected: bool, the tokens whose divergences the loss adds up.
@@ -113,7 +114,8 @@ def adakd_loss(
             A valid token whose label is no common entry makes the cross-entropy NaN, and the gradient of its row.
         divergence: a name of `DIVERGENCES` or an instance such as `JensenShannon(beta=0.1)`.
         focus_ratio: the share r in (0, 1], a float or a 0-d tensor (its value is not checked).
-        temperature_scale: c ≥ 0 of τ = τ_base·exp(−c·ŝ); 0 gives all tokens the base temperature.
+        temperature_scale: c of τ = τ_base·exp(−c·ŝ); 0 gives all tokens the base temperature, and a negative number
+            turns the direction round, for comparisons: high where a token is hard.
         base_temperature: τ_base > 0. A temperature is kept in the range in which τ² is neither 0 nor infinite.
         difficulty: 'hellinger', 'forward_kl', 'reverse_kl', 'jensen_shannon' or 'cross_entropy'.
         ce_weight: a in [0, 1].
@@ -122,9 +124,10 @@ def adakd_loss(
             cross-entropy), so that the losses of k micro-batches add up to the step's.
         ignore_index: label of the tokens that are not valid.
         shift: labels are aligned with the inputs, as transformers has them: position i predicts labels[i + 1].
-        inplace: the backward writes the gradient over the student's logits instead of a new (B, L, Vˢ) tensor. They
-            must not be needed afterwards, and there is no second backward. Refused where they require grad and are a
-            leaf or a view of one, or where rows share memory. Ignored under `torch.compile`.
+        inplace: the gradient is written over the student's logits instead of a new (B, L, Vˢ) tensor, by this call, if
+            they get one. They must not be read afterwards; `loss` alone has a gradient then, and there is no second
+            backward. (Logits that are split over the vocabulary are overwritten by the backward.) Refused where they
+            require grad and are a leaf or a view of one, or where rows share memory. Ignored under `torch.compile`.
         choice: how the tokens enter the loss, where it was decided on more than this batch. `focus_ratio`,
             `temperature_scale`, `base_temperature`, `difficulty` and `num_items` are not read then.
         vocab_parallel: the logits are this rank's columns of the vocabulary, (B, L, V_r) or (N, V_r) each; which and
@@ -272,7 +275,8 @@ def token_divergence(
     Weight, mask or reduce the result as you like: the gradient (10) is exact for any upstream weight.
 
     Args:
-        student_logits, teacher_logits, divergence, inplace, vocab_parallel: as in `adakd_loss`.
+        student_logits, teacher_logits, divergence, vocab_parallel: as in `adakd_loss`.
+        inplace: the backward writes the gradient over the student's logits; else as in `adakd_loss`.
         temperature: τ > 0, a float, a 0-d tensor or a tensor of shape (B, L) or (N,). A tensor's values are not
             checked: 0 and infinity give the limit in the type's range, a negative τ is taken for 0, NaN gives NaN.
         mask: (B, L) or (N,) bool, true for valid tokens; None for all. Others give 0 and gradient 0, and are not read.

@@ -66,6 +66,6 @@ def bench_loss(benchmark, provider, phase, workload, dtype):
     benchmark.group = f"{workload} {dtype}, {phase}"
     benchmark.extra_info.update(
         circumstances(device_of(DEVICE)),
-        bytes_of_the_exact_method=int((2 + 2 * SHARE + (0 if phase == "forward" else 2 * SHARE + 1)) * unit),
+        bytes_of_the_exact_method=int((2 + 2 * SHARE + (phase != "forward")) * unit),
     )
     benchmark.pedantic(run, setup=fresh, rounds=7, warmup_rounds=1)

@@ -32,11 +32,12 @@ from triton.runtime.jit import JITFunction
 
 from adakd_kernels.divergences import DIVERGENCES, Divergence, get_divergence
 from adakd_kernels.kernels import launch as package
+from adakd_kernels.kernels.scale_gradient import scale_gradient
 from adakd_kernels.kernels.token_divergence import token_divergence_bwd, token_divergence_fwd
 from adakd_kernels.kernels.token_kl import token_kl_fwd
 from adakd_kernels.kernels.token_stats import token_stats_fwd
 from adakd_kernels.kernels.token_terms import token_terms_fwd
-from adakd_kernels.kernels.with_gradient import scale_gradient, token_divergence_with_gradient_over
+from adakd_kernels.kernels.with_gradient import token_divergence_with_gradient_over
 from adakd_kernels.ops.token_divergence import empty_gradient
 from adakd_kernels.reference import GradientCall
 
@@ -141,10 +142,8 @@ def launch(kernel: str, divergence: str | Divergence, student: Tensor, teacher: 
         scale_gradient(student, number.unsqueeze(0), number[0, 0], None)
     elif kernel.startswith("with_gradient"):
         of_ce = (place, number, normalizers) if kernel == "with_gradient_ce" else (None, None, None)
-        token_divergence_with_gradient_over(
-            student, teacher, number, mask, name, alpha, beta, number, *of_ce,
-            student if inplace else empty_gradient(student),
-        )  # fmt: skip
+        out = student if inplace else empty_gradient(student)
+        token_divergence_with_gradient_over(out, student, teacher, number, mask, name, alpha, beta, number, *of_ce)
     else:
         out = student if inplace else empty_gradient(student)
         with_ce = kernel == "backward_ce"

@@ -25,7 +25,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / ".venv-versions"
 
-COMPILE = ["tests/test_compile.py"]
+COMPILE = ["tests/test_compile.py", "-k", "(kernel_compiles_clean and bf16-) or start_alike or recompile or fuses"]
 FAST = ["tests/test_losses.py", "tests/test_ops.py", "tests/test_launches.py", "tests/test_errors.py"]
 NATIVE = ["tests/test_losses.py", "tests/test_ops.py", "tests/test_doctor.py"]
 INTERPRET = ["tests/test_doctor.py", "tests/test_alignment.py::test_labels_are_found_wherever_rows_start"]

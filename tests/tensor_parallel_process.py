@@ -29,7 +29,7 @@ from adakd_kernels.trainer.heads import NoPlainHeadError
 from adakd_kernels.trainer.tensor_parallel import HeadParts, check_split_head, split_over
 
 from .tiny_models import token_records
-from .trainer_process import MOVING, PLAIN, config, uneven_records
+from .trainer_process import MOVING, PLAIN, config, logged, uneven_records
 
 RUNS: dict[str, tuple[str, str, bool, dict[str, Any]]] = {
     "unequal": ("llama-65", "llama-67", True, {"logits_route": "hidden"}),
@@ -108,7 +108,7 @@ def run(folder: Path, out: Path, name: str, ranks: int) -> dict[str, Any]:
     trainer.train()
     evaluation, predicted = trainer.evaluate(), trainer.predict(token_records(11, seed=9))
     return {
-        "logs": [log for log in trainer.state.log_history if "loss" in log],
+        "logs": logged(trainer),
         "evaluation": {key: value for key, value in evaluation.items() if "_runtime" not in key and "_per_" not in key},
         "predicted": {"logits": torch.tensor(predicted.predictions), "labels": torch.tensor(predicted.label_ids)},
         "gradients": gradients.steps,

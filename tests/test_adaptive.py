@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from adakd_kernels import AdaKDLoss, LossAdaptiveFocus, inverse_difficulty_temperature, reference, select_tokens
+from adakd_kernels import (
+    AdaKDLoss,
+    LossAdaptiveFocus,
+    ScheduledFocus,
+    inverse_difficulty_temperature,
+    reference,
+    select_tokens,
+)
 
 pytestmark = pytest.mark.fast
 
@@ -198,6 +205,30 @@ def test_temperatures_stay_in_the_types_range(dtype, as_tensor):
     options = {"temperature_scale": math.inf, "base_temperature": math.inf}
     options = {name: torch.tensor(value, dtype=torch.float64) for name, value in options.items()}
     assert inverse_difficulty_temperature(difficulty, **options).isfinite().all()
+
+
+def test_a_negative_scale_turns_the_direction_round():
+    difficulty = torch.tensor([0.0, 0.1, 0.2, 0.9, math.inf], dtype=torch.float64)
+    tau, turned = (inverse_difficulty_temperature(difficulty, None, scale, 1.5) for scale in (0.5, -0.5))
+    assert torch.allclose(tau * turned, torch.full_like(tau, 1.5**2)) and bool((turned.diff() >= 0).all())
+    assert turned[0] < 1.5 < turned[-1]
+
+
+def test_a_scheduled_share_falls_in_a_straight_line_whatever_the_loss_does():
+    for loss in ([3.0] * 12, [3.0, 1.0, 9.0] * 4):
+        focus = ScheduledFocus(12, warmup_ratio=0.25, min_ratio=0.2)
+        shares = []
+        for value in loss:
+            shares.append(focus.focus_ratio.item())  # of the step that has this loss
+            focus.step(torch.tensor(value))
+        assert shares == pytest.approx([1.0] * 4 + [1.0 - 0.1 * step for step in range(1, 9)])
+        assert focus.focus_ratio.item() == pytest.approx(0.2)
+    halfway = ScheduledFocus(12, warmup_ratio=0.25, min_ratio=0.2)
+    halfway.load_state_dict(focus.state_dict() | {"steps": torch.tensor(6)})
+    halfway.step(torch.tensor(1.0))
+    assert halfway.focus_ratio.item() == pytest.approx(0.6)
+    with pytest.raises(ValueError, match="min_ratio must lie"):
+        ScheduledFocus(5, min_ratio=2.0)
 
 
 def test_a_loss_that_is_not_finite_changes_nothing():

@@ -35,7 +35,7 @@ LAYERS = [
     {"linear"},
     {"loss"},
     {"trainer"},
-    {"integrations"},
+    {"integrations", "report"},
     {"evaluation"},
     {"commands", "demo"},
     {"cli"},

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from adakd_kernels.divergences import AlphaBeta, JensenShannon, SkewReverseKL
+from adakd_kernels.kernels import launch as launches
 from adakd_kernels.kernels import loss_sums, spread_statistics, token_choice, token_stats
 from adakd_kernels.kernels.launch import Machine, divergence_class, warps_that_fit
 from instruments.compiled import (
@@ -352,6 +353,40 @@ def test_a_schedule_of_a_parameter_does_not_recompile(kernel, divergence):
             launch(kernel, step, x, x)
     assert len({id(k) for k in launched}) == (1 if divergence == "alpha_beta" else 3)
     assert len({id(k) for k in launched[2:]}) == 1
+
+
+SPLIT = [
+    ("stats", "hellinger"),
+    ("forward", "jeffreys"),
+    ("forward", "skew_reverse_kl"),
+    ("backward", "skew_reverse_kl"),
+]
+
+
+@pytest.mark.parametrize(("kernel", "divergence"), SPLIT)
+@each_target
+@pytest.mark.parametrize("vocab", [QWEN, GPT2])
+def test_rows_that_are_split_compile_clean(kernel, divergence, vocab, target):
+    """What sweeps a part is as wide as for whole rows, and one kernel for any batch and number of parts.
+
+    The merges compute in fp64, once a row.
+    """
+    with compiling_for(TARGETS[target]) as launched:
+        for parts, length in ((8, 64), (3, 100), (7, 1)):
+            x = logits(vocab, BF16, 1, length)
+            with mock.patch.object(launches, "wanted_parts", lambda *_, parts=parts: parts):
+                launch(kernel, divergence, x, x)
+        once = {id(one): one for one in launched}
+        codes = {one.metadata.name: read_code(one) for one in once.values()}
+    assert len(once) == len(codes) == {"stats": 2, "backward": 1}.get(kernel, 4 if divergence != "jeffreys" else 2)
+    for name, code in codes.items():
+        found = faults(code, x, x)
+        if name.startswith("merge"):
+            found = [fault for fault in found if not fault.endswith("in fp64")]
+            assert not code.sweeps and not found and code.fp64
+        else:
+            found += narrow_access(code, x, x) + slow_loops(code, "backward", divergence)
+            assert not found + many_registers(code, target) + crowded(code, target), name
 
 
 def launch_small_kernels(tokens: int, acc: torch.dtype) -> None:

@@ -99,13 +99,17 @@ def test_commands_of_a_page_run(page, project):
             assert program == "adakd" and argv[0] in COMMANDS
             assert main([*argv, *(["--use_cpu"] if argv[0] == "train" else [])]) == 0, line
             if argv[0] == "train":
-                assert len(list(project.glob("runs/*/model.safetensors"))) == 1
+                folder = argv[argv.index("--output_dir") + 1] if "--output_dir" in argv else "runs/*"
+                assert len(list(project.glob(f"{folder}/*model.safetensors"))) == 1
+            if argv[0] == "report":
+                assert (project / "report" / "report.html").is_file()
 
 
 def test_the_readme_shows_every_kind_of_snippet():
-    pages = {"README.md", "docs/evaluation.md", "docs/losses.md", SEVERAL_PROCESSES, "docs/trainer.md", "docs/trl.md"}
+    pages = {"README.md", SEVERAL_PROCESSES}
+    pages |= {f"docs/{name}.md" for name in ("evaluation", "losses", "methods", "trainer", "trl")}
     assert set(pages_with("python")) == pages
-    assert {"README.md", "docs/methods.md", "docs/trainer.md"} == set(pages_with("yaml"))
+    assert {"README.md", "docs/methods.md", "docs/report.md", "docs/trainer.md"} == set(pages_with("yaml"))
     assert [line.split()[:2] for block in blocks("sh", PAGES["README.md"]) for line in block.splitlines()] == [
         ["make", "demo"], ["make", "test"], ["adakd", "train"],
     ]  # fmt: skip

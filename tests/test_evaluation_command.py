@@ -325,6 +325,8 @@ def test_mistakes_are_one_line(place: Path, tmp_path: Path, capsys: pytest.Captu
         (command(place, None, "--batch_size", "0"), "batch_size must be 1 or more"),
         (command(place, None, "--max_records", "0"), "max_records must be 1 or more, got 0"),
         (command(place, None, seeds=["1", "1"]), "seeds must be different numbers, one at least, got [1, 1]"),
+        (command(place, None, "--greedy"), "seeds says how to sample, and greedy not to sample: give one"),
+        (command(place, place / "first.jsonl"), "first.jsonl: cannot be written to: [Errno 17] File exists"),
         (command(place, None, "--max_length", "8"), "max_new_tokens=8 leaves no room for a prompt within max_length=8"),
         (command(place, None, "--max_length", "999"), "max_length must be 256 or less, which is all that the model"),
         ([*only, "--data", str(text), "--max_new_tokens", "8"], "set 'text': nothing to measure, as no record has"),

@@ -139,9 +139,10 @@ def test_the_choice_equals_a_plain_sort(dtype, size):
         difficulty[places] = special[torch.randint(kinds, places.shape, generator=gen, device="cpu")]
         valid = torch.rand(size, generator=gen, device="cpu") < (0.0 if case == 4 else 0.8)
         ratio = share if case % 2 else torch.tensor(share, dtype=torch.float64)
+        scale = -0.7 if case == 1 else 0.7
         selected, tau, n, k = ops.choose_tokens(
             difficulty.to(torch.ones(()).device).view(1, size), valid.to(torch.ones(()).device).view(1, size), ratio,
-            None, 0.7, 1.5,
+            None, scale, 1.5,
         )  # fmt: skip
         hardest = chosen(difficulty.tolist(), valid.tolist(), share)
         if not valid.any():
@@ -159,7 +160,7 @@ def test_the_choice_equals_a_plain_sort(dtype, size):
                 relative = float(s > median) - float(s < median)
             else:
                 relative = 0.0 if s == median == 0.0 else (s - median) / (s + median)
-            expected = 1.5 * math.exp(-0.7 * relative)
+            expected = 1.5 * math.exp(-scale * relative)
             assert found == pytest.approx(expected, rel=2e-6, nan_ok=True), (s, median)
 
 

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from adakd_kernels.checks import DIFFICULTIES
 from adakd_kernels.cli import main
 from adakd_kernels.commands import CommandError
 from adakd_kernels.commands.options import parse
 from adakd_kernels.integrations.transformers import METHODS, AdaKDConfig
+from adakd_kernels.trainer.config import AdaKDOptions
 from adakd_kernels.trainer.loading import load_prompts_for
 
 from .test_cli import error_line
@@ -79,6 +82,24 @@ def test_the_page_shows_what_the_methods_set() -> None:
         for option, setting in [*method.settings.items(), ("temperature_scale", method.temperature_scale)]
     ]
     assert rows("What each sets, and its source") == expected
+
+
+def test_every_ablation_of_the_page_is_an_option() -> None:
+    """The options of a row, and nothing else, are changed by it, with every method."""
+    listed = [re.findall(r"`(--[^`]*)`", options)[0].split() for _, options in rows("Ablations")]
+    measures = [flags[1] for flags in listed if flags[0] == "--difficulty"]
+    assert sorted(measures) == sorted(DIFFICULTIES) and len(listed) == 9 + len(DIFFICULTIES)
+    for method in (None, "rkd", "gkd"):
+        given = RUN if method is None else [*RUN, "--method", method, "--adakd", "true"]
+        plain = vars(parse(given)[1])
+        for flags in listed:
+            made = vars(parse([*given, *flags])[1])
+            changed = {option.name for option in fields(AdaKDOptions) if made[option.name] != plain[option.name]}
+            named = {flag[2:] for flag in flags[::2]}
+            expected = {"temperature_scale", "focus_ratio"} if named == {"adakd"} else named
+            assert changed <= expected and (changed == expected or flags[1] in ("hellinger", "loss")), flags
+            for name, value in zip(flags[::2], flags[1::2], strict=True):
+                assert name == "--adakd" or str(made[name[2:]]) in (value, f"{value}.0")
 
 
 @pytest.mark.parametrize("name", METHODS)

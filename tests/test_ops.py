@@ -33,6 +33,12 @@ def test_opcheck(dtype, unpoisoned):
             backward = (student, teacher, tau, mask.float(), *saved, *ce, *args)
             torch.library.opcheck(ops.token_divergence_backward, backward)
             torch.library.opcheck(ops.token_divergence_backward_, (student.clone(), *backward[1:]))
+            at_once = (teacher, tau, mask, *args, mask.float(), *ce)
+            torch.library.opcheck(ops.token_divergence_with_gradient, (student, *at_once))
+            torch.library.opcheck(ops.token_divergence_with_gradient_, (student.clone(), *at_once))
+    for of in (None, torch.tensor(4.0)):
+        scaled = (student.clone(), mask.float().unsqueeze(0), torch.tensor(0.5), of)
+        torch.library.opcheck(ops.scale_gradient_, scaled)
 
 
 @pytest.mark.fast

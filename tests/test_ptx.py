@@ -28,12 +28,14 @@ from adakd_kernels import ops, reference
 from adakd_kernels.adaptive import focus_step, token_choice
 from adakd_kernels.divergences import AlphaBeta, JensenShannon, SkewReverseKL, TotalVariation, get_divergence
 from adakd_kernels.kernels.loss_sums import loss_sums_fwd
+from adakd_kernels.kernels.scale_gradient import scale_gradient
 from adakd_kernels.kernels.spread_statistics import spread_statistics_fwd
 from adakd_kernels.kernels.token_choice import choose_tokens_fwd, focus_step_over
 from adakd_kernels.kernels.token_divergence import token_divergence_bwd, token_divergence_fwd
 from adakd_kernels.kernels.token_kl import token_kl_fwd
 from adakd_kernels.kernels.token_stats import token_stats_fwd
 from adakd_kernels.kernels.token_terms import token_terms_fwd
+from adakd_kernels.kernels.with_gradient import token_divergence_with_gradient_over
 from adakd_kernels.reference import GradientCall, Normalizers
 from instruments import ptx_simulator
 from instruments.compiled import TARGETS, compiling_for
@@ -145,11 +147,10 @@ def stats(student, teacher, mask):
     ]
 
 
-def forward_and_backward(student, teacher, mask, divergence, with_ce=False, inplace=False):
+def forward_and_backward(student, teacher, mask, divergence, with_ce=False, inplace=False, at_once=False):
     """Divergence and gradient: kernel, eager, exact. The masked tokens have weight 0, but a weight of CE."""
     div = get_divergence(divergence)
     tau, weight = temperatures(*mask.shape), torch.linspace(-1.0, 2.0, mask.numel()).view(mask.shape) * mask
-    d, *saved = token_divergence_fwd(student, teacher, tau, mask, div.name, *div.parameters)
     s, t = student.clone(), teacher.clone()
     labels = tokens(min(s.shape[-1], t.shape[-1]), *mask.shape)
     ce_weight = torch.linspace(0.5, 1.5, mask.numel()).view(mask.shape)
@@ -159,8 +160,13 @@ def forward_and_backward(student, teacher, mask, divergence, with_ce=False, inpl
         normalizers_1 = torch.stack([x for z in both for x in reference.normalizer(z)])
         cross_entropy = (labels, ce_weight, normalizers_1)
     out = student if inplace else torch.full_like(student, torch.nan)
-    args = (tau, weight, *saved, *cross_entropy, div.name, *div.parameters)
-    token_divergence_bwd(GradientCall(student, teacher, *args), out)
+    of_forward = (student, teacher, tau, mask, div.name, *div.parameters)
+    if at_once:
+        d, *_ = token_divergence_with_gradient_over(out, *of_forward, weight, *cross_entropy)
+    else:
+        d, *saved = token_divergence_fwd(*of_forward)
+        args = (tau, weight, *saved, *cross_entropy, div.name, *div.parameters)
+        token_divergence_bwd(GradientCall(student, teacher, *args), out)
 
     def gradient(z_s, z_t):
         grad = torch.zeros_like(z_s, dtype=torch.promote_types(z_s.dtype, torch.float32))
@@ -267,6 +273,28 @@ def test_backward_with_cross_entropy_in_place_is_the_reference(divergence, vocab
         assert_close_as_eager(*result, ulps=EXPONENT_ULPS)
     assert torch.equal(student._base.isnan(), around)
     assert torch.equal(student[..., teacher_vocab:], torch.zeros_like(student[..., teacher_vocab:]))
+
+
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=name_of)
+@pytest.mark.parametrize(("vocab", "inplace"), [(LONG, True), (LONG, False), (SHORT, True)])
+def test_divergence_and_gradient_at_once_are_the_reference(divergence, vocab, inplace):
+    """One launch of one kernel, with cross-entropy."""
+    student, teacher = pair(vocab, BF16)
+    with executing() as executed:
+        results = forward_and_backward(student, teacher, MASK, divergence, True, inplace, at_once=True)
+        assert len(executed) == 1
+    for result in results:
+        assert_close_as_eager(*result, ulps=EXPONENT_ULPS)
+
+
+@pytest.mark.parametrize("vocab", [LONG, SHORT])
+def test_a_gradient_is_scaled(vocab):
+    gradient, weights = guarded(logits(1, 3, vocab, dtype=BF16)), torch.tensor([[[1.0, 0.0, 2.0]], [[0.0, 0.0, 1.0]]])
+    expected = torch.where(torch.tensor([[[True], [False], [True]]]), gradient.float() * 0.375, gradient.float())
+    with executing():
+        scale_gradient(gradient, weights, torch.tensor(1.5), torch.tensor(4.0))
+        scale_gradient(gradient, weights, torch.tensor(4.0), torch.tensor(4.0))
+    assert torch.equal(gradient, expected.to(BF16))
 
 
 def test_two_runs_agree_bit_for_bit():

@@ -21,7 +21,7 @@ from adakd_kernels.integrations.transformers import AdaKDTrainer, NonFiniteLossE
 from adakd_kernels.trainer.sharded import FSDP_NEEDS_AN_ACCELERATOR, adopt_fully_sharded, fsdp_plugin
 
 from .tiny_models import tiny_model
-from .trainer_process import MOVING, PLAIN, config, of_both_ranks, uneven_records
+from .trainer_process import MOVING, PLAIN, config, logged, of_both_ranks, uneven_records
 
 pytestmark = pytest.mark.fast
 
@@ -122,7 +122,7 @@ def results(trainer: AdaKDTrainer, **options: Any) -> dict[str, Any]:
     trainer.add_callback(gradients)
     trainer.train(**options)
     return {
-        "logs": [log for log in trainer.state.log_history if "loss" in log],
+        "logs": logged(trainer),
         "gradients": gradients.steps,
         "weights": {name: whole(value) for name, value in trainer.model.state_dict().items()},
         "metrics": trainer.evaluate(),

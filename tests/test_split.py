@@ -252,13 +252,13 @@ def test_rows_wherever_they_start(divergence, student, teacher, skewed, width):
     assert not numbers[1][-1][..., vocab:].any() and numbers[1][-1][0, -1, vocab - 3 : vocab].all()
 
 
-def test_a_vocabulary_that_just_reaches_into_a_part():
-    """With the largest skew the last part has an entry; with the others it has none."""
-    vocab = 3 * 512 + 1 - 8 + 1  # 4 parts of a step, if a row begins 7 entries after an aligned one
-    student, teacher = logits(1, 8, vocab, dtype=BF16, seed=1), logits(1, 8, vocab, dtype=BF16, seed=2)
-    with split_into(4):
+@pytest.mark.parametrize(("vocab", "parts"), [(3 * 512 - 1, 3), (3 * 512 + 1, 4)])
+def test_the_last_part_has_an_entry_and_up_to_seven_more_than_a_part(vocab, parts):
+    """Rows begin up to seven entries after an aligned one: the last part of the first ends one step later for it."""
+    student, teacher = logits(1, 3, vocab, dtype=BF16, seed=1), logits(1, 3, vocab, dtype=BF16, seed=2)
+    with split_into(parts):
         config = launch.launch_config("forward", "reverse_kl", vocab, student, teacher)
-        assert config["SKEWED"] and launch.row_parts(config, 8, vocab, student.device)[0] == 4
+        assert config["SKEWED"] and launch.row_parts(config, 3, vocab, student.device)[0] == parts
         found = gradient(lambda s: token_divergence(s, teacher, 1.0, "reverse_kl"), student)
     exact = gradient(lambda s: reference.token_divergence(s, teacher.double(), 1.0, "reverse_kl"), student.double())
     assert torch.allclose(found.double(), exact, rtol=2.0**-8, atol=1e-6)
@@ -279,16 +279,14 @@ def test_terms_of_a_shard(divergence):
 
 
 def test_how_many_parts():
-    """As many programs as 132 multiprocessors take at once, in one wave; parts of 8,192 entries and more."""
+    """Programs that 132 multiprocessors take at once, in one wave; parts of 8,192 entries and more."""
 
     def parts(tokens, vocab=151_936):
         return launch.wanted_parts(tokens, vocab, torch.device("cuda", 0))
 
-    with mock.patch.object(launch, "multiprocessors", lambda device: 132):
-        assert [parts(tokens) for tokens in (1, 16, 64, 132, 176, 264, 265, 528, 100_000)] == [
-            18, 18, 8, 4, 3, 2, 1, 1, 1
-        ]  # fmt: skip
+    with mock.patch.object(launch, "machine", lambda device: launch.Machine(132, 50 * 2**20)):
+        assert [parts(tokens) for tokens in (1, 16, 64, 131, 132, 4096)] == [18, 18, 8, 4, 1, 1]
         assert [parts(1, vocab) for vocab in (8191, 16_383, 16_384, 50_257, 2_000_000)] == [1, 1, 2, 6, 32]
         assert [parts(4096, vocab) for vocab in (262_143, 262_144, 524_288)] == [1, 2, 4]
-    assert launch.multiprocessors(torch.device("cpu")) == 0
+    assert launch.machine(torch.device("cpu")).processors == 0
     assert launch.wanted_parts(1, 151_936, torch.device("cpu")) == 1

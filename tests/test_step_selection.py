@@ -18,7 +18,17 @@ from adakd_kernels.integrations.transformers import AdaKDDataCollator, AdaKDTrai
 from adakd_kernels.trainer.step_selection import Measured, check_step_selection, choose_over_step
 
 from .tiny_models import tiny_model, token_records
-from .trainer_process import MOVING, PLAIN, Gradients, Stream, config, experts_trainer, resumed_trainer, train_logs
+from .trainer_process import (
+    MOVING,
+    PLAIN,
+    Gradients,
+    Stream,
+    config,
+    experts_trainer,
+    logged,
+    resumed_trainer,
+    train_logs,
+)
 
 pytestmark = pytest.mark.fast
 
@@ -112,7 +122,7 @@ def test_share_and_logs_are_those_of_one_batch(tmp_path: Path, route: str) -> No
         train_dataset=token_records(40),
         eval_dataset=token_records(8, seed=3),
     )  # fmt: skip
-    logs, expected = train_logs(parts), [log for log in whole.state.log_history if "loss" in log]
+    logs, expected = train_logs(parts), logged(whole)
     assert len({log["focus_ratio"] for log in expected}) > 1 and min(log["focus_ratio"] for log in expected) < 1.0
     for found, log in zip(logs, expected, strict=True):
         for name in log:
@@ -197,7 +207,7 @@ def test_resumed_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     logs = train_logs(whole)
     resumed = resumed_trainer(tmp_path, selection="step")
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-    assert [log for log in resumed.state.log_history if "loss" in log] == logs
+    assert logged(resumed) == logs
     for name, value in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], value), name
 
@@ -226,7 +236,7 @@ def test_what_runs_twice(tmp_path: Path, route: str, teacher_runs: int) -> None:
                 ran.update(student=0, teacher=0)
                 return scheduler
 
-        run(tmp_path, 2, accumulation, Counting, logits_route=route)
+        run(tmp_path, 2, accumulation, Counting, logits_route=route, token_records=0)
         runs = (2, teacher_runs) if again else (1, 1)
         assert ran == {"student": accumulation * runs[0], "teacher": accumulation * runs[1]}
 

@@ -19,7 +19,7 @@ from adakd_kernels.integrations.transformers import (
 )
 
 from .tiny_models import tiny_model, token_records
-from .trainer_process import config, of_both_ranks, ranked_trainer, resumed_trainer, train_logs, uneven_run
+from .trainer_process import config, logged, of_both_ranks, ranked_trainer, resumed_trainer, train_logs, uneven_run
 
 pytestmark = pytest.mark.fast
 
@@ -82,7 +82,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
         resumed = resumed_trainer(killed if restore_callbacks else shutil.copytree(killed, tmp_path / "copy"))
         resumed.args.restore_callback_states_from_checkpoint = restore_callbacks
         resumed.train(resume_from_checkpoint=True)
-        assert [log for log in resumed.state.log_history if "loss" in log] == logs
+        assert logged(resumed) == logs
         for name, value in whole.model.state_dict().items():
             assert torch.equal(resumed.model.state_dict()[name], value), name
         for name, value in whole.loss_fn.focus.state_dict().items():

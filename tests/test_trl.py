@@ -35,6 +35,7 @@ from adakd_kernels.integrations.trl import (
 
 from .tiny_models import INSTRUCTIONS, tiny_model, tiny_tokenizer, token_records
 from .trainer_process import config as trainer_config
+from .trainer_process import logged
 
 pytestmark = pytest.mark.fast
 
@@ -74,7 +75,7 @@ def on_policy(folder: Path, adakd: bool, models: tuple[Any, Any, Any] | None = N
 
 def logs(trainer: Any) -> list[dict[str, float]]:
     trainer.train()
-    return [log for log in trainer.state.log_history if "loss" in log]
+    return logged(trainer)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from adakd_kernels.integrations.trl.policies import (
 from .test_trl import OFF, PROMPTS, logs, on_policy, pair, recorded
 from .tiny_models import INSTRUCTIONS
 from .trainer_process import config as trainer_config
-from .trainer_process import of_both_ranks
+from .trainer_process import logged, of_both_ranks
 
 pytestmark = pytest.mark.fast
 
@@ -223,8 +223,7 @@ def numbers(trainer: Any, checkpoint: str | bool | None = None) -> tuple[list[An
 
     trainer.compute_loss = compute_loss
     trainer.train(resume_from_checkpoint=checkpoint)
-    lines = [line for line in trainer.state.log_history if "loss" in line]
-    return kept, [{name: line[name] for name in line if name != "step_time"} for line in lines]
+    return kept, [{name: line[name] for name in line if name != "step_time"} for line in logged(trainer)]
 
 
 def sources(lines: list[dict[str, float]]) -> str:

@@ -23,7 +23,7 @@ from adakd_kernels.integrations.transformers import AdaKDTrainer, NonFiniteLossE
 from .test_sharded_models import options_of, with_nan
 from .test_sharded_models import results as of_one_process
 from .tiny_models import tiny_model
-from .trainer_process import run_two_ranks
+from .trainer_process import logged, run_two_ranks
 
 pytestmark = [
     pytest.mark.fast,
@@ -70,7 +70,7 @@ def of_deepspeed(stage: int) -> dict[str, Any]:
 def results(trainer: Any, **options: Any) -> dict[str, Any]:
     """Log lines, metrics and whole weights after a run."""
     trainer.train(**options)
-    logs = [log for log in trainer.state.log_history if "loss" in log]
+    logs = logged(trainer)
     metrics, model = trainer.evaluate(), trainer.accelerator.get_state_dict(trainer.model_wrapped)
     return {
         "logs": logs,

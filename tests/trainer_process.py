@@ -243,10 +243,17 @@ def of_both_ranks(folder: Path, scenario: str) -> list[Any]:
     return [torch.load(folder / f"{scenario}.rank{rank}.pt") for rank in (0, 1)]
 
 
+def logged(trainer: AdaKDTrainer) -> list[dict[str, float]]:
+    """The log lines of the training, without what differs from one run of it to the next."""
+    costs = ("tokens_per_second", "peak_memory_gib")
+    lines = [log for log in trainer.state.log_history if "loss" in log]
+    return [{name: value for name, value in log.items() if name not in costs} for log in lines]
+
+
 def train_logs(trainer: AdaKDTrainer) -> list[dict[str, float]]:
     """Train, and return the log lines of the training."""
     trainer.train()
-    return [log for log in trainer.state.log_history if "loss" in log]
+    return logged(trainer)
 
 
 class KilledWhileSaving(AdaKDTrainer):
@@ -272,7 +279,7 @@ def nan_run(folder: Path, on_nan: str, selection: str) -> dict[str, Any]:
         trainer.train()
     except NonFiniteLossError as raised:
         error = str(raised)
-    logs = [log for log in trainer.state.log_history if "loss" in log]
+    logs = logged(trainer)
     return {"weights": trainer.model.state_dict(), "logs": logs, "error": error}
 
 

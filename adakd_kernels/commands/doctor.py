@@ -193,11 +193,24 @@ def _check_adakd_loss(device: torch.device) -> Iterator[tuple[Tensor, Tensor, Te
     yield ours.grad[0], eager_grad, truth_grad
 
 
+def _check_with_gradient(device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    (s, t, tau, weight), (s64, t64, tau64, weight64) = _inputs(device)
+    mask = torch.ones(tau.shape, dtype=torch.bool, device=device)
+    for name, cls in DIVERGENCES.items():
+        computed = s.clone()
+        args = (t, tau, mask, name, *cls().parameters, weight, None, None, None)
+        d = ops.token_divergence_with_gradient_(computed, *args)[0]
+        yield d, reference.token_divergence(s, t, tau, name), reference.token_divergence(s64, t64, tau64, name)
+        eager = reference.token_divergence_grad(s, t, tau, name, weight)
+        yield computed, eager, reference.token_divergence_grad(s64, t64, tau64, name, weight64)
+
+
 CHECKS: dict[str, Check] = {
     "token_stats": _check_token_stats,
     "token_divergence": _check_token_divergence,
     "token_kl": _check_token_kl,
     "token_divergence_backward": _check_backward,
     "token_divergence_backward_": _check_backward_inplace,
+    "token_divergence_with_gradient_": _check_with_gradient,
     "adakd_loss": _check_adakd_loss,
 }

@@ -53,6 +53,7 @@ def run(argv: list[str]) -> int:
     with ExitStack() as stack:
         folder = options.output_dir or stack.enter_context(TemporaryDirectory())
         try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
             results = _evaluate(options, settings, Path(folder))
         except KeyboardInterrupt:
             goes_on = f"the same command goes on from {folder}" if options.output_dir else "nothing was kept"
@@ -93,7 +94,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         metavar="FILE",
         help="records with prompts and references, a set each; NAME=FILE gives a set another name than the file's",
     )
-    add("--seeds", type=int, nargs="+", default=list(defaults.seeds), help="an answer is sampled for each")
+    of_seeds = " ".join(map(str, defaults.seeds))
+    add("--seeds", type=int, nargs="+", help=f"an answer is sampled for each; left out, {of_seeds}")
     add("--greedy", action="store_true", help="take the most likely token each time instead of sampling")
     add("--temperature", type=float, default=defaults.temperature, help="of the sampling")
     add("--top_p", type=float, default=defaults.top_p, help="sample from the likeliest tokens of this mass")
@@ -126,8 +128,13 @@ def _settings(options: argparse.Namespace) -> Settings:
     names = ("greedy", "temperature", "top_p", "max_new_tokens", "batch_size")
     given = {name: getattr(options, name) for name in names}
     length = max(Settings.max_length, options.max_new_tokens + 1) if options.max_length is None else options.max_length
-    settings = Settings(seeds=tuple(options.seeds), max_length=length, **given)
+    seeds: dict[str, Any] = {} if options.seeds is None else {"seeds": tuple(options.seeds)}
+    settings = Settings(max_length=length, **seeds, **given)
+    of_sampling = ("seeds", "temperature", "top_p")
+    useless = [name for name in of_sampling if settings.greedy and getattr(settings, name) != getattr(Settings, name)]
     try:
+        if useless:
+            raise EvaluationError(f"{useless[0]} says how to sample, and greedy not to sample: give one of the two")
         check_settings(settings)
         if options.max_records is not None and options.max_records < 1:
             raise EvaluationError(f"max_records must be 1 or more, got {options.max_records}")

@@ -34,6 +34,8 @@ ADAPTERS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "merg
 """Options of `RunOptions` that need an adapter."""
 CHOICE = ("method", "adakd", "generation")
 """Options of `RunOptions` that choose a method."""
+RECORDING = ("token_records",)
+"""Options of `AdaKDConfig` that say what is kept for `adakd report`; they change nothing of the training."""
 DIVERGENCE = ("divergence", "divergence_kwargs", "beta")
 """Options that together say which divergence: a given one takes the place of all that a method sets."""
 
@@ -170,11 +172,11 @@ def _listed_methods(on_policy: bool) -> str:
 
 
 def method_options(config: type[Any] = AdaKDConfig) -> list[str]:
-    """Names of the options that this package adds to those of transformers or TRL, without those of the data."""
+    """Names of the options of training that this package adds to those of transformers or TRL, without the data's."""
     ours = [
         vars(cls).get("__annotations__", {}) for cls in config.__mro__ if cls.__module__.startswith("adakd_kernels")
     ]
-    others = {option.name for option in fields(TrainingArguments)}.union(DATA_OPTIONS)
+    others = {option.name for option in fields(TrainingArguments)}.union(DATA_OPTIONS, RECORDING)
     return [
         option.name
         for option in fields(config)
@@ -208,7 +210,7 @@ class _Parser(CommandParser, HfArgumentParser):
     def __init__(self, config: type[Any], show_all: bool) -> None:
         self.show_all = show_all
         method, run = {*method_options(config), *CHOICE}, {option.name for option in fields(RunOptions)}
-        training = {option.name for option in fields(TrainingArguments)}
+        training = {option.name for option in fields(TrainingArguments)}.union(RECORDING)
         self.names = {
             "method": method, "run": run.difference(ADAPTERS, CHOICE), "adapters": set(ADAPTERS),
             "data": set(DATA_OPTIONS), "sampling": _option_names(config) - training - method - run - set(DATA_OPTIONS),

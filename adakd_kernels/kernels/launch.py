@@ -183,20 +183,24 @@ def with_gradient_config(
     row_bytes = vocab * (student.element_size() + teacher.element_size())
     fewest = int(LAUNCH_TABLE[family]["default"]["warps"])
     warps = warps_that_fit(machine(student.device), family, row_bytes, fewest)
-    return warps and launch_config("with_gradient", divergence, vocab, *tensors, most_warps=warps)
+    return None if warps is None else launch_config("with_gradient", divergence, vocab, *tensors, most_warps=warps)
 
 
 def wanted_parts(tokens: int, vocab: int, device: torch.device) -> int:
     """Into how many parts a row is split, so that the programs of all rows fill the GPU, and no row takes too long."""
-    to_fill = RESIDENT * machine(device).processors // max(1, tokens)
+    available = machine(device).processors
+    to_fill = RESIDENT * available // tokens if 0 < tokens < available else 1
     for_length = 2 * vocab // _LONG_ROW if vocab >= _LONG_ROW else 1
     return max(1, min(max(to_fill, for_length), vocab // _LEAST_PART, MOST_PARTS))
 
 
 def row_parts(config: dict[str, Any], tokens: int, vocab: int, device: torch.device) -> tuple[int, int | None]:
-    """(number of parts of a row, entries of one: whole steps of a launch of this `config`); (1, None) of whole rows."""
+    """(number of parts of a row, entries of one: whole steps of a launch of this `config`); (1, None) of whole rows.
+
+    The last part has at least one entry, wherever the row starts, and in a skewed row up to seven beyond a part.
+    """
     step = config.get("TILES", 1) * config["LANES"] * config["VEC"]
-    steps = -(-(vocab + (ALIGNED_ENTRIES - 1 if config["SKEWED"] else 0)) // step)
+    steps = -(-vocab // step)
     of_part = -(-steps // wanted_parts(tokens, vocab, device))
     parts = -(-steps // of_part)
     return parts, of_part * step if parts > 1 else None

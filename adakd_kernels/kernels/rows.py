@@ -178,13 +178,13 @@ def edge_start(i, V, STEP: tl.constexpr, SKEWED):
 def part_of_row(part, PART, parts, skew, V: tl.constexpr, SKEWED: tl.constexpr):
     """(offset from the row's aligned start, skew, entries) of a part, which has PART entries from the aligned start on.
 
-    The first part of a skewed row lacks what lies before the row, and the last one has what is left of it: nothing, if
-    the skew is small and the vocabulary just reaches into it.
+    The first part of a skewed row lacks what lies before the row, and the last one has what is left, see
+    `launch.row_parts`.
     """
     start = part * PART
     if SKEWED:
         own_skew = tl.where(part == 0, skew, 0)
-        entries = tl.where(part == parts - 1, tl.maximum(skew + V - start, 0), PART - own_skew)
+        entries = tl.where(part == parts - 1, skew + V - start, PART - own_skew)
     else:
         own_skew = 0
         entries = tl.where(part == parts - 1, V - start, PART)

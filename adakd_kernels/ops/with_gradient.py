@@ -65,7 +65,7 @@ def _(student: Tensor, *args: Any) -> Six:
     from ..kernels.with_gradient import token_divergence_with_gradient_over
 
     grad = empty_gradient(student)
-    return *token_divergence_with_gradient_over(student, *args, grad), grad
+    return *token_divergence_with_gradient_over(grad, student, *args), grad
 
 
 @torch.library.custom_op("adakd::token_divergence_with_gradient_", mutates_args={"student"})
@@ -100,7 +100,7 @@ def _(student: Tensor, teacher: Tensor, temperature: Tensor, mask: Tensor, *args
 def _(student: Tensor, *args: Any) -> Five:
     from ..kernels.with_gradient import token_divergence_with_gradient_over
 
-    return token_divergence_with_gradient_over(student, *args, student)
+    return token_divergence_with_gradient_over(student, student, *args)
 
 
 @operator("scale_gradient_", "(Tensor(a!) gradient, Tensor weights, Tensor grad_loss, Tensor? scaled_by) -> ()")
@@ -130,6 +130,6 @@ def _(*args: Any) -> None:
 
 @register_triton(scale_gradient_)
 def _(*args: Any) -> None:
-    from ..kernels.with_gradient import scale_gradient
+    from ..kernels.scale_gradient import scale_gradient
 
     scale_gradient(*args)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ..adaptive import LossAdaptiveFocus
+from ..adaptive import LossAdaptiveFocus, ScheduledFocus
 from ..divergences import DIVERGENCES, Divergence
 from ..functional import DIFFICULTIES, adakd_loss
 from ..loss import AdaKDLoss
@@ -20,6 +20,7 @@ __all__ = ["DATA_OPTIONS", "AdaKDConfig", "AdaKDOptions", "TrainerOptions"]
 ROUTES = ("auto", "logits", "hidden")
 ON_NAN = ("raise", "skip")
 SELECTIONS = ("micro_batch", "step")
+FOCUS_SCHEDULES = {"loss": LossAdaptiveFocus, "linear": ScheduledFocus}
 TEACHER_PARALLEL = ("none", "fsdp", "zero3", "tp")
 DATA_OPTIONS = ("max_length", "long_records", "packing", "padding_free", "dataset_num_proc")
 """Options of `AdaKDConfig` that say how data become records and batches."""
@@ -47,7 +48,10 @@ class AdaKDOptions:
         default=None, metadata={"help": 'Parameters of the divergence, such as {"beta": 0.1} for jensen_shannon.'}
     )
     temperature_scale: float = field(
-        default=0.5, metadata={"help": "c of equation (6); 0 gives every token the base temperature."}
+        default=0.5,
+        metadata={
+            "help": "c of equation (6); 0 gives every token the base temperature, below 0 hard tokens get a high one."
+        },
     )
     base_temperature: float = field(default=1.0, metadata={"help": "Base temperature of equation (6)."})
     difficulty: str = field(
@@ -59,6 +63,13 @@ class AdaKDOptions:
     focus_ratio: float | None = field(
         default=None,
         metadata={"help": "Fixed share r of the valid tokens to select; left out, it follows the loss (LATF)."},
+    )
+    focus_schedule: str = field(
+        default="loss",
+        metadata={
+            "help": "What the share follows where focus_ratio is left out: the 'loss' (LATF); or 'linear', a straight "
+            "line from 1 after the warm-up to focus_min_ratio in the last step."
+        },
     )
     focus_warmup_ratio: float = field(
         default=0.05, metadata={"help": "Part of the optimizer steps during which r = 1."}
@@ -112,10 +123,17 @@ class AdaKDOptions:
         Raises:
             ValueError: an option outside its range.
         """
+        if self.focus_schedule not in FOCUS_SCHEDULES:
+            raise ValueError(f"focus_schedule must be one of {', '.join(FOCUS_SCHEDULES)}, got {self.focus_schedule!r}")
         if self.focus_ratio is not None:
+            if self.focus_schedule != "loss":
+                raise ValueError(
+                    f"focus_schedule {self.focus_schedule!r} needs a share that changes, but focus_ratio is "
+                    f"{self.focus_ratio}: leave one of the two out"
+                )
             return self.focus_ratio
         try:
-            return LossAdaptiveFocus(
+            return FOCUS_SCHEDULES[self.focus_schedule](
                 total_steps,
                 warmup_ratio=self.focus_warmup_ratio,
                 beta=self.focus_beta,
@@ -172,6 +190,13 @@ class TrainerOptions(AdaKDOptions):
         default="none",
         metadata={"help": "How the teacher is split over processes: 'none', 'fsdp', 'zero3' or 'tp'."},
     )
+    token_records: int = field(
+        default=4,
+        metadata={
+            "help": "Records of the evaluation set, or without one of the training set, whose tokens are written into "
+            "output_dir before and after training, for 'adakd report'; 0: none."
+        },
+    )
 
     def __post_init__(self) -> None:
         args: Any = self
@@ -191,6 +216,8 @@ class TrainerOptions(AdaKDOptions):
             raise ValueError(
                 f"teacher_parallel must be one of {', '.join(TEACHER_PARALLEL)}, got {self.teacher_parallel!r}"
             )
+        if not isinstance(self.token_records, int) or self.token_records < 0:
+            raise ValueError(f"token_records must be a number of records, 0 or more, got {self.token_records!r}")
         if self.tp_size not in (1, args.world_size):
             raise ValueError(
                 f"tp_size must be 1 or the number of processes, which is {args.world_size}, got {self.tp_size!r}: "

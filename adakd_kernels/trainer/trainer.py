@@ -21,6 +21,7 @@ from .adapters import OwnBase, base_of_adapter, check_checkpoint, is_adapted, lo
 from .checkpoints import last_checkpoint
 from .collator import ID, AdaKDDataCollator, CheckedCollator
 from .config import AdaKDConfig, TrainerOptions
+from .costs import StepClock, peak_memory
 from .evaluation import HeldOutSums, without_repeats
 from .finite import BeforeStepCallback, FiniteCheck, MicroBatch, loss_without_gradient
 from .focus_callback import FocusCallback
@@ -82,6 +83,7 @@ from .tensor_parallel import (
     split_over,
     tensor_parallel_size,
 )
+from .token_records import TokenRecords
 
 __all__ = ["AdaKDTrainer"]
 
@@ -105,7 +107,9 @@ class AdaKDTrainer(Trainer):
     `selection="step"`, of the whole optimizer step.
 
     Logged besides `loss`: `focus_ratio` (the share r after the step), `loss_ema`, `loss_reference`, and p10, p50 and
-    p90 of `difficulty` (valid tokens) and `temperature` (selected tokens) since the last log line, over all ranks.
+    p90 of `difficulty` (valid tokens) and `temperature` (selected tokens) since the last log line, over all ranks;
+    `tokens_per_second` (valid tokens of all ranks, without evaluations and checkpoints) and `peak_memory_gib` (of the
+    rank that has had most). For `adakd report`, `TokenRecords` writes a few records' tokens into `args.output_dir`.
     An evaluation gives `eval_forward_kl`, `eval_reverse_kl`, `eval_cross_entropy` and `eval_agreement`: means over all
     valid tokens at temperature 1, which depend on models and records alone. `eval_loss` is the mean over the tokens of
     the training loss with every valid token selected (r = 1), its medians taken over each evaluation batch;
@@ -248,6 +252,10 @@ class AdaKDTrainer(Trainer):
         self._held_out: HeldOutSums | None = None
         self.add_callback(FocusCallback)
         self.add_callback(BeforeStepCallback(self._finite.before_step))
+        if args.token_records:
+            self.add_callback(TokenRecords(self))
+        self._clock = StepClock()
+        self.add_callback(self._clock)
 
     def _default_collator(self, student: Any, teacher: Any, args: Any, processing_class: Any) -> Any:
         """What makes the batches where no `data_collator` is given."""
@@ -495,21 +503,31 @@ class AdaKDTrainer(Trainer):
 
         Data that come to an evaluation are tokenised, and its batches are padded, so that each row is one record.
         """
-        pair, collator = {"student": self.model, "teacher": self.teacher}, self.data_collator
-        own: Any = collator
+        collator = self.data_collator
         if not kwargs.get("is_training"):
             dataset = self._loaded(self.args, dataset, self.processing_class, f"{description.lower()} data")
-            own = replace(own, padding_free=False) if isinstance(own, AdaKDDataCollator) else own
-        self.data_collator = CheckedCollator(
+        self.data_collator = self._checked_collator(bool(kwargs.get("is_training")))
+        try:
+            return super()._get_dataloader(dataset, description, *args, **kwargs)
+        finally:
+            self.data_collator = collator
+
+    def _checked_collator(self, is_training: bool) -> CheckedCollator:
+        """The collator with its checks; in an evaluation, each record has a row of its own."""
+        own: Any = self.data_collator
+        if not is_training and isinstance(own, AdaKDDataCollator):
+            own = replace(own, padding_free=False)
+        pair = {"student": self.model, "teacher": self.teacher}
+        return CheckedCollator(
             own,
             {role: vocabulary_size(model) for role, model in pair.items()},
             {role: position_limit(model) for role, model in pair.items()},
             self._decode,
         )
-        try:
-            return super()._get_dataloader(dataset, description, *args, **kwargs)
-        finally:
-            self.data_collator = collator
+
+    def collator_of_records(self) -> Any:
+        """What makes a batch of records of the evaluation set, outside a data loader."""
+        return self._get_collator_with_removed_columns(self._checked_collator(False), "token record")
 
     def _set_signature_columns_if_needed(self) -> None:
         """As `Trainer` has it; also kept are what the loss depends on, read by the models or not, and the id."""
@@ -857,7 +875,14 @@ class AdaKDTrainer(Trainer):
             histogram.counts = self.accelerator.reduce(histogram.counts)
             for suffix, value in zip(QUANTILES, histogram.quantiles(*QUANTILES.values()), strict=True):
                 logs[f"{name}_{suffix}"] = value
-            histogram.reset()
+        if self._clock.seconds:
+            tokens = self._difficulty.counts.sum().item() // self.get_tp_size()
+            logs["tokens_per_second"] = tokens / self._clock.seconds
+        peaks = self.accelerator.gather(torch.tensor([peak_memory(self.args.device) / 2**30], device=self.args.device))
+        if peak := peaks.max().item():
+            logs["peak_memory_gib"] = peak
+        for part in (self._difficulty, self._temperature, self._clock):
+            part.reset()
         return logs
 
 

@@ -3,7 +3,7 @@
 // A divergence is a class with
 //   terms(at, f, g): its summand and g = q ∂f/∂q, needed by divergences of two sweeps only;
 //   gradient(at, w, w_sum_g): w·(g - q·Σg), with w_sum_g = w·Σg.
-// V is a vector of entries, or double for the peak alone. Logarithms are to base 2. The larger of p and q is taken out
+// V is a step or a vector of entries, or double for the peak alone. Logarithms are to base 2. The larger of p and q is taken out
 // of every mixture, so that log-ratios of masses that underflow stay finite and everything is exactly 0 at p = q.
 #pragma once
 
@@ -66,8 +66,8 @@ template <class V> struct Terms {
   // f and g take logarithms of a mixture of q and p.
   static constexpr bool kMixture = false;
 
-  const Parameters<V>& parameters;
-  explicit Terms(const Parameters<V>& parameters) : parameters(parameters) {}
+  const Parameters<Vector<V>>& parameters;
+  explicit Terms(const Parameters<Vector<V>>& parameters) : parameters(parameters) {}
   // The least power to which the terms raise a mass.
   static double least_power(double, double) { return 1.0; }
 };
@@ -91,10 +91,10 @@ template <class V> struct Ratios {
 
   ADAKD_INLINE explicit Ratios(const Entry<V>& at) {
     const V one = constant<V>(1.0), low = exp2(minus_absolute(at.gap));
-    const Mask<V> q_above = at.gap > 0;
+    const Mask<V> q_above = at.gap > V{};
     top = exp2(max(at.log_q, at.log_p));
-    r_p = q_above ? low : one;
-    r_q = q_above ? one : low;
+    r_p = select(q_above, low, one);
+    r_q = select(q_above, one, low);
   }
 };
 
@@ -123,13 +123,13 @@ template <class V> struct LogsOverMixture {
     // second summand of of_heavy makes up for the rounding of 1 + x.
     const V one = constant<V>(1.0), most = constant<V>(100.0);  // 2^100 is far beyond what counts as near
     const Mask<V> heavy_q = weight_q > weight_p;
-    const V light = min(weight_p, weight_q), log_over_heavy = heavy_q ? -gap : gap;
+    const V light = min(weight_p, weight_q), log_over_heavy = select(heavy_q, -gap, gap);
     const V over_heavy = exp2(min(most, log_over_heavy)), x = light * (over_heavy - one), sum = one + x;
     const V of_heavy = -(log2(sum) + constant<V>(kLog2e) * (x - (sum - one)));
     const V of_light = log_over_heavy + of_heavy;
     const Mask<V> near = light * over_heavy <= one;
-    p = near ? (heavy_q ? of_light : of_heavy) : p;
-    q = near ? (heavy_q ? of_heavy : of_light) : q;
+    p = select(near, select(heavy_q, of_light, of_heavy), p);
+    q = select(near, select(heavy_q, of_heavy, of_light), q);
   }
 };
 
@@ -174,7 +174,7 @@ template <class V> struct TotalVariation : Terms<V> {
   using Terms<V>::Terms;
   static ADAKD_INLINE V sign(const Entry<V>& at) {
     const V one = constant<V>(1.0), zero = V{};
-    return at.gap > 0 ? one : (at.gap < 0 ? -one : at.gap - at.gap + zero);  // 0 - 0, or NaN - NaN
+    return select(at.gap > zero, one, select(at.gap < zero, -one, at.gap - at.gap));  // 0 - 0, or NaN - NaN
   }
   ADAKD_INLINE void terms(const Entry<V>& at, V& f, V& g) const {
     const Ratios<V> r(at);
@@ -271,11 +271,11 @@ template <class V> struct AlphaBeta : Terms<V> {
   // p^(α+β), q^(α+β) and p^α·q^β, each over the larger of the first two, which is the return value.
   ADAKD_INLINE V powers(const Entry<V>& at, V& p_ab, V& q_ab, V& mixed) const {
     const V one = constant<V>(1.0);
-    const Mask<V> q_above = at.gap > 0;
+    const Mask<V> q_above = at.gap > V{};
     const V low = exp2(times_alpha_plus_beta(minus_absolute(at.gap)));
-    mixed = exp2(q_above ? -parameters.alpha * at.gap : parameters.beta * at.gap);
-    p_ab = q_above ? low : one;
-    q_ab = q_above ? one : low;
+    mixed = exp2(select(q_above, -parameters.alpha * at.gap, parameters.beta * at.gap));
+    p_ab = select(q_above, low, one);
+    q_ab = select(q_above, one, low);
     // The remainder may be negative: of -inf, the two terms of times_alpha_plus_beta would then give NaN.
     return exp2(times_alpha_plus_beta(max(constant<V>(-1.0e4), max(at.log_q, at.log_p))));
   }

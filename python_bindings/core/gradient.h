@@ -27,13 +27,13 @@ struct TokenNumbers {
   template <class V> LogNormalizers normalizers() const { return LogNormalizers::from<V>(scale, m_s, l_s, m_t, l_t); }
 };
 
-// The gradient of one token. V: vectors that it is computed in. D: the tag of the divergence, that of None where the
+// The gradient of one token. V: vectors that it is computed in, one at a time or a step of them (X). D: the tag of the divergence, that of None where the
 // token is selected for its cross-entropy alone.
 template <class V, class D, bool kCrossEntropy> struct Gradient {
   using S = Scalar<V>;
-  using Divergence = typename D::template Of<V>;
+  template <class X> using Divergence = typename D::template Of<X>;
   using InDouble = Gradient<Doubles, D, kCrossEntropy>;
-  static constexpr bool kDivergence = !std::is_same<Divergence, None<V>>::value;
+  static constexpr bool kDivergence = !std::is_same<Divergence<V>, None<V>>::value;
 
   const TokenNumbers& numbers;
   Parameters<V> parameters;
@@ -49,30 +49,30 @@ template <class V, class D, bool kCrossEntropy> struct Gradient {
 
   // ∂L/∂zˢ of an entry that is not the label, whose gradient of the cross-entropy has one more term. `check` is finite
   // only where the entry needs no guard and no number overflowed.
-  template <bool kGuarded> ADAKD_INLINE V entry(V s, V t, V& check) const {
-    V gradient = V{};
+  template <bool kGuarded, class X> ADAKD_INLINE X entry(const X& s, const X& t, X& check) const {
+    X gradient = V{};
     check = s;
     if constexpr (kDivergence) {
-      const Entry<V> at = frame.template entry<kGuarded>(s, t);
-      gradient = Divergence(parameters).gradient(at, w, w_sum_g);
-      check = Divergence::kUnbounded ? gradient : at.gap;
+      const Entry<X> at = frame.template entry<kGuarded>(s, t);
+      gradient = Divergence<X>(parameters).gradient(at, w, w_sum_g);
+      check = Divergence<X>::kUnbounded ? gradient : at.gap;
       if (kGuarded) {
-        const V minus_infinity = broadcast<V>(-kInfinity), zero = V{};
-        gradient = (s != minus_infinity) & (t != minus_infinity) ? gradient : zero;
+        const X minus_infinity = broadcast<V>(-kInfinity), zero = V{};
+        gradient = select((s != minus_infinity) & (t != minus_infinity), gradient, zero);
       }
     }
     // The student's probability at temperature 1, weighted. Nothing guards it: the student's -inf gives 0 here too.
-    if (kCrossEntropy) gradient = fma(exp2((s - ce_max) * constant<V>(kLog2e)), ce_factor, gradient);
+    if (kCrossEntropy) gradient = fma(exp2((s - X(ce_max)) * X(constant<V>(kLog2e))), X(ce_factor), gradient);
     return gradient;
   }
 
-  // Writes n entries without guards, n a whole number of pairs of vectors. Returns how many it wrote before the first
-  // pair that needs guards.
+  // Writes n entries without guards, n a whole number of steps. Returns how many it wrote before the first step that
+  // needs guards.
   template <bool kStream, class T> int fast(const T* s, const T* t, T* out, int n) const {
     // A copy on the stack. The compiler has to assume that `out` may overlap *this, and would load its members again
     // after every store.
     Gradient x = *this;
-    return unswitched<Divergence>(parameters, [&](const Parameters<V>& known) ADAKD_INLINE_LAMBDA {
+    return unswitched<Divergence<V>>(parameters, [&](const Parameters<V>& known) ADAKD_INLINE_LAMBDA {
       x.parameters = known;
       return x.template fast_loop<kStream>(s, t, out, n);
     });
@@ -80,17 +80,23 @@ template <class V, class D, bool kCrossEntropy> struct Gradient {
 
   // Nothing is stored before its check, because in place a store overwrites the logits that the guarded way would need.
   template <bool kStream, class T> ADAKD_INLINE int fast_loop(const T* s, const T* t, T* out, int n) const {
-    for (int i = 0; i < n; i += 2 * kLanes<V>) {
-      const Pair<V> zs = load_pair(s + i), zt = load_pair(t + i);
-      V check_1, check_2;
-      const Pair<V> gradient{entry<false>(zs.first, zt.first, check_1), entry<false>(zs.second, zt.second, check_2)};
-      if (!all_finite(check_1, check_2)) return i;
-      store_pair<kStream>(out + i, gradient);
+    for (int i = 0; i < n; i += kStep<V>) {
+      const Step<V> zs = load_step<V>(s + i), zt = load_step<V>(t + i);
+      Step<V> gradient, check;
+      if constexpr (kTogether<V>) {
+        gradient = entry<false>(zs, zt, check);
+      } else {
+        Step<V>::for_each([&](int j) ADAKD_INLINE_LAMBDA {
+          gradient.at[j] = entry<false>(zs.at[j], zt.at[j], check.at[j]);
+        });
+      }
+      if (!all_finite(check)) return i;
+      store_step<kStream>(out + i, gradient);
     }
     return n;
   }
 
-  // Writes n entries with guards, n a whole number of pairs of vectors, from scratch memory to scratch memory. Returns
+  // Writes n entries with guards, n a whole number of vectors, from scratch memory to scratch memory. Returns
   // whether all came out finite.
   bool guarded(const S* s, const S* t, S* out, int n) const {
     V zero = V{}, sum = zero;

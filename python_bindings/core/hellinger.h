@@ -35,9 +35,9 @@ template <bool kGradient> struct HellingerFold {
     bool all_finite() const { return std::isfinite(l_s + l_t + dd + db); }
   };
 
-  // The same sums in the loop: a number for each lane.
-  template <class V> struct LaneSums {
-    V l_s{}, l_t{}, dd{}, db{}, both{};
+  // The same sums in the loop.
+  template <class V> struct ChainSums {
+    ChainSum<V> l_s, l_t, dd, db, both;
   };
 
   template <class V, class T> Sums sums(const Block<T>& block, Scalar<V> kappa) const {
@@ -48,35 +48,30 @@ template <bool kGradient> struct HellingerFold {
     const V m_t = broadcast<V>(static_cast<Scalar<V>>(teacher.origin() * (kFused<V> ? half : 1.0)));
     const V minus_kappa = broadcast<V>(-kappa), limit = broadcast<V>(peak.template limit<Scalar<V>>(2.0 * half));
     Total<V> l_s, l_t, dd, db, both;
-    LaneSums<V> first, second;
+    ChainSums<V> sum;
     V max_s = broadcast<V>(-kInfinity), max_t = max_s;
-    const auto entry = [&](V s, V t, LaneSums<V>& sum) ADAKD_INLINE_LAMBDA {
+    const auto add = [&](const auto& s, const auto& t, int i) ADAKD_INLINE_LAMBDA {
+      using X = std::decay_t<decltype(s)>;
       max_s = max(s, max_s);
       max_t = max(t, max_t);
-      const V a = exp2(kFused<V> ? fma(s, h, -m_s) : (s - m_s) * h);
-      const V b = exp2(kFused<V> ? fma(t, h, -m_t) : (t - m_t) * h);
-      const V d = fma(minus_kappa, b, a);
-      sum.l_s = fma(a, a, sum.l_s);
-      sum.l_t = fma(b, b, sum.l_t);
-      sum.dd = fma(d, d, sum.dd);
-      sum.db = fma(d, b, sum.db);
-      if (kGradient) sum.both = fma(a, b, sum.both);
+      const X a = exp2(kFused<V> ? fma(s, h, -m_s) : (s - m_s) * h);
+      const X b = exp2(kFused<V> ? fma(t, h, -m_t) : (t - m_t) * h);
+      const X d = fma(minus_kappa, b, a);
+      sum.l_s.add_product(a, a, i);
+      sum.l_t.add_product(b, b, i);
+      sum.dd.add_product(d, d, i);
+      sum.db.add_product(d, b, i);
+      if (kGradient) sum.both.add_product(a, b, i);
     };
-    const int added = for_each_pair<V>(
-        block,
-        [&](const Pair<V>& s, const Pair<V>& t) ADAKD_INLINE_LAMBDA {
-          entry(s.first, t.first, first);
-          entry(s.second, t.second, second);
-        },
-        [&]() ADAKD_INLINE_LAMBDA {
-          if (kGradient && any(max_s > limit)) return false;
-          l_s.take(first.l_s, second.l_s);
-          l_t.take(first.l_t, second.l_t);
-          dd.take(first.dd, second.dd);
-          db.take(first.db, second.db);
-          if (kGradient) both.take(first.both, second.both);
-          return true;
-        });
+    const int added = for_each_step<V>(block, add, [&]() ADAKD_INLINE_LAMBDA {
+      if (kGradient && any(max_s > limit)) return false;
+      l_s.take(sum.l_s);
+      l_t.take(sum.l_t);
+      dd.take(sum.dd);
+      db.take(sum.db);
+      if (kGradient) both.take(sum.both);
+      return true;
+    });
     return {l_s.value(), l_t.value(), dd.value(), db.value(), kGradient ? both.value() : 0.0,
             {max_lanes(max_s), max_lanes(max_t)}, added};
   }

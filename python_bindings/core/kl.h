@@ -48,59 +48,55 @@ template <bool kForward, bool kReverse, bool kLost = false> struct KLFold {
     bool all_finite() const { return std::isfinite(l_s + l_t + gap_s + gap_t); }
   };
 
-  // The same sums in the loop: a number for each lane. Sums that nobody reads are removed by the compiler.
-  template <class V> struct LaneSums {
-    V l_s{}, l_t{}, keep_s{}, keep_t{}, gap_s{}, gap_t{}, lost_s{};
+  // The same sums in the loop. Those that nobody reads are removed by the compiler.
+  template <class V> struct ChainSums {
+    ChainSum<V> l_s, l_t, keep_s, keep_t, gap_s, gap_t, lost_s;
   };
 
   template <bool kGuarded, class V, class T> Sums sums(const Block<T>& block) const {
     const V k = constant<V>(scale), m_s = constant<V>(student.origin()), m_t = constant<V>(teacher.origin());
     const V limit = broadcast<V>(peak.template limit<Scalar<V>>(scale));
-    const V minus_infinity = broadcast<V>(-kInfinity), zero = V{}, one = constant<V>(1.0);
     Total<V> l_s, l_t, gap_s, gap_t, keep_s, keep_t, lost_s;
-    LaneSums<V> first, second;
-    V max_s = minus_infinity, max_t = minus_infinity;
-    const auto entry = [&](V s, V t, LaneSums<V>& sum) ADAKD_INLINE_LAMBDA {
+    ChainSums<V> sum;
+    V max_s = broadcast<V>(-kInfinity), max_t = max_s;
+    const auto add = [&](const auto& s, const auto& t, int i) ADAKD_INLINE_LAMBDA {
+      using X = std::decay_t<decltype(s)>;
       max_s = max(s, max_s);
       max_t = max(t, max_t);
-      const V x = below<kGuarded>(s, m_s), y = below<kGuarded>(t, m_t);
-      const V a = exp2(x * k), b = exp2(y * k);
+      const X minus_infinity = broadcast<V>(-kInfinity), zero = V{}, one = constant<V>(1.0);
+      const X x = below<kGuarded, X>(s, m_s), y = below<kGuarded, X>(t, m_t);
+      const X a = exp2(x * k), b = exp2(y * k);
       // Multiply-adds by 1 instead of additions: exp2 keeps AMD's units for additions busy with its rounding and
       // scaling.
-      sum.l_s = fma(a, one, sum.l_s);
-      sum.l_t = fma(b, one, sum.l_t);
+      sum.l_s.add_product(a, one, i);
+      sum.l_t.add_product(b, one, i);
       if constexpr (kGaps && kGuarded) {
-        const Mask<V> finite = (s != minus_infinity) & (t != minus_infinity);
-        const V a_finite = finite ? a : zero, b_finite = finite ? b : zero, gap = finite ? x - y : zero;
-        sum.keep_s += a_finite;
-        sum.keep_t += b_finite;
-        if (kLost) sum.lost_s += t != minus_infinity ? zero : a;
-        sum.gap_s = fma(a_finite, gap, sum.gap_s);
-        sum.gap_t = fma(b_finite, gap, sum.gap_t);
+        const Mask<X> finite = (s != minus_infinity) & (t != minus_infinity);
+        const X a_finite = select(finite, a, zero), b_finite = select(finite, b, zero);
+        const X gap = select(finite, x - y, zero);
+        sum.keep_s.add(a_finite, i);
+        sum.keep_t.add(b_finite, i);
+        if (kLost) sum.lost_s.add(select(t != minus_infinity, zero, a), i);
+        sum.gap_s.add_product(a_finite, gap, i);
+        sum.gap_t.add_product(b_finite, gap, i);
       } else if constexpr (kGaps) {
         // An entry at -inf makes the gap infinite and the sum infinite or NaN, which all_finite() sees.
-        const V gap = x - y;
-        if (kReverse) sum.gap_s = fma(a, gap, sum.gap_s);
-        if (kForward) sum.gap_t = fma(b, gap, sum.gap_t);
+        const X gap = x - y;
+        if (kReverse) sum.gap_s.add_product(a, gap, i);
+        if (kForward) sum.gap_t.add_product(b, gap, i);
       }
     };
-    const int added = for_each_pair<V>(
-        block,
-        [&](const Pair<V>& s, const Pair<V>& t) ADAKD_INLINE_LAMBDA {
-          entry(s.first, t.first, first);
-          entry(s.second, t.second, second);
-        },
-        [&]() ADAKD_INLINE_LAMBDA {
-          if (any(max_s > limit)) return false;
-          l_s.take(first.l_s, second.l_s);
-          l_t.take(first.l_t, second.l_t);
-          if (kReverse || (kGaps && kGuarded)) gap_s.take(first.gap_s, second.gap_s);
-          if (kForward || (kGaps && kGuarded)) gap_t.take(first.gap_t, second.gap_t);
-          if (kGaps && kGuarded) keep_s.take(first.keep_s, second.keep_s);
-          if (kGaps && kGuarded) keep_t.take(first.keep_t, second.keep_t);
-          if (kLost && kGuarded) lost_s.take(first.lost_s, second.lost_s);
-          return true;
-        });
+    const int added = for_each_step<V>(block, add, [&]() ADAKD_INLINE_LAMBDA {
+      if (any(max_s > limit)) return false;
+      l_s.take(sum.l_s);
+      l_t.take(sum.l_t);
+      if (kReverse || (kGaps && kGuarded)) gap_s.take(sum.gap_s);
+      if (kForward || (kGaps && kGuarded)) gap_t.take(sum.gap_t);
+      if (kGaps && kGuarded) keep_s.take(sum.keep_s);
+      if (kGaps && kGuarded) keep_t.take(sum.keep_t);
+      if (kLost && kGuarded) lost_s.take(sum.lost_s);
+      return true;
+    });
     Sums x{l_s.value(),   l_t.value(), 0.0, 0.0, gap_s.value(), gap_t.value(), {max_lanes(max_s), max_lanes(max_t)},
            added};
     // Without guards every entry is finite, or the block is folded again.

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "kernels.h"
 
@@ -39,30 +40,35 @@ constexpr int kBytes = 32;
 #endif
 
 typedef float Floats __attribute__((vector_size(kBytes)));
-typedef int32_t Ints __attribute__((vector_size(kBytes)));
 typedef uint32_t Uints __attribute__((vector_size(kBytes)));
 typedef double Doubles __attribute__((vector_size(kBytes)));
-typedef int64_t Longs __attribute__((vector_size(kBytes)));
+// What comparisons give: vectors of 32 and 64 bits. Which of the types of 64 bits it is depends on the compiler.
+typedef decltype(Floats{} < Floats{}) Ints;
+typedef decltype(Doubles{} < Doubles{}) Longs;
 
 template <class V> struct Traits;
 template <> struct Traits<Floats> {
+  using Vector = Floats;
   using Scalar = float;
   using Mask = Ints;
   static constexpr int size = kBytes / 4;
 };
 template <> struct Traits<Doubles> {
+  using Vector = Doubles;
   using Scalar = double;
   using Mask = Longs;
   static constexpr int size = kBytes / 8;
 };
 // One double: the divergences' formulas take it for the peak as they take vectors for the other entries.
 template <> struct Traits<double> {
+  using Vector = double;
   using Scalar = double;
   using Mask = bool;
   static constexpr int size = 1;
 };
 template <class V> using Scalar = typename Traits<V>::Scalar;
 template <class V> using Mask = typename Traits<V>::Mask;
+template <class V> using Vector = typename Traits<V>::Vector;  // V itself, or the vector of a step
 template <class V> constexpr int kLanes = Traits<V>::size;
 template <class V> constexpr bool kIsDouble = sizeof(Scalar<V>) == 8;
 
@@ -71,7 +77,7 @@ struct Half { uint16_t bits; };
 
 // x in every lane. A scalar broadcasts in an operation with a vector only, and x - 0, unlike x + 0, keeps a zero's
 // sign.
-template <class V> ADAKD_INLINE V broadcast(Scalar<V> x) { return x - V{}; }
+template <class V> ADAKD_INLINE V broadcast(Scalar<V> x) { return x - Vector<V>{}; }
 template <class V> ADAKD_INLINE V constant(double x) { return broadcast<V>(static_cast<Scalar<V>>(x)); }
 
 // a·b + c: rounded once if V is a vector of floats and the processor has the instruction (kFused), else twice.
@@ -192,6 +198,105 @@ ADAKD_INLINE Doubles log2(Doubles x) {
   return x;
 }
 
+// mask ? a : b, lane by lane.
+template <class V> ADAKD_INLINE V select(Mask<V> mask, V a, V b) { return mask ? a : b; }
+
+// What a loop loads at once: a step of several vectors. Where kTogether holds, each operation takes all of them before the
+// next one does. Vector after vector, the processor would wait: an entry of some divergences is a chain of 40 operations,
+// and the processor looks ahead at two or three such chains. AVX-512 has the registers for four vectors; the 16 registers
+// of AVX2 are too few for two; doubles are too rare.
+#if defined(ADAKD_AVX512)
+template <class V> constexpr bool kTogether = !kIsDouble<V>;
+template <class V> constexpr int kVectors = kTogether<V> ? 4 : 2;
+#elif defined(__AVX2__)
+template <class V> constexpr bool kTogether = false;
+template <class V> constexpr int kVectors = 2;
+#else
+template <class V> constexpr bool kTogether = !kIsDouble<V>;
+template <class V> constexpr int kVectors = 2;
+#endif
+// Entries of a step.
+template <class V> constexpr int kStep = kVectors<V> * kLanes<V>;
+
+template <class V> struct Step {
+  V at[kVectors<V>];
+
+  Step() = default;
+  ADAKD_INLINE Step(V x) : Step(of([&](int) ADAKD_INLINE_LAMBDA { return x; })) {}  // x in every vector
+
+  // The step of function(i) for each vector i. There is no loop, which the compiler would have to unroll first.
+  template <class Function> static ADAKD_INLINE Step of(Function function) {
+    Step x;
+    for_each([&](int i) ADAKD_INLINE_LAMBDA { x.at[i] = function(i); });
+    return x;
+  }
+  template <class Use> static ADAKD_INLINE void for_each(Use use) {
+    for_each(use, std::make_integer_sequence<int, kVectors<V>>{});
+  }
+
+  struct Mask {
+    adakd::ADAKD_ISA::Mask<V> at[kVectors<V>];
+  };
+  template <class Compare> static ADAKD_INLINE Mask mask_of(Compare compare) {
+    Mask x;
+    for_each([&](int i) ADAKD_INLINE_LAMBDA { x.at[i] = compare(i); });
+    return x;
+  }
+
+#define ADAKD_STEP(type, make, name, parameters, expression)     \
+  friend ADAKD_INLINE type name parameters {                     \
+    return make([&](int i) ADAKD_INLINE_LAMBDA { return expression; }); \
+  }
+  ADAKD_STEP(Step, of, operator+, (const Step& a, const Step& b), a.at[i] + b.at[i])
+  ADAKD_STEP(Step, of, operator-, (const Step& a, const Step& b), a.at[i] - b.at[i])
+  ADAKD_STEP(Step, of, operator*, (const Step& a, const Step& b), a.at[i] * b.at[i])
+  ADAKD_STEP(Step, of, operator/, (const Step& a, const Step& b), a.at[i] / b.at[i])
+  ADAKD_STEP(Step, of, operator-, (const Step& a), -a.at[i])
+  ADAKD_STEP(Step, of, max, (const Step& a, const Step& b), max(a.at[i], b.at[i]))
+  ADAKD_STEP(Step, of, min, (const Step& a, const Step& b), min(a.at[i], b.at[i]))
+  ADAKD_STEP(Step, of, fma, (const Step& a, const Step& b, const Step& c), fma(a.at[i], b.at[i], c.at[i]))
+  ADAKD_STEP(Step, of, rounded_once, (const Step& a, const Step& b, const Step& c),
+             rounded_once(a.at[i], b.at[i], c.at[i]))
+  ADAKD_STEP(Step, of, absolute, (const Step& a), absolute(a.at[i]))
+  ADAKD_STEP(Step, of, minus_absolute, (const Step& a), minus_absolute(a.at[i]))
+  ADAKD_STEP(Step, of, select, (const Mask& mask, const Step& a, const Step& b),
+             select<V>(mask.at[i], a.at[i], b.at[i]))
+  ADAKD_STEP(Mask, mask_of, operator&, (const Mask& a, const Mask& b), a.at[i] & b.at[i])
+  ADAKD_STEP(Mask, mask_of, operator>, (const Step& a, const Step& b), a.at[i] > b.at[i])
+  ADAKD_STEP(Mask, mask_of, operator<, (const Step& a, const Step& b), a.at[i] < b.at[i])
+  ADAKD_STEP(Mask, mask_of, operator<=, (const Step& a, const Step& b), a.at[i] <= b.at[i])
+  ADAKD_STEP(Mask, mask_of, operator!=, (const Step& a, const Step& b), a.at[i] != b.at[i])
+#undef ADAKD_STEP
+
+ private:
+  template <class Use, int... i> static ADAKD_INLINE void for_each(Use use, std::integer_sequence<int, i...>) {
+    (use(i), ...);
+  }
+};
+template <class V> struct Traits<Step<V>> {
+  using Scalar = typename Traits<V>::Scalar;
+  using Mask = typename Step<V>::Mask;
+  using Vector = V;
+  static constexpr int size = kStep<V>;
+};
+// Calls use(s, t, i) for two steps or, one after the other, for their vectors. i is the number of the first vector.
+template <class V, class Use> ADAKD_INLINE void each(const Step<V>& s, const Step<V>& t, Use use) {
+  if constexpr (kTogether<V>) {
+    use(s, t, 0);
+  } else {
+    Step<V>::for_each([&](int i) ADAKD_INLINE_LAMBDA { use(s.at[i], t.at[i], i); });
+  }
+}
+template <class V> ADAKD_INLINE bool all_finite(const Step<V>& x) {
+  bool finite = true;
+  for (int i = 0; i < kVectors<V>; i += 2) finite &= all_finite(x.at[i], x.at[i + 1]);
+  return finite;
+}
+template <class V> ADAKD_INLINE V max(const Step<V>& x, V most) {
+  Step<V>::for_each([&](int i) ADAKD_INLINE_LAMBDA { most = max(x.at[i], most); });
+  return most;
+}
+
 // Two vectors of consecutive logits, 2 * kLanes<V> of them. Of bf16 logits the first vector holds those at even places
 // and the second those at odd ones, which takes one load and no shuffle. store_pair is the inverse of load_pair.
 template <class V> struct Pair { V first, second; };
@@ -209,6 +314,24 @@ template <class S, class X, class Join> ADAKD_INLINE S across(X x, Join join) {
   }
 }
 
+// A sum over the vectors of a few steps, lane by lane.
+template <class V> struct ChainSum {
+  V first{}, second{};
+
+  // i: the number of the vector in its step, or 0 for a step.
+  ADAKD_INLINE void add(const V& x, int i) { half(i) += x; }
+  ADAKD_INLINE void add(const Step<V>& x, int) {
+    Step<V>::for_each([&](int i) ADAKD_INLINE_LAMBDA { add(x.at[i], i); });
+  }
+  ADAKD_INLINE void add_product(const V& x, const V& y, int i) { half(i) = fma(x, y, half(i)); }
+  ADAKD_INLINE void add_product(const Step<V>& x, const Step<V>& y, int) {
+    Step<V>::for_each([&](int i) ADAKD_INLINE_LAMBDA { add_product(x.at[i], y.at[i], i); });
+  }
+
+ private:
+  ADAKD_INLINE V& half(int i) { return i % 2 == 0 ? first : second; }
+};
+
 // A sum over a block, lane by lane, in two levels: the caller adds a few vectors to one another and take() adds that to
 // the sum of all. In one long chain of float additions every small mass would be rounded against the one large mass of
 // a confident token, and the token's gradient is a difference from that. Sums of blocks are added in double, by
@@ -216,11 +339,11 @@ template <class S, class X, class Join> ADAKD_INLINE S across(X x, Join join) {
 template <class V> struct Total {
   Pair<V> sum{};
 
-  // Adds both vectors of sums, and sets them to 0 for the next chain of additions.
-  ADAKD_INLINE void take(V& first, V& second) {
-    sum.first += first;
-    sum.second += second;
-    first = second = V{};
+  // Adds the sum of a chain, and sets it to 0 for the next one.
+  ADAKD_INLINE void take(ChainSum<V>& chain) {
+    sum.first += chain.first;
+    sum.second += chain.second;
+    chain = {};
   }
   ADAKD_INLINE double value() const {
     Doubles lanes;
@@ -307,6 +430,16 @@ ADAKD_INLINE Pair<Floats> load_pair(const Half* p) {
 constexpr bool kConvertsHalf = false;
 #endif
 
+template <class V, class T> ADAKD_INLINE Step<V> load_step(const T* p) {
+  Step<V> x;
+  for (int i = 0; i < kVectors<V>; i += 2) {
+    const Pair<V> two = load_pair(p + i * kLanes<V>);
+    x.at[i] = two.first;
+    x.at[i + 1] = two.second;
+  }
+  return x;
+}
+
 template <bool kStream> ADAKD_INLINE void store_bits(void* p, Uints bits) {
   if (kStream) {
     stream(p, bits);
@@ -338,6 +471,10 @@ template <bool kStream> ADAKD_INLINE void store_pair(Half* p, Pair<Floats> x) {
 #endif
 }
 #endif
+
+template <bool kStream, class V, class T> ADAKD_INLINE void store_step(T* p, const Step<V>& x) {
+  for (int i = 0; i < kVectors<V>; i += 2) store_pair<kStream>(p + i * kLanes<V>, Pair<V>{x.at[i], x.at[i + 1]});
+}
 
 // Conversions of single logits: for blocks that are widened to scratch memory, and for the peak.
 ADAKD_INLINE float widen(float x) { return x; }

@@ -36,7 +36,7 @@ inline Row row_of(const Logits& logits, int64_t n, int64_t tokens) {
   return {row_start(logits, n, tokens), logits.type};
 }
 
-// Calls use(entry), with an entry of the rows' type, where load_pair reads both rows as they are stored: into vectors
+// Calls use(entry), with an entry of the rows' type, where load_step reads both rows as they are stored: into vectors
 // of floats, from rows of one type. For other pairs of rows it returns `otherwise`, and the caller has to widen them.
 template <class V, class Result, class Use>
 inline Result as_stored(const Row& s, const Row& t, Result otherwise, Use use) {
@@ -61,7 +61,7 @@ template <class T, class S> inline void widen_entries(const char* data, int64_t 
 }
 
 // Writes entries start .. start + n of a row to `out`, in the type of V's lanes. Entries of -inf, which have no mass,
-// fill the last pair of vectors. Returns the number of entries with these.
+// fill the last step. Returns the number of entries with these.
 template <class V> inline int widen_block(const Row& row, int64_t start, int n, Scalar<V>* out) {
   switch (row.type) {
     case Type::kFloat: widen_entries<float>(row.data, start, n, out); break;
@@ -72,8 +72,7 @@ template <class V> inline int widen_block(const Row& row, int64_t start, int n, 
       if (kIsDouble<V>) widen_entries<double>(row.data, start, n, reinterpret_cast<double*>(out));
       break;
   }
-  constexpr int kStep = 2 * kLanes<V>;
-  const int padded = (n + kStep - 1) / kStep * kStep;
+  const int padded = (n + kStep<V> - 1) / kStep<V> * kStep<V>;
   for (int i = n; i < padded; ++i) out[i] = -kInfinity;
   return padded;
 }

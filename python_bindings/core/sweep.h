@@ -29,11 +29,11 @@ struct NewPeak {
   double logit = -kInfinity;
 };
 
-// Entries of a chain: 16 pairs of vectors, whose sums in fp32 are few and short enough to stay accurate (see Total).
-template <class V> constexpr int kChain = 16 * 2 * kLanes<V>;
+// Entries of a chain: 32 vectors, whose sums in fp32 are few and short enough to stay accurate (see Total).
+template <class V> constexpr int kChain = 32 * kLanes<V>;
 
-// n consecutive entries of both rows, a whole number of pairs of vectors. To leave the peak out, the pair of vectors
-// that begins at entry `patch` is read from a copy instead.
+// n consecutive entries of both rows, a whole number of steps. To leave the peak out, the step that begins at entry
+// `patch` is read from a copy instead.
 template <class T> struct Block {
   const T *s, *t;
   int n;
@@ -62,7 +62,7 @@ template <class V, class Fold> class Sweep {
     for (int64_t start = begin; start < end;) {
       const int64_t left = end - start;
       int n = static_cast<int>(left < kBlock ? left : kBlock);
-      Added added = n < kStep ? Added::kRetry : stored(start, n, peak);
+      Added added = n < kStep<V> ? Added::kRetry : stored(start, n, peak);
       if (added == Added::kRetry) added = widened(start, n, peak);
       if constexpr (Fold::kPeak) {
         if (added == Added::kNewPeak) {
@@ -78,14 +78,12 @@ template <class V, class Fold> class Sweep {
   }
 
  private:
-  static constexpr int kStep = 2 * kLanes<V>;
-
-  // The first way, for rows that are readable as stored. It shortens n to whole pairs of vectors: what is left at the
-  // end of the row becomes a block of its own, too short for this way.
+  // The first way, for rows that are readable as stored. It shortens n to whole steps: what is left at the end of the row
+  // becomes a block of its own, too short for this way.
   Added stored(int64_t start, int& n, int64_t peak) {
     return as_stored<V>(s_, t_, Added::kRetry, [&](auto entry) {
       using T = decltype(entry);
-      n -= n % kStep;
+      n -= n % kStep<V>;
       return start <= peak && peak < start + n ? without_peak<T>(start, n, static_cast<int>(peak - start))
                                                : fold_.template add<false, V>(block<T>(start, n));
     });
@@ -101,12 +99,12 @@ template <class V, class Fold> class Sweep {
     constexpr float kNoMass = std::is_same_v<T, Half> ? -6.0e4f : -1.0e30f;
     if (!fold_.has_no_mass(kNoMass)) return Added::kRetry;
     Block<T> all = block<T>(start, n);
-    alignas(64) T patch_s[kStep], patch_t[kStep];
-    all.patch = peak - peak % kStep;
+    alignas(64) T patch_s[kStep<V>], patch_t[kStep<V>];
+    all.patch = peak - peak % kStep<V>;
     std::memcpy(patch_s, all.s + all.patch, sizeof patch_s);
     std::memcpy(patch_t, all.t + all.patch, sizeof patch_t);
-    narrow(kNoMass, &patch_s[peak % kStep]);
-    narrow(kNoMass, &patch_t[peak % kStep]);
+    narrow(kNoMass, &patch_s[peak % kStep<V>]);
+    narrow(kNoMass, &patch_t[peak % kStep<V>]);
     all.patch_s = patch_s;
     all.patch_t = patch_t;
     return fold_.template add<false, V>(all);
@@ -138,7 +136,8 @@ template <class V, class Fold> class Sweep {
       using T = decltype(entry);
       const T* const p = reinterpret_cast<const T*>(s_.data) + start;
       const V wanted = broadcast<V>(static_cast<Scalar<V>>(logit));
-      for (; from + kStep <= n; from += kStep) {
+      constexpr int kPair = 2 * kLanes<V>;
+      for (; from + kPair <= n; from += kPair) {
         const Pair<V> z = load_pair(p + from);
         if (any((z.first == wanted) | (z.second == wanted))) break;
       }
@@ -152,14 +151,14 @@ template <class V, class Fold> class Sweep {
   Fold& fold_;
 };
 
-// Calls step(s, t) with every pair of vectors of a block, and flush() after every chain of them, which takes the chain's
-// sums and returns true, or leaves them and returns false. Returns the number of entries whose sums were taken.
-template <class V, class T, class Step, class Flush>
-ADAKD_INLINE int for_each_pair(const Block<T>& block, Step step, Flush flush) {
+// Calls add(s, t, i) with every step of a block, as `each` does, and flush() after every chain of them, which takes the chain's sums and
+// returns true, or leaves them and returns false. Returns the number of entries whose sums were taken.
+template <class V, class T, class Add, class Flush>
+ADAKD_INLINE int for_each_step(const Block<T>& block, Add add, Flush flush) {
   const Block<T> x = block;  // a copy that the compiler can keep in registers
   for (int begin = 0; begin < x.n; begin += kChain<V>) {
     const int end = begin + kChain<V> < x.n ? begin + kChain<V> : x.n;
-    for (int i = begin; i < end; i += 2 * kLanes<V>) step(load_pair(x.s_at(i)), load_pair(x.t_at(i)));
+    for (int i = begin; i < end; i += kStep<V>) each(load_step<V>(x.s_at(i)), load_step<V>(x.t_at(i)), add);
     if (!flush()) return begin;
   }
   return x.n;
@@ -171,10 +170,9 @@ struct Maxima {
 };
 template <class V, class T> inline Maxima block_maxima(const Block<T>& block) {
   V max_s = broadcast<V>(-kInfinity), max_t = max_s;
-  for (int i = 0; i < block.n; i += 2 * kLanes<V>) {
-    const Pair<V> s = load_pair(block.s_at(i)), t = load_pair(block.t_at(i));
-    max_s = max(s.second, max(s.first, max_s));
-    max_t = max(t.second, max(t.first, max_t));
+  for (int i = 0; i < block.n; i += kStep<V>) {
+    max_s = max(load_step<V>(block.s_at(i)), max_s);
+    max_t = max(load_step<V>(block.t_at(i)), max_t);
   }
   return {max_lanes(max_s), max_lanes(max_t)};
 }

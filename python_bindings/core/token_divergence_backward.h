@@ -45,14 +45,13 @@ template <class V, class G> __attribute__((noinline)) bool guarded_entries(const
 
 // Writes the common entries of a row.
 template <class V, class G> void gradient_row(const G& gradient, const TokenRows& row) {
-  constexpr int kStep = 2 * kLanes<V>;
   const bool stored = row.numbers_finite && readable_as_stored<V>(row.s, row.t);
   // In fp32 first, then in double.
   const auto guarded = [&](int64_t start, int n) {
     if (guarded_entries<V>(gradient, row, start, n)) return;
     guarded_entries<Doubles>(typename G::InDouble(gradient.numbers), row, start, n);
   };
-  // Returns the number of entries written before the first pair of vectors that needs guards.
+  // Returns the number of entries written before the first step that needs guards.
   const auto fast = [&](int64_t start, int n) {
     return as_stored<V>(row.s, row.t, 0, [&](auto entry) {
       using T = decltype(entry);
@@ -73,8 +72,8 @@ template <class V, class G> void gradient_row(const G& gradient, const TokenRows
   while (start < row.vocab) {
     const int64_t left = row.vocab - start;
     int n = static_cast<int>(left < kBlock ? left : kBlock), done = 0;
-    if (stored && n >= kStep) {
-      n -= n % kStep;
+    if (stored && n >= kStep<V>) {
+      n -= n % kStep<V>;
       // The loop without guards does not know the label.
       const bool labelled = start <= row.label && row.label < start + n;
       if (!labelled) done = fast(start, n);

@@ -38,16 +38,16 @@ template <class V> struct Frame {
   // log2 q, log2 p and log2(q/p) from logits. Each is rounded once: c is often small beside the product, and rounding
   // the product first would shift all entries of a row the same way. The gap comes from the logits, not from log2 q -
   // log2 p, which loses it where both are large.
-  template <bool kGuarded> ADAKD_INLINE Entry<V> entry(V s, V t) const {
-    const V x = below<kGuarded>(s, m_s), y = below<kGuarded>(t, m_t);
+  template <bool kGuarded, class X> ADAKD_INLINE Entry<X> entry(const X& s, const X& t) const {
+    const X x = below<kGuarded, X>(s, m_s), y = below<kGuarded, X>(t, m_t);
     return {rounded_once(x, scale, -c_s), rounded_once(y, scale, -c_t),
             bounded<kGuarded>(rounded_once(x - y, scale, -c_gap))};
   }
 
  private:
   // A log-ratio in double stays finite, because it is multiplied by masses of 0.
-  template <bool kGuarded> static ADAKD_INLINE V bounded(V x) {
-    if constexpr (kGuarded && kIsDouble<V>) return min(broadcast<V>(-kLowest), max(broadcast<V>(kLowest), x));
+  template <bool kGuarded, class X> static ADAKD_INLINE X bounded(const X& x) {
+    if constexpr (kGuarded && kIsDouble<V>) return min(X(broadcast<V>(-kLowest)), max(X(broadcast<V>(kLowest)), x));
     return x;
   }
 };
@@ -108,45 +108,40 @@ template <class D, bool kConstant = false> struct TermsFold {
 
   template <bool kGuarded, class V, class T>
   ADAKD_INLINE Added add(const Block<T>& block, const Parameters<V>& parameters) {
-    using Divergence = typename D::template Of<V>;
     const V c_here = constant<V>(c), c_lost = constant<V>((kWithC ? c : 0.0) - (kWithoutQ ? 1.0 : 0.0));
-    const Divergence divergence(parameters);
     const Frame<V> frame(normalizers);
-    const V minus_infinity = broadcast<V>(-kInfinity), zero = V{};
     Total<V> total_f, total_g;
-    LaneSums<V> first, second;
-    const auto entry = [&](V s, V t, LaneSums<V>& sum) ADAKD_INLINE_LAMBDA {
-      const Entry<V> at = frame.template entry<kGuarded>(s, t);
-      V f_here, g_here;
-      divergence.terms(at, f_here, g_here);
-      if constexpr (kConstant && !Divergence::kSign) g_here += c_here * exp2(at.log_q);
-      V gap = at.gap;
+    ChainSum<V> f_sum, g_sum;
+    ChainSum<V> check;  // 0, or NaN once a log-ratio is not finite
+    const auto add = [&](const auto& s, const auto& t, int i) ADAKD_INLINE_LAMBDA {
+      using X = std::decay_t<decltype(s)>;
+      using Divergence = typename D::template Of<X>;
+      const X minus_infinity = broadcast<V>(-kInfinity), zero = V{};
+      const Entry<X> at = frame.template entry<kGuarded>(s, t);
+      X f_here, g_here;
+      Divergence(parameters).terms(at, f_here, g_here);
+      if constexpr (kConstant && !Divergence::kSign) g_here = g_here + c_here * exp2(at.log_q);
+      X gap = at.gap;
       if (kGuarded) {
-        const Mask<V> finite = (s != minus_infinity) & (t != minus_infinity);
+        const Mask<X> finite = (s != minus_infinity) & (t != minus_infinity);
         // An entry that is not finite has g = 0, but its q still enters Σg: as -q where terms() leaves the term q out
         // of g, as c·q where c·q is added to g.
-        V lost = zero;
+        X lost = zero;
         if constexpr (kWithC || kWithoutQ) lost = c_lost * exp2(at.log_q);
-        f_here = finite ? f_here : zero;
-        g_here = finite ? g_here : lost;
-        gap = finite ? gap : zero;
+        f_here = select(finite, f_here, zero);
+        g_here = select(finite, g_here, lost);
+        gap = select(finite, gap, zero);
       }
-      sum.f += f_here;
-      sum.g += g_here;
-      if constexpr (!kIsDouble<V>) sum.check = fma(gap, zero, sum.check);
+      f_sum.add(f_here, i);
+      g_sum.add(g_here, i);
+      if constexpr (!kIsDouble<V>) check.add_product(gap, zero, i);
     };
-    for_each_pair<V>(
-        block,
-        [&](const Pair<V>& s, const Pair<V>& t) ADAKD_INLINE_LAMBDA {
-          entry(s.first, t.first, first);
-          entry(s.second, t.second, second);
-        },
-        [&]() ADAKD_INLINE_LAMBDA {
-          total_f.take(first.f, second.f);
-          total_g.take(first.g, second.g);
-          return true;
-        });
-    if (any(first.check + second.check != zero)) return Added::kRetry;
+    for_each_step<V>(block, add, [&]() ADAKD_INLINE_LAMBDA {
+      total_f.take(f_sum);
+      total_g.take(g_sum);
+      return true;
+    });
+    if (any(check.first + check.second != V{})) return Added::kRetry;
     f += total_f.value();
     g += total_g.value();
     return Added::kYes;
@@ -176,13 +171,6 @@ template <class D, bool kConstant = false> struct TermsFold {
     }
     return r;
   }
-
- private:
-  // The sums in the loop: a number for each lane.
-  template <class V> struct LaneSums {
-    V f{}, g{};
-    V check{};  // 0, or NaN once a log-ratio is not finite
-  };
 };
 
 }  // namespace ADAKD_ISA

@@ -22,6 +22,7 @@ from ...loss import AdaKDLoss
 from ...trainer.checkpoints import last_checkpoint
 from ...trainer.citation import CITATION, PAPER_ID, PAPER_TITLE
 from ...trainer.config import AdaKDOptions
+from ...trainer.costs import StepClock
 from ...trainer.finite import BeforeStepCallback, NonFiniteLossError
 from ...trainer.focus_callback import FocusCallback
 from ...trainer.heads import HeadOptions
@@ -193,6 +194,8 @@ class AdaKDDistillationTrainer(DistillationTrainer):
         self._losses: list[Tensor] = []
         self.add_callback(FocusCallback)
         self.add_callback(BeforeStepCallback(self._check_step))
+        self._clock = StepClock()
+        self.add_callback(self._clock)
         self._mixes = args.lmbda < 1.0 or args.replay_capacity > 0
         self._buffer = ReplayBuffer(args.replay_capacity)
         self._source = Source.STUDENT
