@@ -166,6 +166,7 @@ class Loop:
     loads: Counter[int]  # instructions by width in bits, global memory only
     stores: Counter[int]
     masked: bool  # whether a load is, as those at an edge are, and of one lane's entries after a sweep
+    guarded: bool = False  # whether logits are compared with −inf, as where a sweep without guards is repeated
 
     @property
     def load_bytes(self) -> int:
@@ -191,10 +192,14 @@ class Code:
 
     @property
     def sweeps(self) -> list[Loop]:
-        """The loops over the whole steps of a row: those with the widest loads, and without a mask if there are any."""
+        """The loops over the whole steps of an ordinary row.
+
+        They are those with the widest loads, without a mask if there are any, and of these without guards if there are.
+        """
         widest = max((bits for loop in self.loops for bits in loop.loads), default=0)
-        wide = [loop for loop in self.loops if widest in loop.loads]
-        return [loop for loop in wide if not loop.masked] or wide
+        found = [loop for loop in self.loops if widest in loop.loads]
+        found = [loop for loop in found if not loop.masked] or found
+        return [loop for loop in found if not loop.guarded] or found
 
     def occupancy(self) -> float:
         """Share of the 64 warps of an SM of sm_90 that registers (65,536) and shared memory (228 KiB) leave room for.
@@ -311,6 +316,7 @@ def _sass_loop(body: list[_Instruction]) -> Loop:
         loads=_sass_widths(body, "LDG"),
         stores=_sass_widths(body, "STG"),
         masked=any(i.guard for i in body if i.name == "LDG"),
+        guarded=any("-INF" in i.operands for i in body if i.name in ("FSETP", "HSETP2", "DSETP")),
     )
 
 
@@ -372,7 +378,8 @@ def _gcn_masked(body: list[_Instruction]) -> bool:
     return False
 
 
-def _gcn_loop(body: list[_Instruction]) -> Loop:
+def _gcn_loop(body: list[_Instruction], lowest: set[str]) -> Loop:
+    """`lowest`: what stands for −inf as an operand."""
     ops = [i.name for i in body]
     slow = re.compile(r"v_(exp|log|rcp|rsq|sqrt)_")
     mufu = sum(bool(slow.match(op)) for op in ops)
@@ -384,13 +391,17 @@ def _gcn_loop(body: list[_Instruction]) -> Loop:
         loads=_gcn_widths(body, "load"),
         stores=_gcn_widths(body, "store"),
         masked=_gcn_masked(body),
+        guarded=any(
+            lowest & set(re.split(r"[,\s]+", i.operands)) for i in body if re.match("v_cmp_(n?eq|n?lg|class)_f", i.name)
+        ),
     )
 
 
 def _read_amdgcn(kernel: CompiledKernel) -> Code:
     text = kernel.asm["amdgcn"]
     code, loops = _gcn_code(text)
-    bodies = [_gcn_loop([code[i] for i in loop]) for loop in _innermost(loops)]
+    lowest = {"0xff800000"} | set(re.findall(r"s_mov_b32 (s\d+), 0xff800000", text))
+    bodies = [_gcn_loop([code[i] for i in loop], lowest) for loop in _innermost(loops)]
     spills = _number(r"\.vgpr_spill_count:\s+(\d+)", text) + sum(i.name.startswith("scratch_") for i in code)
     return Code(
         registers=_number(r"\.vgpr_count:\s+(\d+)", text),

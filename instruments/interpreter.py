@@ -1,8 +1,9 @@
 """Makes Triton's interpreter strict where it is laxer than a GPU.
 
 As shipped, it truncates fp32 to bf16 where hardware rounds to nearest even, loses fp64 on the way there, computes on
-the raw bits of bf16 operands where a kernel forgot to cast them, and rounds twice in a fused multiply-add. Here the
-cast is exact, arithmetic on bf16 is an error, and a fused multiply-add rounds once.
+the raw bits of bf16 operands where a kernel forgot to cast them, rounds twice in a fused multiply-add, and takes NaN
+for the smaller and the larger of NaN and a number. Here the cast is exact, arithmetic on bf16 is an error, a fused
+multiply-add rounds once, and of NaN and a number the number is taken, as on a GPU.
 
 So the interpreter finds wrong formulas, masks and types. It cannot find what the compiler makes of a kernel (a spill,
 a lost barrier, a race, a narrow access), and exp2 and log2 are numpy's instead of the approximations of a GPU.
@@ -56,6 +57,8 @@ def install() -> None:
     _Builder.create_fma = create_fma
     for name in ("create_fp_ext", "create_fp_trunc"):
         setattr(_Builder, name, lambda self, src, dst_type: self.cast_impl(src, dst_type))
+    _Builder.create_minnumf = lambda self, x, y: self.binary_op(x, y, np.fmin)
+    _Builder.create_maxnumf = lambda self, x, y: self.binary_op(x, y, np.fmax)
     for name in dir(_Builder):
         if name.startswith(_ARITHMETIC) and name not in _CASTS:
             setattr(_Builder, name, refusing(name, getattr(_Builder, name)))

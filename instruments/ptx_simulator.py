@@ -298,6 +298,8 @@ class _Launch:
         self.shared = _Shared(blocks, shared_bytes, program.threads)
         self.registers: dict[str, np.ndarray] = {}
         self.undefined: dict[str, np.ndarray] = {}  # lanes of a register that hold nothing; absent: all are defined
+        # The same of every part of a register that these lanes put together from narrower ones.
+        self.undefined_parts: dict[str, tuple[tuple[np.ndarray | None, ...], np.ndarray]] = {}
         self.next = np.zeros(lanes, np.int64)  # index of a thread's next instruction
         self.waiting = np.zeros(lanes, bool)
 
@@ -386,6 +388,7 @@ class _Launch:
     def _put(self, register: str, value: np.ndarray, undefined: np.ndarray | None, lanes: np.ndarray) -> None:
         if register == "_":
             return
+        self.undefined_parts.pop(register, None)
         dtype = _unsigned(self.program.width[register])
         if value.dtype != dtype:
             if value.dtype.itemsize != dtype.itemsize:  # a narrow load into a wider register; the sign is kept
@@ -501,13 +504,17 @@ class _Launch:
         if "{" in i.operands[0]:
             whole, undefined = self._get(i.operands[1], i.type)
             pieces = np.broadcast_to(whole, self.thread.shape).copy().view(_unsigned(width)).reshape(-1, len(parts))
-            for part, piece in zip(parts, pieces.T, strict=True):
-                self._put(part, np.ascontiguousarray(piece), undefined, lanes)
+            of_parts, known = self.undefined_parts.get(i.operands[1], ((), None))
+            if known is None or (lanes & ~known).any():
+                of_parts = (undefined,) * len(parts)
+            for part, piece, of_part in zip(parts, pieces.T, of_parts, strict=True):
+                self._put(part, np.ascontiguousarray(piece), of_part, lanes)
         else:
             values, undefined = zip(*(self._get(part, f"b{width}") for part in parts), strict=True)
             pieces = np.stack([np.broadcast_to(x, self.thread.shape) for x in values], axis=1)
             whole = pieces.view(_unsigned(int(i.type[1:]))).reshape(-1)
             self._put(i.operands[0], whole, _either(*undefined), lanes)
+            self.undefined_parts[i.operands[0]] = undefined, lanes.copy()
 
     def _barrier(self, i: Instruction, lanes: np.ndarray) -> None:
         if "warp" in i.modifiers:

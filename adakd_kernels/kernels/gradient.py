@@ -9,22 +9,23 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .divergence_terms import Parameters, divergence_terms, number
+from .divergence_terms import Parameters, gradient_terms, needs_bounds, number, vanishes_with_q, whole_g
 from .rows import (
+    ALIGNED,
     LOG2E,
     Rows,
-    edge_entries,
-    edge_start,
-    entries_of_lane,
+    constant_edges,
+    constant_steps,
     exponent_scale,
-    first_of_lanes,
     inside,
     load_normalizers,
     load_tile,
     log2_mass,
     lowest,
+    open_log2_mass,
     part_of_row,
     row_start,
+    saturated,
     store_zeros,
     tile_offsets,
     whole_steps,
@@ -40,12 +41,32 @@ class Token(NamedTuple):
     c_s: tl.tensor
     m_t: tl.tensor
     c_t: tl.tensor
-    peak: tl.tensor  # (LANES,) offset of the student's peak, less that of a lane's first entry in the first tile
+    peak: tl.tensor  # offset of the student's peak from the row's aligned start, or −1
     peak_grad: tl.tensor  # gradient there
-    label: tl.tensor  # (LANES,) as the peak
+    label: tl.tensor  # as the peak
     ce_weight: tl.tensor  # gradient of the loss in the cross-entropy
     m_1: tl.tensor  # the student's maximum and c at temperature 1
     c_1: tl.tensor
+
+
+@triton.jit
+def divergence_grad(s, t, scale, token, DIVERGENCE: tl.constexpr, parameters):
+    """weight/τ·(g − q Σg) of every finite entry, from a `Token` by `in_units`."""
+    log_q = open_log2_mass(s, token.m_s, token.c_s, scale)
+    if DIVERGENCE == "reverse_kl":
+        # q·(log2(q/p) − Σg), with Σg in p's constant, and bounded where `log2_mass` is.
+        bound = lowest(s.dtype) + token.sum_g
+        log_p = open_log2_mass(t, token.m_t, token.c_t - token.sum_g, scale)
+        gap = log_q - tl.maximum(log_p, bound, propagate_nan=tl.PropagateNan.ALL)
+        return token.weight * (tl.exp2(log_q) * tl.maximum(gap, lowest(s.dtype)))
+    else:
+        if needs_bounds(DIVERGENCE):
+            log_q = log2_mass(s, token.m_s, token.c_s, scale)
+            log_p = log2_mass(t, token.m_t, token.c_t, scale)
+        else:
+            log_p = open_log2_mass(t, token.m_t, token.c_t, scale)
+        g, q = gradient_terms(log_q, log_p, DIVERGENCE, parameters)
+        return token.weight * (g - q * token.sum_g)
 
 
 @triton.jit
@@ -56,6 +77,7 @@ def write_grad(
     token,
     VS,  # entries of the student's vocabulary, of a part those that it writes
     EDGE: tl.constexpr,
+    MARKED: tl.constexpr,  # whether the student's peak or the label may be in the tile
     DIVERGENCE: tl.constexpr,
     parameters,
     WITH_CE: tl.constexpr,
@@ -67,19 +89,19 @@ def write_grad(
     offs_v = tile_offsets(start, rows.LANES, rows.VEC, rows.WIDTH)
     s = load_tile(rows.S, start, rows, EDGE)
     t = load_tile(rows.T, start, rows, EDGE)
-    log_q = log2_mass(s, token.m_s, token.c_s, rows.scale)
-    log_p = log2_mass(t, token.m_t, token.c_t, rows.scale)
-    _, g, q = divergence_terms(log_q, log_p, DIVERGENCE, parameters)
-    finite = (s != -float("inf")) & (t != -float("inf"))
-    grad = tl.where(finite, token.weight * (g - q * token.sum_g), 0.0)
-    entry = entries_of_lane(rows.LANES, rows.VEC, rows.WIDTH)
-    at_peak = (token.peak - start)[:, None] == entry
-    grad = tl.where(at_peak, token.peak_grad, grad)
+    grad = divergence_grad(s, t, rows.scale, token, DIVERGENCE, parameters)
+    grad = tl.where(t != -float("inf"), grad, 0.0)
+    if not vanishes_with_q(DIVERGENCE):
+        grad = tl.where(s != -float("inf"), grad, 0.0)
+    if MARKED:
+        grad = tl.where(offs_v == token.peak, token.peak_grad, grad)
     if WITH_CE:
         # A token without a weight of D has no normalisers at τ either, and what stands in their place may give NaN.
         grad = tl.where(token.weight != 0.0, grad, 0.0)
-        q_1 = tl.exp2((s - token.m_1) * LOG2E - token.c_1)
-        grad_ce = token.ce_weight * (q_1 - tl.where((token.label - start)[:, None] == entry, 1.0, 0.0))
+        grad_ce = tl.exp2((s - token.m_1) * LOG2E - token.c_1)
+        if MARKED:
+            grad_ce -= tl.where(offs_v == token.label, 1.0, 0.0)
+        grad_ce *= token.ce_weight
         if EDGE:  # a weight that is NaN is seen in the common vocabulary, and nowhere else
             grad_ce = tl.where(inside(offs_v, rows.skew, rows.V, rows.SKEWED), grad_ce, 0.0)
         grad += grad_ce
@@ -87,7 +109,64 @@ def write_grad(
     if EDGE:
         tl.store(Grad + offs_v, grad, mask=inside(offs_v, rows.skew, VS, rows.SKEWED))
     else:
-        tl.store(Grad + offs_v, grad)
+        tl.store((Grad + start) + tile_offsets(0, rows.LANES, rows.VEC, rows.WIDTH), grad)
+
+
+@triton.jit
+def in_units(token, unit):
+    """The `Token` for g in this unit; its weight is NaN if Σg is."""
+    sum_g = saturated(token.sum_g / unit)
+    return Token(
+        token.weight * unit + 0.0 * sum_g, sum_g, token.m_s, token.c_s, token.m_t, token.c_t,
+        token.peak, token.peak_grad, token.label, token.ce_weight, token.m_1, token.c_1,
+    )  # fmt: skip
+
+
+@triton.jit
+def step_of(place, first, end, STEP: tl.constexpr):
+    """Where the whole step begins that has this offset; the first one, if none has it."""
+    return tl.where((place >= first) & (place < end), place // STEP * STEP, first)
+
+
+@triton.jit
+def write_steps(
+    Grad,  # as in `write_grad`
+    rows,
+    token,
+    VS,
+    first,  # where the whole steps begin and end
+    end,
+    edges,  # entries of the steps beside them
+    marks,  # entries of the whole steps that are taken with the edges
+    MARKED: tl.constexpr,  # whether there are none
+    STEP: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    parameters,
+    WITH_CE: tl.constexpr,
+):
+    """`write_grad` for every tile of a row, two a step."""
+    TILE: tl.constexpr = STEP // 2
+    low = step_of(token.peak, first, end, STEP)
+    high = low
+    if WITH_CE:
+        high = step_of(token.label, first, end, STEP)
+        high = tl.where(high == low, tl.where(low == first, first + STEP, first), high)
+        low, high = tl.minimum(low, high), tl.maximum(low, high)
+    for i in range(0, 2 * (edges + marks), STEP):
+        step = i // (2 * STEP) * STEP
+        start = step + tl.where(step >= first, end - first, 0)
+        start = tl.where(step < edges, start, tl.where(step == edges, low, high)) + i % (2 * STEP) // 2
+        start = tl.multiple_of(start, rows.VEC)
+        write_grad(Grad, rows, start, token, VS, True, True, DIVERGENCE, parameters, WITH_CE)
+    for i in range(first, end - marks, STEP):
+        start = i
+        if not MARKED:
+            start += tl.where(start >= low, STEP, 0)
+            if WITH_CE:
+                start += tl.where(start >= high, STEP, 0)
+            start = tl.multiple_of(start, rows.VEC)
+        write_grad(Grad, rows, start, token, VS, False, MARKED, DIVERGENCE, parameters, WITH_CE)
+        write_grad(Grad, rows, start + TILE, token, VS, False, MARKED, DIVERGENCE, parameters, WITH_CE)
 
 
 @triton.jit
@@ -100,13 +179,30 @@ def write_row(
     parameters,
     WITH_CE: tl.constexpr,
 ):
-    """`write_grad` for every tile of a row of VS entries."""
-    STEP: tl.constexpr = rows.LANES * rows.VEC
-    for i in range(0, edge_entries(rows.V, VS, STEP, rows.SKEWED), STEP):
-        start = edge_start(i, rows.V, STEP, rows.SKEWED)
-        write_grad(Grad, rows, start, token, VS, True, DIVERGENCE, parameters, WITH_CE)
-    for start in range(whole_steps(rows.V, STEP, rows.SKEWED)[0], whole_steps(rows.V, STEP, rows.SKEWED)[1], STEP):
-        write_grad(Grad, rows, start, token, VS, False, DIVERGENCE, parameters, WITH_CE)
+    """`write_grad` for every tile of a row of VS entries.
+
+    The steps with the peak and the label are taken with the edges, so that no other one looks for them.
+    """
+    STEP: tl.constexpr = 2 * rows.LANES * rows.VEC
+    MARKS: tl.constexpr = (2 if WITH_CE else 1) * STEP
+    token = in_units(token, whole_g(tl.full((), 1.0, rows.scale.dtype), DIVERGENCE, parameters))
+    if isinstance(rows.V, tl.tensor):
+        first, end = whole_steps(rows.V, STEP, rows.SKEWED)
+        end = tl.where(end - first > 2 * STEP, end, first)  # of few steps, all are taken with the edges
+        edges = first + tl.maximum(VS + tl.where(rows.SKEWED, ALIGNED - 1, 0) - end + STEP - 1, 0) // STEP * STEP
+        marks = tl.where(end > first, MARKS, 0)
+        write_steps(
+            Grad, rows, token, VS, first, end, edges, marks, False, STEP, DIVERGENCE, parameters, WITH_CE
+        )  # fmt: skip
+    else:
+        FIRST: tl.constexpr = constant_steps(rows.V, STEP, rows.SKEWED)[0]
+        END: tl.constexpr = constant_steps(rows.V, STEP, rows.SKEWED)[1]
+        EDGES: tl.constexpr = constant_edges(rows.V, VS, STEP, rows.SKEWED)
+        FEW: tl.constexpr = END - FIRST <= 2 * STEP
+        write_steps(
+            Grad, rows, token, VS, FIRST, END, EDGES, 0 if FEW else MARKS, FEW, STEP,
+            DIVERGENCE, parameters, WITH_CE,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -210,11 +306,9 @@ def token_divergence_bwd_kernel(
     peak = tl.load(Peak + n)
     peak = tl.where(peak >= 0, peak + first, -1).to(tl.int32)
     of_tau = load_normalizers(NormalizersTau, n)
-    # Relative to a lane's first entry of a tile, so that a lane compares places with constants.
-    of_lane = first_of_lanes(LANES, WIDTH)
     token = Token(
         weight, tl.load(SumG + n), of_tau.m_s, tl.log2(of_tau.l_s), of_tau.m_t, tl.log2(of_tau.l_t),
-        peak - of_lane, weight * tl.load(PeakGrad + n), label - of_lane, ce_weight, m_1, c_1,
+        peak, weight * tl.load(PeakGrad + n), label, ce_weight, m_1, c_1,
     )  # fmt: skip
     write_row(
         Grad,

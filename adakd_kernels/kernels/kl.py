@@ -13,6 +13,7 @@ from .rows import (
     LN2,
     UNIT,
     Normalizers,
+    Rows,
     below,
     edge_entries,
     edge_start,
@@ -64,19 +65,25 @@ def move_maxima(f_s, f_t, m_s, m_t, new_s, new_t, sums):
 
 
 @triton.jit
-def add_kl(s, t, scale, m_s, m_t, sums):
-    """`KlSums` with those of a tile, below maxima that broadcast with it."""
+def add_kl(s, t, scale, m_s, m_t, sums, GUARDED: tl.constexpr):
+    """`KlSums` with those of a tile, below maxima that broadcast with it.
+
+    Without guards, an entry at −inf on either side leaves neither gap finite.
+    """
     x = below(s, m_s)
     y = below(t, m_t)
     a = tl.exp2(x * scale)
     b = tl.exp2(y * scale)
-    # Lower than any finite difference: 0·(x − y) is 0 where an entry is −inf.
-    FLOOR: tl.constexpr = 2.0 * UNIT * lowest(s.dtype)
-    x = tl.maximum(x, FLOOR, propagate_nan=tl.PropagateNan.ALL)
-    y = tl.maximum(y, FLOOR, propagate_nan=tl.PropagateNan.ALL)
     # (LANES, VEC) masses of the finite entries: a is 0 where s is −inf already.
-    a_kept = tl.where(t != -float("inf"), a, 0.0)
-    b_kept = tl.where(s != -float("inf"), b, 0.0)
+    a_kept = a
+    b_kept = b
+    if GUARDED:
+        # Lower than any finite difference: 0·(x − y) is 0 where an entry is −inf.
+        FLOOR: tl.constexpr = 2.0 * UNIT * lowest(s.dtype)
+        x = tl.maximum(x, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+        y = tl.maximum(y, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+        a_kept = tl.where(t != -float("inf"), a, 0.0)
+        b_kept = tl.where(s != -float("inf"), b, 0.0)
     return KlSums(
         sums.l_s + tl.sum(a, 1),
         sums.l_t + tl.sum(b, 1),
@@ -89,7 +96,7 @@ def add_kl(s, t, scale, m_s, m_t, sums):
 
 
 @triton.jit
-def fold_kl(rows, start, m_s, m_t, sums, EDGE: tl.constexpr):
+def fold_kl(rows, start, m_s, m_t, sums, EDGE: tl.constexpr, GUARDED: tl.constexpr):
     """(m_s, m_t, `KlSums`) after one more step. The compiler removes sums that the kernel does not use."""
     s = load_tile(rows.S, start, rows, EDGE)
     t = load_tile(rows.T, start, rows, EDGE)
@@ -103,9 +110,9 @@ def fold_kl(rows, start, m_s, m_t, sums, EDGE: tl.constexpr):
     f_s = tl.exp2(below(m_s, new_s) * rows.scale)
     f_t = tl.exp2(below(m_t, new_t) * rows.scale)
     sums = move_maxima(f_s, f_t, m_s, m_t, new_s, new_t, sums)
-    sums = add_kl(s, t, rows.scale, new_s[:, None], new_t[:, None], sums)
+    sums = add_kl(s, t, rows.scale, new_s[:, None], new_t[:, None], sums, GUARDED)
     if rows.TILES == 2:
-        sums = add_kl(s_2, t_2, rows.scale, new_s[:, None], new_t[:, None], sums)
+        sums = add_kl(s_2, t_2, rows.scale, new_s[:, None], new_t[:, None], sums, GUARDED)
     return new_s, new_t, sums
 
 
@@ -124,21 +131,54 @@ def only(chosen, sums):
 
 
 @triton.jit
-def sweep_both(rows, rounding, LOST: tl.constexpr):
+def sweep_lanes(rows, GUARDED: tl.constexpr):
+    """(m_s, m_t, `KlSums`) of every lane after the row.
+
+    Without guards, nothing counts as lost, and no gap is finite in a lane that has met an entry at −inf.
+    """
+    STEP: tl.constexpr = rows.TILES * rows.LANES * rows.VEC
+    first, end = whole_steps(rows.V, STEP, rows.SKEWED)
+    zero = tl.zeros((rows.LANES,), rows.scale.dtype)
+    m_s = tl.full((rows.LANES,), lowest(rows.scale.dtype), rows.scale.dtype)
+    m_t = m_s
+    sums = KlSums(zero, zero, zero, zero, zero, zero, zero)
+    for i in range(0, edge_entries(rows.V, rows.V, STEP, rows.SKEWED), STEP):
+        start = edge_start(i, rows.V, STEP, rows.SKEWED)
+        m_s, m_t, sums = fold_kl(rows, start, m_s, m_t, sums, True, True)
+    if GUARDED:
+        for start in range(first, end, STEP):
+            m_s, m_t, sums = fold_kl(rows, start, m_s, m_t, sums, False, True)
+    else:
+        clean = (sums.lost_s == 0.0) & (sums.l_t == sums.keep_t)
+        l_s = sums.l_s
+        l_t = sums.l_t
+        gap_s = tl.where(clean, sums.gap_s, float("nan"))
+        gap_t = tl.where(clean, sums.gap_t, float("nan"))
+        for start in range(first, end, STEP):
+            sums = KlSums(l_s, l_t, l_s, l_t, gap_s, gap_t, zero)
+            m_s, m_t, sums = fold_kl(rows, start, m_s, m_t, sums, False, False)
+            l_s = sums.l_s
+            l_t = sums.l_t
+            gap_s = sums.gap_s
+            gap_t = sums.gap_t
+        sums = KlSums(l_s, l_t, l_s, l_t, gap_s, gap_t, zero)
+    return m_s, m_t, sums
+
+
+@triton.jit
+def sweep_both(rows, rounding, DIVERGENCE: tl.constexpr, LOST: tl.constexpr):
     """(`Normalizers`, `KlResult`) of a row; `rounding` is that of its scale.
 
     LOST: the lost mass has a sum of its own. As the difference l_s − keep_s it would lose its digits where it is small.
     """
-    STEP: tl.constexpr = rows.TILES * rows.LANES * rows.VEC
-    zero = tl.zeros((rows.LANES,), rows.scale.dtype)
-    lane_m_s = tl.full((rows.LANES,), lowest(rows.scale.dtype), rows.scale.dtype)
-    lane_m_t = lane_m_s
-    sums = KlSums(zero, zero, zero, zero, zero, zero, zero)
-    for i in range(0, edge_entries(rows.V, rows.V, STEP, rows.SKEWED), STEP):
-        start = edge_start(i, rows.V, STEP, rows.SKEWED)
-        lane_m_s, lane_m_t, sums = fold_kl(rows, start, lane_m_s, lane_m_t, sums, True)
-    for start in range(whole_steps(rows.V, STEP, rows.SKEWED)[0], whole_steps(rows.V, STEP, rows.SKEWED)[1], STEP):
-        lane_m_s, lane_m_t, sums = fold_kl(rows, start, lane_m_s, lane_m_t, sums, False)
+    lane_m_s, lane_m_t, sums = sweep_lanes(rows, False)
+    # The gap that this divergence needs anyway.
+    gap = tl.sum(sums.gap_t if DIVERGENCE == "forward_kl" else sums.gap_s, 0)
+    if gap - gap != 0.0:
+        # One tile a step takes fewer registers.
+        lane_m_s, lane_m_t, sums = sweep_lanes(
+            Rows(rows.S, rows.T, rows.skew, rows.scale, rows.V, rows.SKEWED, 1, rows.LANES, rows.VEC, rows.WIDTH), True
+        )
     if LOST:  # so that the loop has as many sums as without
         sums = KlSums(
             sums.keep_s + sums.lost_s, sums.l_t, sums.keep_s, sums.keep_t, sums.gap_s, sums.gap_t, sums.lost_s
@@ -154,7 +194,7 @@ def sweep_both(rows, rounding, LOST: tl.constexpr):
     start = lane * rows.WIDTH
     while start < rows.V + rows.skew:
         s, t = load_rest_of_lane(rows, start, peak)
-        sums = add_kl(s, t, rows.scale, m_s, m_t, sums)
+        sums = add_kl(s, t, rows.scale, m_s, m_t, sums, True)
         start += rows.LANES * rows.LANES * rows.WIDTH
     finite = t_peak != -float("inf")
     y = tl.maximum(below(t_peak, m_t), 2.0 * UNIT * lowest(rows.scale.dtype), propagate_nan=tl.PropagateNan.ALL)
@@ -198,7 +238,7 @@ def sweep_both(rows, rounding, LOST: tl.constexpr):
 @triton.jit
 def sweep_kl(rows, rounding, DIVERGENCE: tl.constexpr):
     """(`Normalizers`, `TokenResult`) of a row: forward KL, reverse KL or their sum; `rounding` is that of its scale."""
-    normalizers, both = sweep_both(rows, rounding, False)
+    normalizers, both = sweep_both(rows, rounding, DIVERGENCE, False)
     if DIVERGENCE == "forward_kl":
         d = both.forward
         sum_g = -both.kept

@@ -231,6 +231,13 @@ def load_tile(Row, start, rows, EDGE: tl.constexpr):
     offs_v = tile_offsets(start, rows.LANES, rows.VEC, rows.WIDTH)
     if EDGE:
         z = tl.load(Row + offs_v, mask=inside(offs_v, rows.skew, rows.V, rows.SKEWED), other=-float("inf"))
+    elif Row.dtype.element_ty == tl.bfloat16 and rows.WIDTH == rows.VEC:
+        # Two entries at once: of each, the compiler would make one of 16 bits before it widens it.
+        HALF: tl.constexpr = rows.VEC // 2
+        pairs = tl.load((Row + start).to(tl.pointer_type(tl.int32)) + tile_offsets(0, rows.LANES, HALF, HALF))
+        first = (pairs << 16).to(tl.float32, bitcast=True)
+        second = (pairs & -65536).to(tl.float32, bitcast=True)
+        z = tl.reshape(tl.join(first, second), (rows.LANES, rows.VEC))
     else:
         z = tl.load(Row + offs_v)
     return z.to(rows.scale.dtype)
@@ -257,10 +264,16 @@ def store_zeros(
 
 
 @triton.jit
-def log2_mass(z, m, c, scale):
-    """(z − m)/τ·log2(e) − c, bounded below so that differences of two of them, and products with 0, stay finite."""
+def open_log2_mass(z, m, c, scale):
+    """(z − m)/τ·log2(e) − c; −inf where z is, and where the type's range ends."""
     # Rounded once: a small c would else always round to the same side of a product that is rounded before.
-    return tl.maximum(tl.fma(below(z, m), scale, -c), lowest(z.dtype), propagate_nan=tl.PropagateNan.ALL)
+    return tl.fma(below(z, m), scale, -c)
+
+
+@triton.jit
+def log2_mass(z, m, c, scale):
+    """The same, bounded below so that differences of two of them, and products with 0, stay finite."""
+    return tl.maximum(open_log2_mass(z, m, c, scale), lowest(z.dtype), propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..divergences import DIVERGENCES
-from .divergence_terms import Parameters, divergence_terms, number, peak_terms
+from .divergence_terms import Parameters, divergence_terms, number, peak_terms, whole_g
 from .hellinger import sweep_distance, sweep_hellinger
 from .kl import sweep_both
 from .launch import FUSED, MOST_PARTS, acc_type, parameters, row_parts, row_strides, sweeps
@@ -72,7 +72,7 @@ def store_part(rows, Sums, Peak, at, size, before, rounding, WHAT: tl.constexpr)
         tl.store(Sums + at + 6 * size, found.peak_grad)
         peak, t_peak = found.peak, found.t_peak
     elif sweeps(WHAT) == 1:
-        of, both = sweep_both(rows, rounding, WHAT != "forward_kl")
+        of, both = sweep_both(rows, rounding, WHAT, WHAT != "forward_kl")
         FIRST_OF_REVERSE: tl.constexpr = 7 if WHAT == "jeffreys" else 4
         if WHAT != "reverse_kl":
             tl.store(Sums + at + 4 * size, saturated(both.forward))
@@ -450,7 +450,8 @@ def merge_normalizers_kernel(
     store_normalizers(NormalizersTau, n, Normalizers(student.max, student.sum, teacher.max, teacher.sum))
     place = tl.max(tl.where(peak.own, tl.load(PartPeak + at, mask=inside, other=-1), -1), 0)
     tl.store(Peak + n, tl.where(heavy, place, -1).to(tl.int64))
-    tl.store(PeakTerms + n, saturated(-tl.where(heavy, g, 0.0) / q))
+    g = whole_g(tl.where(heavy, g, 0.0), DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT))
+    tl.store(PeakTerms + n, saturated(-g / q))
     tl.store(PeakTerms + N + n, saturated(tl.where(heavy, f, 0.0)))
 
 

@@ -60,7 +60,7 @@ def token_kl_fwd_kernel(
     tau = tl.load(Tau + n)
     normalizers, found = sweep_both(
         Rows(S, T, skew, exponent_scale(tau), V, SKEWED, TILES, LANES, VEC, WIDTH),
-        exponent_rounding(tau), True,
+        exponent_rounding(tau), "jeffreys", True,
     )  # fmt: skip
     finite = found.t_peak != -float("inf")
     tl.store(Forward + n, saturated(found.forward))

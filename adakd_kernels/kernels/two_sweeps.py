@@ -5,9 +5,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .divergence_terms import divergence_terms, peak_terms
+from .divergence_terms import divergence_terms, peak_terms, units, whole_f, whole_g
 from .peak import TokenResult, find_peak, lane_of_peak, lane_with_peak, load_rest_of_lane
 from .rows import (
+    ALIGNED,
     Normalizers,
     below,
     edge_entries,
@@ -17,6 +18,7 @@ from .rows import (
     log2_1p,
     log2_mass,
     lowest,
+    open_log2_mass,
     saturated,
     shrink,
     whole_steps,
@@ -56,26 +58,40 @@ def fold_normalizer(Row, start, rows, m, l, EDGE: tl.constexpr):
 
 @triton.jit
 def finite_terms(s, t, log_q, log_p, c, DIVERGENCE: tl.constexpr, parameters):
-    """(Σf, Σg) of every lane over its finite entries, or Σ(g + c·q) where c is given.
+    """(Σf, Σg) of every lane over its finite entries, in their `units`, or (Σf, Σ(g + c·q)), where c is given, without.
 
     Skew reverse KL leaves q out of g, see `reference.py`.
     """
     f, g, q = divergence_terms(log_q, log_p, DIVERGENCE, parameters)
     finite = (s != -float("inf")) & (t != -float("inf"))
-    lost = -q if DIVERGENCE == "skew_reverse_kl" else 0.0
+    lost = -q / units(DIVERGENCE)[1] if DIVERGENCE == "skew_reverse_kl" else 0.0
     f = tl.sum(tl.where(finite, f, 0.0), 1)
     g = tl.where(finite, g, lost)
     if c is not None:
-        g = tl.fma(q, c, g)
+        f = whole_f(f, DIVERGENCE, parameters)
+        g = tl.fma(q, c, whole_g(g, DIVERGENCE, parameters))
     return f, tl.sum(g, 1)
 
 
 @triton.jit
-def own_terms(s, t, scale, of, DIVERGENCE: tl.constexpr, parameters):
-    """(Σf, Σg) of every lane below the row's own `LogMass`."""
-    log_q = log2_mass(s, of.m_s, of.c_s, scale)
-    log_p = log2_mass(t, of.m_t, of.c_t, scale)
-    return finite_terms(s, t, log_q, log_p, None, DIVERGENCE, parameters)
+def own_terms(s, t, scale, of, GUARDED: tl.constexpr, DIVERGENCE: tl.constexpr, parameters):
+    """(Σf, Σg, finite) of every lane below the row's own `LogMass`, in their `units`.
+
+    Without guards, `finite` is a number that an entry at −inf on either side makes infinite or NaN.
+    """
+    if GUARDED:
+        log_q = log2_mass(s, of.m_s, of.c_s, scale)
+        log_p = log2_mass(t, of.m_t, of.c_t, scale)
+        f, g = finite_terms(s, t, log_q, log_p, None, DIVERGENCE, parameters)
+        finite = 0.0 * f
+    else:
+        log_q = open_log2_mass(s, of.m_s, of.c_s, scale)
+        log_p = open_log2_mass(t, of.m_t, of.c_t, scale)
+        f, g, _ = divergence_terms(log_q, log_p, DIVERGENCE, parameters)
+        f = tl.sum(f, 1)
+        g = tl.sum(g, 1)
+        finite = tl.sum(log_q * log_p, 1)
+    return f, g, finite
 
 
 @triton.jit
@@ -124,12 +140,35 @@ def sweep_normalizers(rows, rounding):
 
 
 @triton.jit
+def sweep_lanes(rows, of, hidden, GUARDED: tl.constexpr, DIVERGENCE: tl.constexpr, parameters):
+    """`own_terms` of every lane over a row, one tile a step; `hidden` is 0."""
+    STEP: tl.constexpr = rows.LANES * rows.VEC
+    d = tl.zeros((rows.LANES,), rows.scale.dtype)
+    sum_g = d
+    finite = d
+    for i in range(0, edge_entries(rows.V, rows.V, STEP, rows.SKEWED), STEP):
+        start = edge_start(i, rows.V, STEP, rows.SKEWED) + hidden
+        s = load_tile(rows.S, start, rows, True)
+        t = load_tile(rows.T, start, rows, True)
+        more_d, more_g, _ = own_terms(s, t, rows.scale, of, True, DIVERGENCE, parameters)
+        d += more_d
+        sum_g += more_g
+    for start in range(whole_steps(rows.V, STEP, rows.SKEWED)[0], whole_steps(rows.V, STEP, rows.SKEWED)[1], STEP):
+        s = load_tile(rows.S, start, rows, False)
+        t = load_tile(rows.T, start, rows, False)
+        more_d, more_g, more = own_terms(s, t, rows.scale, of, GUARDED, DIVERGENCE, parameters)
+        d += more_d
+        sum_g += more_g
+        finite += more
+    return d, sum_g, finite
+
+
+@triton.jit
 def sweep_terms(rows, Tau, of, first, DIVERGENCE: tl.constexpr, parameters):
-    """The `TokenResult` of a row from its `Normalizers` and `FirstSweep`: the second sweep, one tile a step.
+    """The `TokenResult` of a row from its `Normalizers` and `FirstSweep`: the second sweep.
 
     With c = −g/q of the peak, g + c·q is 0 there, and the gradient is −q·S, S = Σ (g + c·q) over the other entries.
     """
-    STEP: tl.constexpr = rows.LANES * rows.VEC
     # As in the backward, so that both find the same sign of q − p.
     c_s = tl.log2(tl.where(of.l_s == 0.0, 1.0, of.l_s))
     c_t = tl.log2(tl.where(of.l_t == 0.0, 1.0, of.l_t))
@@ -137,21 +176,13 @@ def sweep_terms(rows, Tau, of, first, DIVERGENCE: tl.constexpr, parameters):
     # that is the same in all lanes, and the terms need two.
     own = (0.0 * first.tail_s)[:, None]
     of_lane = LogMass(of.m_s + own, c_s + own, of.m_t + own, c_t + own)
-    d = tl.zeros((rows.LANES,), rows.scale.dtype)
-    sum_g = d
-    for i in range(0, edge_entries(rows.V, rows.V, STEP, rows.SKEWED), STEP):
-        start = edge_start(i, rows.V, STEP, rows.SKEWED)
-        s = load_tile(rows.S, start, rows, True)
-        t = load_tile(rows.T, start, rows, True)
-        f, g = own_terms(s, t, rows.scale, of_lane, DIVERGENCE, parameters)
-        d += f
-        sum_g += g
-    for start in range(whole_steps(rows.V, STEP, rows.SKEWED)[0], whole_steps(rows.V, STEP, rows.SKEWED)[1], STEP):
-        s = load_tile(rows.S, start, rows, False)
-        t = load_tile(rows.T, start, rows, False)
-        f, g = own_terms(s, t, rows.scale, of_lane, DIVERGENCE, parameters)
-        d += f
-        sum_g += g
+    d, sum_g, finite = sweep_lanes(rows, of_lane, 0, False, DIVERGENCE, parameters)
+    # The D of Jensen–Shannon is such a number itself.
+    finite = tl.sum(d if DIVERGENCE == "jensen_shannon" else finite, 0)
+    if finite - finite != 0.0:
+        # So that the compiler does not hold the addresses at the edges through the sweeps before.
+        hidden = ALIGNED * (finite == 0.0).to(tl.int32)
+        d, sum_g, _ = sweep_lanes(rows, of_lane, hidden, True, DIVERGENCE, parameters)
     # (LANES,) sums over the entries beside the peak: those of its lane are computed anew.
     lane = lane_of_peak(first.peak, rows)
     other = tl.arange(0, rows.LANES) != lane
@@ -161,10 +192,12 @@ def sweep_terms(rows, Tau, of, first, DIVERGENCE: tl.constexpr, parameters):
     start = lane * rows.WIDTH
     while start < rows.V + rows.skew:
         s, t = load_rest_of_lane(rows, start, first.peak)
-        f, g = own_terms(s, t, rows.scale, of_row, DIVERGENCE, parameters)
+        f, g, _ = own_terms(s, t, rows.scale, of_row, True, DIVERGENCE, parameters)
         d += f
         sum_g += g
         start += rows.LANES * rows.LANES * rows.WIDTH
+    d = whole_f(d, DIVERGENCE, parameters)
+    sum_g = whole_g(sum_g, DIVERGENCE, parameters)
     found = first.peak < rows.V + rows.skew
     t_peak = tl.load(rows.T + first.peak, mask=found, other=-float("inf")).to(rows.scale.dtype)
     finite = t_peak != -float("inf")

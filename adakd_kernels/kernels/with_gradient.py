@@ -21,7 +21,6 @@ from .rows import (
     Normalizers,
     Rows,
     exponent_scale,
-    first_of_lanes,
     row_start,
     store_normalizers,
     store_zeros,
@@ -110,10 +109,9 @@ def token_divergence_with_gradient_kernel(
     # In place: whatever a thread read of other threads' entries above has a part in sums over all threads, which none
     # of them passes before the last has read; below, a thread reads its own entries alone.
     weight = weight / tl.load(Tau + n)
-    first = first_of_lanes(LANES, WIDTH)
     token = Token(
         weight, sum_g, of.m_s, of.c_s, of.m_t, of.c_t,
-        peak - first, weight * peak_grad, label - first, ce_weight, m_1, c_1,
+        peak, weight * peak_grad, label, ce_weight, m_1, c_1,
     )  # fmt: skip
     write_row(
         Grad, Rows(S, T, skew, scale, V, SKEWED, 1, LANES, VEC, WIDTH), token,
