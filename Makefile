@@ -19,7 +19,7 @@ unexport TRITON_INTERPRET
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .PHONY: help setup demo format lint types test test-all test-fast test-native test-interpret test-compile test-gpu \
-  test-faults test-versions sanitize fuzz bench bench-gpu kernels-table clean
+  test-cross test-faults test-versions sanitize fuzz bench bench-gpu kernels-table clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -85,6 +85,19 @@ test-native: setup ## the C++ kernels, with every instruction set that this proc
 	  echo "ADAKD_ISA=$$isa"; \
 	  ADAKD_NATIVE=1 ADAKD_ISA=$$isa MALLOC_PERTURB_=1 OMP_NUM_THREADS=1 $(PYTEST) $(WORKERS) -m native || exit; \
 	done
+
+# The portable build of the compiler at hand gives what the others are compared with.
+CROSS := build/cross
+CROSS_SOURCES := $(addprefix python_bindings/, cross/rows.cpp core/dispatch.cpp core/isa_portable.cpp)
+CROSS_FLAGS := -std=c++17 -O2 -fno-math-errno -ffp-contract=off -Wall -Wextra -Wno-psabi
+test-cross: ## the C++ core without torch, built by clang and for aarch64 (under qemu-user), against the portable build
+	@for tool in clang++ aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool > /dev/null || { echo \
+	  "error: $$tool is not here; on Debian and Ubuntu: apt-get install clang g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }; done
+	@mkdir -p $(CROSS)
+	$(or $(CXX),c++) $(CROSS_FLAGS) $(CROSS_SOURCES) -o $(CROSS)/here && $(CROSS)/here > $(CROSS)/expected
+	clang++ $(CROSS_FLAGS) $(CROSS_SOURCES) -o $(CROSS)/clang && $(CROSS)/clang $(CROSS)/expected
+	aarch64-linux-gnu-g++ -static $(CROSS_FLAGS) $(CROSS_SOURCES) -o $(CROSS)/aarch64 && \
+	  qemu-aarch64 $(CROSS)/aarch64 $(CROSS)/expected
 
 # libstdc++ comes along because Python does not load it at its start, and an exception of torch would meet no handler.
 # -s lets a report through to the terminal. Python itself leaks at its end, and the kernels allocate nothing.

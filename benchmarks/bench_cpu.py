@@ -6,8 +6,9 @@
   the cache, warm. There is no autograd in it and no −inf: what a user would end up with.
 
 Forward and backward, from logits to the gradient. `new` is with a gradient of its own memory, `in place` over the
-student's logits. The floor is the (4r + 3)·U bytes of the exact method at the rate at which this machine copies 1 GB,
-read and written bytes together; a second sweep comes from the cache and is not counted.
+student's logits. The floor is the (4r + 3)·U bytes of the exact method, of unlike types each at its own width, at the
+rate at which this machine copies 1 GB, read and written bytes together; a second sweep comes from the cache and is not
+counted.
 """
 
 from __future__ import annotations
@@ -24,16 +25,20 @@ from torch import Tensor
 
 from adakd_kernels import adakd_loss, ops, reference
 from adakd_kernels.divergences import get_divergence
+from adakd_kernels.ops.with_gradient import token_divergence_with_gradient, token_divergence_with_gradient_
 from instruments.devices import ROOT, Cpu, circumstances, copy_speed, produced, quantiles
 
 SHARE, ROWS_AT_ONCE, ROUNDS = 0.5, 8, 7
 WORKLOADS = [
-    (256, 151_936, torch.float32, "reverse_kl"),
-    (256, 151_936, torch.bfloat16, "reverse_kl"),
-    (256, 151_936, torch.float32, "jensen_shannon"),
-    (256, 151_936, torch.bfloat16, "jensen_shannon"),
-    (4096, 49_152, torch.bfloat16, "reverse_kl"),
+    (256, 151_936, torch.float32, torch.float32, "reverse_kl"),
+    (256, 151_936, torch.bfloat16, torch.bfloat16, "reverse_kl"),
+    (256, 151_936, torch.float32, torch.float32, "jensen_shannon"),
+    (256, 151_936, torch.bfloat16, torch.bfloat16, "jensen_shannon"),
+    (256, 151_936, torch.float32, torch.bfloat16, "reverse_kl"),
+    (256, 151_936, torch.float16, torch.float32, "reverse_kl"),
+    (4096, 49_152, torch.bfloat16, torch.bfloat16, "reverse_kl"),
 ]
+"""Tokens, vocabulary, types of student and teacher, divergence."""
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Student, teacher, labels -> gradient in the student."""
 
@@ -123,11 +128,14 @@ def profile(student: Tensor, teacher: Tensor, divergence: str) -> dict[str, floa
     args = (div.name, *div.parameters)
     _, *saved = ops.token_divergence(s, t, tau, half, *args)
     backward = (t, tau, weight, *saved, None, None, None, *args)
+    in_one_go = (t, tau, half, *args, weight, None, None, None)
     calls = {
         "token_stats": lambda _: ops.token_stats(s, t, every),
         "token_divergence": lambda _: ops.token_divergence(s, t, tau, half, *args),
         "token_divergence_backward": lambda _: ops.token_divergence_backward(s, *backward),
         "token_divergence_backward_": lambda logits: ops.token_divergence_backward_(logits, *backward),
+        "token_divergence_with_gradient": lambda _: token_divergence_with_gradient(s, *in_one_go),
+        "token_divergence_with_gradient_": lambda logits: token_divergence_with_gradient_(logits, *in_one_go),
     }
     found = {}
     for name, call in calls.items():
@@ -145,12 +153,12 @@ def profile(student: Tensor, teacher: Tensor, divergence: str) -> dict[str, floa
 @pytest.mark.skipif(
     ops.backend("cpu").name != "native", reason=f"measures the C++ kernels: {ops.backend('cpu').reason}"
 )
-@pytest.mark.parametrize("tokens, vocab, dtype, divergence", WORKLOADS)
-def bench_cpu(tokens, vocab, dtype, divergence, capsys):
+@pytest.mark.parametrize("tokens, vocab, dtype, teacher_dtype, divergence", WORKLOADS)
+def bench_cpu(tokens, vocab, dtype, teacher_dtype, divergence, capsys):
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(tokens, vocab, generator=generator, dtype=torch.bfloat16).mul_(2.0)
     teacher = torch.randn(tokens, vocab, generator=generator, dtype=torch.bfloat16).mul_(2.0).add_(student)
-    student, teacher = student.to(dtype), teacher.to(dtype)
+    student, teacher = student.to(dtype), teacher.to(teacher_dtype)
     labels = torch.randint(vocab, (tokens,), generator=generator)
     runs = providers(divergence)
     if tokens * vocab > 2**27:  # a dozen fp32 copies of these logits would not fit
@@ -175,10 +183,11 @@ def bench_cpu(tokens, vocab, dtype, divergence, capsys):
             del gradient, logits
     median = {name: statistics.median(found) for name, found in times.items()}
 
-    unit = tokens * vocab * student.element_size()
-    floor = (4 * SHARE + 3) * unit / copy_rate
+    width, teacher_width = student.element_size(), teacher.element_size()
+    floor = tokens * vocab * ((2 * SHARE + 1) * (width + teacher_width) + width) / copy_rate
+    types = " and ".join(str(t).removeprefix("torch.") for t in dict.fromkeys((dtype, teacher_dtype)))
     line = {
-        "workload": f"{tokens} x {vocab} {str(dtype).removeprefix('torch.')} {divergence}",
+        "workload": f"{tokens} x {vocab} {types} {divergence}",
         **circumstances(Cpu()),
         "copy_gb_per_s": round(copy_rate / 1e9, 1),
         "floor_ms": round(floor * 1e3, 1),

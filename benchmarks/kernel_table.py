@@ -18,6 +18,7 @@ from adakd_kernels.divergences import DIVERGENCES
 from adakd_kernels.kernels.launch import LAUNCH_TABLE, rows_in_flight, warps_that_fit
 from instruments.compiled import KERNELS, MACHINES, TARGETS, Code, compiled, compiling_for, logits, read_code
 
+from . import few_rows
 from .roofline import bound, bytes_moved, entries
 
 PAGE = Path(__file__).parent.parent / "docs" / "kernel-tables.md"
@@ -33,6 +34,7 @@ NAMES = {
     "with_gradient_ce": "both with CE",
 }
 PAIR = 4  # bytes of an entry of both rows in bf16
+SPLIT = [("stats", "hellinger"), ("forward", "reverse_kl"), ("forward", "jensen_shannon"), ("backward", "reverse_kl")]
 
 
 def in_bf16(target: str, kernel: str, divergence: str, vocab: int = VOCAB) -> Code:
@@ -189,7 +191,28 @@ def page() -> str:
             "|---|---|" + "---|" * len(TARGETS) + "--:|",
             *(row_of_targets(kernel, div, vocab) for kernel, div in KERNELS if kernel != "backward_ce"),
         ]
-    return "\n".join([*lines, "", *lines_at_once(), "", *peer_lines(), "", *trl_lines()]) + "\n"
+    return "\n".join([*lines, "", *lines_at_once(), "", *split_lines(), "", *peer_lines(), "", *trl_lines()]) + "\n"
+
+
+def split_lines(parts: int = 8) -> list[str]:
+    """The section on rows that are split over programs."""
+    lines = [
+        f"## Rows that are split\n\nIn {parts} parts, on sm_90. A merge has no loop: its instructions are all it has.",
+        "",
+        "| launch | divergence | kernel | registers | instructions | MUFU | access (bits) | waits | occupancy |",
+        "|---|---|---|--:|--:|--:|---|--:|--:|",
+    ]
+    for kernel, divergence in SPLIT:
+        sweeps = iter(("parts",) if (kernel, divergence) != ("forward", "jensen_shannon") else ("normalisers", "terms"))
+        for code in few_rows.codes(kernel, divergence, parts):
+            if code.sweeps:
+                cells = f"{next(sweeps)} | {counts(code)}"
+            else:
+                assert code.once is not None
+                once = code.once
+                cells = f"merge | {code.registers} | {once.instructions} | {once.pipes['mufu']} | | {once.shuffles}"
+            lines.append(f"| {NAMES[kernel]} | `{divergence}` | {cells} | {code.occupancy():.0%} |")
+    return lines
 
 
 def trl_kernels() -> dict[str, Code]:

@@ -20,6 +20,7 @@ instruction that is not known is a `NotImplementedError`, never a guess.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -104,9 +105,8 @@ def run(ptx: str, grid: Sequence[int], arguments: Sequence[Tensor | float], shar
         for x in arguments
     ]
     values += [0] * (len(program.parameters) - len(values))
-    (blocks,) = [size for size in grid if size != 1] or [1]
     with np.errstate(all="ignore"):
-        _Launch(program, blocks, dict(zip(program.parameters, values, strict=True)), tensors, shared_bytes).run()
+        _Launch(program, grid, dict(zip(program.parameters, values, strict=True)), tensors, shared_bytes).run()
 
 
 # Numbers. A register holds bits; each instruction reads them as the type that it names.
@@ -279,22 +279,32 @@ class _Launch:
     STEPS = 1_000_000  # instructions of one launch, far beyond what a test's shape needs
 
     def __init__(
-        self, program: Program, blocks: int, parameters: dict[str, int], tensors: list[Tensor], shared_bytes: int
+        self,
+        program: Program,
+        grid: Sequence[int],
+        parameters: dict[str, int],
+        tensors: list[Tensor],
+        shared_bytes: int,
     ) -> None:
         self.program = program
         self.parameters = parameters
         self.tensors = [Rows(f"tensor {i}", tensor) for i, tensor in enumerate(tensors)]
+        blocks = math.prod(grid)
         lanes = blocks * program.threads
         self.thread = np.arange(lanes)
         self.block = self.thread // program.threads
         self.special = {
             "%tid.x": self.thread % program.threads,
-            "%ctaid.x": self.block,
             "%laneid": self.thread % WARP,
             "%ntid.x": np.full(lanes, program.threads),
-            "%nctaid.x": np.full(lanes, blocks),
+            "%tid.y": np.zeros(lanes, int),
+            "%tid.z": np.zeros(lanes, int),
         }
-        self.special |= {f"%{name}.{axis}": np.zeros(lanes, int) for name in ("tid", "ctaid") for axis in "yz"}
+        before = 1
+        for axis, size in zip("xyz", (*grid, 1, 1), strict=False):
+            self.special[f"%ctaid.{axis}"] = self.block // before % size
+            self.special[f"%nctaid.{axis}"] = np.full(lanes, size)
+            before *= size
         self.shared = _Shared(blocks, shared_bytes, program.threads)
         self.registers: dict[str, np.ndarray] = {}
         self.undefined: dict[str, np.ndarray] = {}  # lanes of a register that hold nothing; absent: all are defined

@@ -163,7 +163,8 @@ def test_names_of_sets(tmp_path: Path) -> None:
 # Answers.
 
 
-def test_a_token_is_drawn_as_often_as_it_is_likely() -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_token_is_drawn_as_often_as_it_is_likely(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = torch.tensor([[1.0, -math.inf, 0.0, 3.0, 2.0, -20.0, -math.inf]])
     count = 20000
     numbers = random_numbers(5, [str(key) for key in range(count)], 2)
@@ -172,6 +173,8 @@ def test_a_token_is_drawn_as_often_as_it_is_likely() -> None:
     found = (chosen == 0).double().mean(0)
     expected = scores[0].double().softmax(-1)
     assert ((found - expected).abs() <= 4 * (expected * (1 - expected) / count).sqrt() + 1e-3 / count).all()
+    # The largest of the numbers is 1 in fp32, in which a device without fp64 computes.
+    monkeypatch.setattr(sampling, "exact_dtype", lambda device: dtype)
     ends = torch.tensor([[0.0], [1.0 - 2.0**-53]], dtype=torch.float64)
     first, last = sampling._Drawn(ends, 4)(torch.zeros(2, 4, dtype=torch.long), scores.flip(-1).expand(2, -1)).argmax(
         -1
@@ -180,6 +183,8 @@ def test_a_token_is_drawn_as_often_as_it_is_likely() -> None:
 
 
 def test_an_answer_follows_from_seed_and_prompt_alone(model: Any) -> None:
+    numbers = {tuple(row.tolist()) for seed in (1, 2) for row in draws(seed).numbers}
+    assert len(numbers) == 2 * len(PROMPTS) and all(0.0 <= number < 1.0 for row in numbers for number in row)
     expected = answer_prompts(model, TOKENIZER, PROMPTS, draws=draws(1), **ASKED)
     assert len({tuple(answer) for answer in expected}) == len(PROMPTS)
     for size in (1, 7):
@@ -307,7 +312,9 @@ def test_distances_equal_the_plain_formulas(architecture: str, monkeypatch: pyte
         raise distances.NoPlainHeadError("not plain")
 
     monkeypatch.setattr(distances, "plain_head", none_is_plain)
-    found = sequence_sums(student, teacher, sequences, batch_size=3)
+    read.clear()
+    found = sequence_sums(student, teacher, sequences, batch_size=3, progress=read.append)
+    assert set(read) == {1}
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 

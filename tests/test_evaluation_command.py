@@ -276,6 +276,8 @@ def test_a_comparison_is_paired(place: Path, tmp_path: Path, capsys: pytest.Capt
     assert notes == [f"{name}: ROUGE-L of the seeds that both have: 20" for name in ("first", "second")]
     assert all(f"note: {note}" in printed for note in notes) and "other-run − whole" in printed
     assert {each.difference for each in compare(first, first)[0]} == {(0.0, 0.0, 0.0)}
+    second["sets"]["first"]["per_prompt"].reverse()
+    assert compare(first, second) == (differences, notes)
     assert main(["compare", *folders, folders[0]]) == 0
     assert capsys.readouterr().out.count("| whole, ") == 12
 

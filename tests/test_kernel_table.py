@@ -17,7 +17,7 @@ import json
 from dataclasses import replace
 
 from adakd_kernels.kernels.launch import LAUNCH_TABLE, tiles_and_warps
-from benchmarks import kernel_table, launch_table
+from benchmarks import few_rows, kernel_table, launch_table
 from benchmarks.launch_table import Launch
 from benchmarks.roofline import CLOCKS_A_BYTE, bound, bytes_moved, clocks
 from instruments.compiled import KERNELS, Code, Loop
@@ -41,6 +41,19 @@ same_triton = pytest.mark.skipif(
 def test_tables_are_those_of_the_kernels(kernel, divergence):
     assert kernel_table.row_of(kernel, divergence) in PAGE
     assert kernel_table.row_of_targets(kernel, divergence, 50_257) in PAGE
+
+
+@same_triton
+def test_the_rows_of_split_rows_are_those_of_the_kernels():
+    assert "\n".join(kernel_table.split_lines()) in PAGE
+
+
+def test_few_rows_fill_the_gpu_by_the_model():
+    """64 rows: the parts are as many as an H100 takes at once, and all launches of a call count, merges included."""
+    parts = few_rows.parts_of(64)
+    *whole, of_all = few_rows.shares("reverse_kl", 64, 1)
+    *split, of_all_split = few_rows.shares("reverse_kl", 64, parts)
+    assert parts == 8 and max(*whole, of_all) < 0.45 and of_all_split > 0.8 and min(split) > 0.75
 
 
 def test_every_kernel_has_a_row():

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from adakd_kernels import adakd_loss, ops, reference, token_difficulty, token_divergence
 from adakd_kernels import divergences as registry
+from adakd_kernels.divergences import JensenShannon
 from adakd_kernels.ops import native
 from adakd_kernels.ops.with_gradient import token_divergence_with_gradient, token_divergence_with_gradient_
 
@@ -113,6 +114,22 @@ def test_where_a_row_lies_in_memory_does_not_change_a_bit(divergence, dtype):
         ops.token_divergence_backward_(inside, teacher, tau, one, *saved, None, None, None, *args)
         assert torch.equal(inside, expected)
         assert (room[..., :offset] == 7.0).all() and (room[..., offset + 4500 :] == 7.0).all()
+
+
+@pytest.mark.parametrize("types", [(a, b) for a in DTYPES[:3] for b in DTYPES[:3] if a != b], ids=str)
+@pytest.mark.parametrize("divergence", [*ONE_OF_EACH, JensenShannon(beta=0.001)], ids=name_of)
+def test_unlike_types_give_what_their_logits_give_in_fp32(divergence, types):
+    """They are taken from copies in fp32, which hold every 16-bit number; the gradient alone has the student's type."""
+    student, teacher = rows_of_every_kind(*types, skew=0)
+    narrow, wide = [], []
+    for found, s, t in ((narrow, student, teacher), (wide, student.float(), teacher.float())):
+        args, one = (divergence.name, *divergence.parameters), torch.ones(3, 4)
+        mask, tau = one.bool(), temperatures(3, 4, seed=75)
+        found.extend(ops.token_stats(s, t, mask))
+        found.extend(token_divergence_with_gradient(s, t, tau, mask, *args, 0.01 * one, None, None, None))
+    wide[-1] = wide[-1].to(student.dtype)
+    for x, y in zip(narrow, wide, strict=True):
+        torch.testing.assert_close(x, y, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def bits(x):

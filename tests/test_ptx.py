@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction
 from adakd_kernels import ops, reference
 from adakd_kernels.adaptive import focus_step, token_choice
 from adakd_kernels.divergences import AlphaBeta, JensenShannon, SkewReverseKL, TotalVariation, get_divergence
+from adakd_kernels.kernels import launch
 from adakd_kernels.kernels.loss_sums import loss_sums_fwd
 from adakd_kernels.kernels.scale_gradient import scale_gradient
 from adakd_kernels.kernels.spread_statistics import spread_statistics_fwd
@@ -199,6 +200,30 @@ def test_statistics_are_the_reference(vocab, dtype):
         results = stats(*pair(vocab, dtype), MASK)
     for result in results:
         assert_close_as_eager(*result)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "dtype", "skewed"),
+    [
+        ("jeffreys", BF16, True),
+        ("hellinger", FP32, False),
+        ("skew_reverse_kl", BF16, True),
+        ("jensen_shannon", FP64, False),
+    ],
+)
+def test_split_rows_are_the_reference(divergence, dtype, skewed):
+    """Rows in parts and their merges, of which each launch runs on what the one before has written."""
+    vocab, mask = LONG if dtype == BF16 else 2501, torch.tensor([[True, False]])
+    student, teacher = pair(vocab, dtype, length=2)
+    if skewed:  # rows that lie one right after the other, and start alike
+        student, teacher = student.clone(), teacher.clone()
+    with executing() as executed, mock.patch.object(launch, "wanted_parts", lambda *_: 3):
+        results = stats(student, teacher, mask)
+        results += forward_and_backward(student, teacher, mask, divergence, inplace=True)
+        config = launch.launch_config("forward", divergence, vocab, student, teacher)
+    assert config["SKEWED"] == skewed and len(executed) == (5 if divergence in ("jeffreys", "hellinger") else 7)
+    for result in results:
+        assert_close_as_eager(*result, ulps=EXPONENT_ULPS)
 
 
 @pytest.mark.parametrize(("vocab", "dtype"), [(LONG, BF16), (SHORT, FP64)], ids=name_of)

@@ -212,18 +212,38 @@ def test_token_texts() -> None:
 
 
 def test_what_training_costs_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that ticks once when it is read: a step takes a tick, an evaluation between two steps none."""
-    ticks = iter(range(1000))
-    monkeypatch.setattr(costs.time, "perf_counter", lambda: float(next(ticks)))
+    """By a clock that each look moves by 1, so that a step takes 1; evaluations and checkpoints take 100."""
+    time = [0.0]
+
+    def look() -> float:
+        time[0] += 1.0
+        return time[0]
+
+    class Slow(AdaKDTrainer):
+        def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+            time[0] += 100.0
+            return super().evaluate(*args, **kwargs)
+
+        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            time[0] += 100.0
+            super()._save_checkpoint(*args, **kwargs)
+
+    monkeypatch.setattr(costs.time, "perf_counter", look)
     monkeypatch.setattr("adakd_kernels.trainer.trainer.peak_memory", lambda device: 3 * 2**30)
     records = token_records(16)
-    trainer = make_trainer(tmp_path, train_dataset=records, logging_steps=2)
-    trainer.train()
-    labels = [sum(label != -100 for label in record["labels"][1:]) for record in records]
-    lines = [log for log in trainer.state.log_history if "loss" in log]
-    expected = [sum(labels[4 * n : 4 * n + 4]) / 2 for n in range(3)]
-    assert [line["tokens_per_second"] for line in lines] == expected
-    assert [line["peak_memory_gib"] for line in lines] == [3.0] * 3
+    trainer = make_trainer(
+        tmp_path, train_dataset=records, logging_steps=2, eval_steps=2, save_strategy="steps", save_steps=3
+    )
+    trainer.__class__ = Slow
+    for resume in (False, str(tmp_path / "checkpoint-3")):
+        trainer.train(resume_from_checkpoint=resume)
+        labels = [sum(label != -100 for label in record["labels"][1:]) for record in records]
+        lines = [log for log in trainer.state.log_history if "loss" in log]
+        expected = [sum(labels[4 * n : 4 * n + 4]) / 2 for n in range(3)]
+        # A run that is resumed behind its third step has not counted that one.
+        expected[1] = expected[1] if not resume else float(sum(labels[6:8]))
+        assert [line["tokens_per_second"] for line in lines] == expected
+        assert [line["peak_memory_gib"] for line in lines] == [3.0] * 3
 
 
 def test_peak_memory_grows_with_what_is_held() -> None:

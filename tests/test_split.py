@@ -95,21 +95,18 @@ def without_peak(vocab, dtype):
 
 
 ROWS = {
-    "ordinary": ordinary,
     "tie": tie,
     "student's part −inf": without("student", slice(256, 768)),
     "teacher's part −inf": without("teacher", slice(1536, None)),
     "teacher −inf at the peak": without_peak,
-    **some(CONFIDENT, "surer 1e-03", "agree 1e-06", "disagree 1e-09", "agree 1e-09"),
-    **some(FAR, "20 and 100 at 0", "one-hot both of 200"),
+    **some(CONFIDENT, "surer 1e-03", "disagree 1e-07"),
+    "agree 1e-09": CONFIDENT["agree 1e-09"],
+    "one-hot both of 200": FAR["one-hot both of 200"],
 }
 
 
-@pytest.mark.parametrize(
-    ("divergence", "parts"),
-    [*((divergence, 7) for divergence in ONE_OF_EACH), (ReverseKL(), 2), (JensenShannon(), 3)],
-    ids=name_of,
-)
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=name_of)
+@pytest.mark.parametrize("parts", [2, 3, 7])
 def test_divergence_and_gradient(divergence, parts):
     with split_into(parts):
         check_divergence(*stack(ROWS, VOCAB, FP32), divergence, names=list(ROWS))
@@ -117,13 +114,12 @@ def test_divergence_and_gradient(divergence, parts):
 
 @pytest.mark.parametrize("divergence", SOME, ids=name_of)
 def test_far_rows(divergence):
-    cases = some(EXTREME, "all largest", "opposite largest", "-1e7 at tau 1e-3", "lowest in the student")
+    cases = some(EXTREME, "all largest", "opposite largest", "-1e7 at tau 1e-3")
     with split_into(3):
         check_divergence(*stack(cases, VOCAB, FP32), divergence, names=list(cases), ulps=64.0)
 
 
-@pytest.mark.parametrize("parts", [3, 7])
-def test_statistics(parts):
+def test_statistics(parts=7):
     student, teacher, _ = stack(ROWS, VOCAB, FP32)
     with split_into(parts):
         difficulty = token_difficulty(student, teacher)
@@ -138,12 +134,11 @@ def test_statistics(parts):
 @pytest.mark.parametrize("divergence", [ReverseKL(), JensenShannon()], ids=name_of)
 def test_equal_rows_empty_rows_and_nan(divergence):
     student = logits(1, 6, VOCAB, seed=3)
-    teacher = student + torch.tensor([0.0, 0.25, 0.0, 0.0, 0.0, 0.0]).view(1, 6, 1)
-    teacher[0, 1] = student[0, 1]
+    teacher = student.clone()
     student[0, 2], teacher[0, 3] = -INF, -INF
     student[0, 4, 700], teacher[0, 5, 1784] = math.nan, math.nan
     mask = torch.ones(1, 6, dtype=torch.bool)
-    with split_into(7):
+    with split_into(3):
         leaf = student.clone().requires_grad_()
         d = token_divergence(leaf, teacher, torch.ones(1, 6), divergence, mask)
         d.sum().backward()

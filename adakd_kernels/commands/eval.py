@@ -21,7 +21,7 @@ try:
     from ..evaluation.intervals import BOOTSTRAP
     from ..evaluation.prompts import Prompt, load_prompts, set_names
     from ..evaluation.tables import SHOWN, markdown
-    from .options import DTYPES
+    from .options import DTYPES, HelpFormatter
 except ImportError as error:
     raise CommandError(f"an evaluation needs more packages: pip install 'adakd-kernels[eval]' ({error})") from error
 
@@ -79,7 +79,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = CommandParser(
         prog="adakd eval",
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         description="Let a model answer the prompts of files and score the answers with ROUGE-L; with a teacher, also "
         "measure how far the model is from it on the references. Dashes may stand for underscores.",
     )

@@ -19,7 +19,7 @@ from ..trainer.config import DATA_OPTIONS
 from ..trainer.methods import METHODS, WITHOUT_ADAKD, Method
 from . import CommandError, CommandParser, did_you_mean
 
-__all__ = ["RunOptions", "method_options", "parse", "same_model"]
+__all__ = ["HelpFormatter", "RunOptions", "method_options", "parse", "same_model"]
 
 GENERATIONS = ("transformers", "vllm")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -189,7 +189,7 @@ def _option_names(config: type[Any]) -> set[str]:
     return {option.name for cls in (RunOptions, config) for option in fields(cls) if option.init}
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows one spelling of a flag, and no default where there is none."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
@@ -223,7 +223,7 @@ class _Parser(CommandParser, HfArgumentParser):
             usage="adakd train [--config run.yaml] [--OPTION VALUE ...]",
             description="Distil a teacher into a student. Options may stand in the YAML file; flags override it. "
             "Dashes may stand for underscores.",
-            formatter_class=_HelpFormatter,
+            formatter_class=HelpFormatter,
         )
         self.add_argument("--config", help="YAML file of options, named as the flags are, without the dashes.")
         self.add_argument("--help", "-h", action="help", help="Show this and exit.")

@@ -444,9 +444,11 @@ def merge_normalizers_kernel(
     gap = tl.where(heavy, peak.gap, 0.0)
     # g as the second sweep has it, so that g + c·q of equal rows cancels in every entry.
     _, g, q = divergence_terms(
-        log_q, (log_q - gap).to(ACC), DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT)
+        log_q, in_range(log_q - gap, ACC), DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT)
     )
-    f, _, _ = peak_terms(-log_q, gap.to(ACC), DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT))
+    f, _, _ = peak_terms(
+        -log_q, in_range(gap, ACC), DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT)
+    )
     store_normalizers(NormalizersTau, n, Normalizers(student.max, student.sum, teacher.max, teacher.sum))
     place = tl.max(tl.where(peak.own, tl.load(PartPeak + at, mask=inside, other=-1), -1), 0)
     tl.store(Peak + n, tl.where(heavy, place, -1).to(tl.int64))

@@ -125,7 +125,8 @@ class TokenLosses(torch.autograd.Function):
         )  # fmt: skip
         if given and inplace:
             rest = ()  # the student's logits are gone, and nothing keeps the teacher's
-        ctx.save_for_backward(*(savable(x) for x in (*given, *rest)))
+        kept = (*given, *rest)
+        ctx.save_for_backward(*(kept if torch.compiler.is_compiling() else map(savable, kept)))
         ctx.set_materialize_grads(False)
         ctx.op_args = (name, *parameters)
         ctx.common = min(student.shape[-1], teacher.shape[-1])
@@ -198,7 +199,7 @@ class TokenLosses(torch.autograd.Function):
 
 def savable(x: Tensor | None) -> Tensor | None:
     """The tensor, or one of the same memory where inference mode made it: autograd refuses to save those."""
-    if x is None or torch.compiler.is_compiling() or not x.is_inference():
+    if x is None or not x.is_inference():
         return x
     same = torch.empty(0, dtype=x.dtype, device=x.device)
     return same.set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())

@@ -7,6 +7,7 @@ which is a guess; `adakd::scale_gradient_` makes it that of the true one.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -114,13 +115,14 @@ def scale_gradient_(gradient: Tensor, weights: Tensor, grad_loss: Tensor, scaled
         grad_loss, scaled_by: 0-d upstream gradient, and the factor that is in the gradient already, or None for 1.
     """
     factor = grad_loss if scaled_by is None else grad_loss / scaled_by
-    of_row = torch.where((weights != 0).any(0), factor, 1.0).unsqueeze(-1)
-    if gradient.device.type != "cpu":
-        gradient.mul_(of_row)
-    elif not factor.isfinite():
-        gradient.mul_(of_row.to(gradient.dtype))
-    elif factor != 1.0:
-        gradient.mul_(factor.item())  # a factor for each row would be multiplied in a copy of the accumulation type
+    if gradient.device.type == "cpu":  # whose values nothing waits for
+        number = factor.item()
+        if math.isfinite(number):
+            if number != 1.0:
+                gradient.mul_(number)  # a factor for each row would be multiplied in a copy of the accumulation type
+            return
+        factor = factor.to(gradient.dtype)
+    gradient.mul_(torch.where((weights != 0).any(0), factor, 1.0).unsqueeze(-1))
 
 
 @register_fake(scale_gradient_)

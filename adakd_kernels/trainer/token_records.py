@@ -44,8 +44,7 @@ class TokenRecords(TrainerCallback):
     """Measures the first `args.token_records` records at the beginning, at each evaluation in training and at its end.
 
     Records of the evaluation sets, in turn; where there is no such set with a length, of the training set. The lines of
-    the beginning and of the last measurement are kept (`token_file`). A resumed run keeps those of its beginning, and
-    writes its own ones in the place of the others when it measures.
+    the beginning and of the last measurement are kept (`token_file`); a resumed run keeps those of its beginning.
 
     A line has `step`, `source` ("eval" or "train"), `record` (its id), `measure` (of difficulty), `focus_ratio`,
     `tokens`, `of` (tokens with a label of all these records) and `left_out` (tokens at the end that were not written).
@@ -62,10 +61,9 @@ class TokenRecords(TrainerCallback):
         self._step: int | None = None  # of the last measurement
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measure, unless a run goes on that has measured already."""
-        self._records = self._step = None
-        if state.global_step == 0 or not self._written():
-            self._measure_and_write(state.global_step, begins=True)
+        """Measure; of a run that is resumed, this is the last measurement until the next."""
+        self._records = None
+        self._measure_and_write(state.global_step)
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure, once for all sets of an evaluation."""
@@ -84,14 +82,14 @@ class TokenRecords(TrainerCallback):
         except (OSError, ValueError):
             return []
 
-    def _measure_and_write(self, step: int, begins: bool = False) -> None:
+    def _measure_and_write(self, step: int) -> None:
         if self._records is None:
             self._records = self._choose()
         self._step = step
         lines = self._lines(step)
         if self.trainer.is_world_process_zero() and lines:
-            written = [] if begins else self._written()
-            kept = [line for line in written if line["step"] == written[0]["step"] < step]
+            written = self._written()
+            kept = [line for line in written if line["step"] == written[0]["step"] < step]  # none in a new run
             write_tokens(self.trainer.args.output_dir, kept + lines)
 
     def _choose(self) -> list[_Record]:

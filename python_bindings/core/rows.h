@@ -2,6 +2,7 @@
 #pragma once
 
 #include <limits>
+#include <type_traits>
 
 #include "exp_log.h"
 #include "kernels.h"
@@ -57,7 +58,15 @@ template <class V> inline bool readable_as_stored(const Row& s, const Row& t) {
 
 template <class T, class S> inline void widen_entries(const char* data, int64_t start, int n, S* out) {
   const T* p = reinterpret_cast<const T*>(data) + start;
-  for (int i = 0; i < n; ++i) out[i] = widen(p[i]);
+  int i = 0;
+  if constexpr (kConvertsHalf && std::is_same_v<T, Half> && std::is_same_v<S, float>) {
+    for (constexpr int kPair = 2 * kLanes<Floats>; i + kPair <= n; i += kPair) {
+      const Pair<Floats> x = load_pair(p + i);
+      store(out + i, x.first);
+      store(out + i + kLanes<Floats>, x.second);
+    }
+  }
+  for (; i < n; ++i) out[i] = widen(p[i]);
 }
 
 // Writes entries start .. start + n of a row to `out`, in the type of V's lanes. Entries of -inf, which have no mass,
@@ -77,6 +86,15 @@ template <class V> inline int widen_block(const Row& row, int64_t start, int n, 
   return padded;
 }
 
+// The same n entries in the type of V's lanes: where they are if they are of that type, else in `copy`.
+template <class V> inline const Scalar<V>* as_scalars(const Row& row, int64_t start, int n, Scalar<V>* copy) {
+  if (row.type == (kIsDouble<V> ? Type::kDouble : Type::kFloat)) {
+    return reinterpret_cast<const Scalar<V>*>(row.data) + start;
+  }
+  widen_block<V>(row, start, n, copy);
+  return copy;
+}
+
 inline double entry_of(const Row& row, int64_t i) {
   switch (row.type) {
     case Type::kFloat: return widen(reinterpret_cast<const float*>(row.data)[i]);
@@ -89,7 +107,13 @@ inline double entry_of(const Row& row, int64_t i) {
 
 template <class T, class S> inline void narrow_entries(const S* from, int n, char* data, int64_t start) {
   T* p = reinterpret_cast<T*>(data) + start;
-  for (int i = 0; i < n; ++i) narrow(from[i], &p[i]);
+  int i = 0;
+  if constexpr (kConvertsHalf && std::is_same_v<T, Half> && std::is_same_v<S, float>) {
+    for (constexpr int kPair = 2 * kLanes<Floats>; i + kPair <= n; i += kPair) {
+      store_pair<false>(p + i, Pair<Floats>{load<Floats>(from + i), load<Floats>(from + i + kLanes<Floats>)});
+    }
+  }
+  for (; i < n; ++i) narrow(from[i], &p[i]);
 }
 
 // Writes n numbers to entries start .. start + n of a row of the given type.

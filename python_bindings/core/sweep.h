@@ -51,8 +51,9 @@ template <class T> struct Block {
   const T* t_at(int i) const { return i == patch ? patch_t : t + i; }
 };
 
-// Takes both rows of a token through a fold. Each block is folded in the first of three ways that works: without guards
-// from where it is stored; widened to scratch memory, with guards for entries at -inf; the same in double.
+// Takes both rows of a token through a fold. Each block is folded in the first of three ways that works: without guards,
+// from where it is stored or, where the rows are of unlike types, from copies in fp32; widened to scratch memory, with guards for
+// entries at -inf; the same in double.
 template <class V, class Fold> class Sweep {
  public:
   Sweep(const Row& s, const Row& t, Fold& fold) : s_(s), t_(t), fold_(fold) {}
@@ -62,7 +63,7 @@ template <class V, class Fold> class Sweep {
     for (int64_t start = begin; start < end;) {
       const int64_t left = end - start;
       int n = static_cast<int>(left < kBlock ? left : kBlock);
-      Added added = n < kStep<V> ? Added::kRetry : stored(start, n, peak);
+      Added added = n < kStep<V> ? Added::kRetry : unguarded(start, n, peak);
       if (added == Added::kRetry) added = widened(start, n, peak);
       if constexpr (Fold::kPeak) {
         if (added == Added::kNewPeak) {
@@ -78,12 +79,16 @@ template <class V, class Fold> class Sweep {
   }
 
  private:
-  // The first way, for rows that are readable as stored. It shortens n to whole steps: what is left at the end of the row
-  // becomes a block of its own, too short for this way.
-  Added stored(int64_t start, int& n, int64_t peak) {
+  static constexpr float kNoMassInFloat = -1.0e30f;
+
+  // The first way. It shortens n to whole steps: what is left at the end of the row becomes a block of its own, too short
+  // for this way.
+  Added unguarded(int64_t start, int& n, int64_t peak) {
+    if constexpr (kIsDouble<V>) return Added::kRetry;
+    n -= n % kStep<V>;
+    if (!readable_as_stored<V>(s_, t_)) return copied(start, n, peak);
     return as_stored<V>(s_, t_, Added::kRetry, [&](auto entry) {
       using T = decltype(entry);
-      n -= n % kStep<V>;
       return start <= peak && peak < start + n ? without_peak<T>(start, n, static_cast<int>(peak - start))
                                                : fold_.template add<false, V>(block<T>(start, n));
     });
@@ -96,7 +101,7 @@ template <class V, class Fold> class Sweep {
   // The first way for a block with the peak. Its logits are replaced by ones that have no mass in these rows and are
   // finite all the same, because -inf would need guards.
   template <class T> Added without_peak(int64_t start, int n, int peak) {
-    constexpr float kNoMass = std::is_same_v<T, Half> ? -6.0e4f : -1.0e30f;
+    constexpr float kNoMass = std::is_same_v<T, Half> ? -6.0e4f : kNoMassInFloat;
     if (!fold_.has_no_mass(kNoMass)) return Added::kRetry;
     Block<T> all = block<T>(start, n);
     alignas(64) T patch_s[kStep<V>], patch_t[kStep<V>];
@@ -108,6 +113,20 @@ template <class V, class Fold> class Sweep {
     all.patch_s = patch_s;
     all.patch_t = patch_t;
     return fold_.template add<false, V>(all);
+  }
+
+  // The first way for rows of unlike types. Not inlined, for the reason that widened_to gives.
+  __attribute__((noinline)) Added copied(int64_t start, int n, int64_t peak) {
+    alignas(64) Scalar<V> wide_s[kBlock], wide_t[kBlock];
+    if (peak < start || start + n <= peak) {
+      return fold_.template add<false, V>(
+          Block<Scalar<V>>{as_scalars<V>(s_, start, n, wide_s), as_scalars<V>(t_, start, n, wide_t), n});
+    }
+    if (!fold_.has_no_mass(kNoMassInFloat)) return Added::kRetry;
+    widen_block<V>(s_, start, n, wide_s);
+    widen_block<V>(t_, start, n, wide_t);
+    wide_s[peak - start] = wide_t[peak - start] = kNoMassInFloat;
+    return fold_.template add<false, V>(Block<Scalar<V>>{wide_s, wide_t, n});
   }
 
   // The second way, and the third where the second is in fp32.

@@ -43,9 +43,24 @@ template <class V, class G> __attribute__((noinline)) bool guarded_entries(const
   return true;
 }
 
+// Writes n entries without guards, n a whole number of steps, of rows of unlike types, from copies in fp32. Returns how
+// many it wrote before the first step that needs guards. Not inlined, for the same reason.
+template <class V, class G> __attribute__((noinline)) int copied_entries(const G& gradient, const TokenRows& row,
+                                                                         int64_t start, int n) {
+  using S = Scalar<V>;
+  alignas(64) S wide_s[kBlock], wide_t[kBlock], wide_out[kBlock];
+  const bool wide = row.s.type == Type::kFloat;
+  S* const out = wide ? reinterpret_cast<S*>(row.out) + start : wide_out;
+  const int done = gradient.template fast<false>(as_scalars<V>(row.s, start, n, wide_s),
+                                                 as_scalars<V>(row.t, start, n, wide_t), out, n);
+  if (!wide) narrow_block(wide_out, done, row.s.type, row.out, start);
+  return done;
+}
+
 // Writes the common entries of a row.
 template <class V, class G> void gradient_row(const G& gradient, const TokenRows& row) {
-  const bool stored = row.numbers_finite && readable_as_stored<V>(row.s, row.t);
+  const bool unguarded = row.numbers_finite && !kIsDouble<V>;
+  const bool stored = unguarded && readable_as_stored<V>(row.s, row.t);
   // In fp32 first, then in double.
   const auto guarded = [&](int64_t start, int n) {
     if (guarded_entries<V>(gradient, row, start, n)) return;
@@ -53,6 +68,9 @@ template <class V, class G> void gradient_row(const G& gradient, const TokenRows
   };
   // Returns the number of entries written before the first step that needs guards.
   const auto fast = [&](int64_t start, int n) {
+    if constexpr (!kIsDouble<V>) {
+      if (!stored) return copied_entries<V>(gradient, row, start, n);
+    }
     return as_stored<V>(row.s, row.t, 0, [&](auto entry) {
       using T = decltype(entry);
       const T* s = reinterpret_cast<const T*>(row.s.data) + start;
@@ -72,7 +90,7 @@ template <class V, class G> void gradient_row(const G& gradient, const TokenRows
   while (start < row.vocab) {
     const int64_t left = row.vocab - start;
     int n = static_cast<int>(left < kBlock ? left : kBlock), done = 0;
-    if (stored && n >= kStep<V>) {
+    if (unguarded && n >= kStep<V>) {
       n -= n % kStep<V>;
       // The loop without guards does not know the label.
       const bool labelled = start <= row.label && row.label < start + n;

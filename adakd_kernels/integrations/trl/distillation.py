@@ -144,8 +144,9 @@ class AdaKDDistillationTrainer(DistillationTrainer):
     replay buffer.
 
     Logged besides what TRL logs (`entropy` of the student too): `focus_ratio` (the share r after the step),
-    `loss_ema`, `loss_reference`, and p10, p50 and p90 of `difficulty` (valid tokens) and `temperature` (selected
-    tokens). `eval_loss` is the loss with every valid token selected (r = 1).
+    `loss_ema`, `loss_reference`, p10, p50 and p90 of `difficulty` (valid tokens) and `temperature` (selected tokens),
+    `tokens_per_second` and `peak_memory_gib`, as `AdaKDTrainer` has them. `eval_loss` is the loss with every valid
+    token selected (r = 1).
 
     Args:
         model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers, quantization_config,
