@@ -16,13 +16,13 @@ from unittest import mock
 import torch
 
 from adakd_kernels.kernels import launch as package
-from instruments.compiled import TARGETS, Code, compiling_for, launch, logits, read_code
+from instruments.compiled import MACHINES, TARGETS, Code, compiling_for, launch, logits, read_code
 
-from .roofline import BANDWIDTH, CLOCK, COPY_RATE, LANES, LATENCY, SMS, bytes_moved, entries
+from .roofline import COPY_RATE, H100, LATENCY, bytes_moved, entries
 
 VOCAB, ROWS = 151_936, (1, 16, 64, 128)
 PAIR = 4  # bytes of an entry of both rows in bf16
-LAUNCH = 1e-6 * CLOCK  # clocks from the end of a kernel to the first instruction of one that waits for it
+LAUNCH = 1e-6 * H100.clock  # clocks from the end of a kernel to the first instruction of one that waits for it
 CACHED = 300  # clocks of an access to what was just read or written
 CLOCKS_OF_A_LONE_WARP = 3  # an instruction
 PHASES = ("stats", "forward", "backward")
@@ -30,7 +30,7 @@ PHASES = ("stats", "forward", "backward")
 
 def parts_of(rows: int, vocab: int = VOCAB) -> int:
     """Into how many parts the package splits so many rows on this GPU."""
-    with mock.patch.object(package, "machine", lambda device: package.Machine(SMS, 50 * 2**20)):
+    with mock.patch.object(package, "machine", lambda device: MACHINES[H100.target]):
         return package.wanted_parts(rows, vocab, torch.device("cuda", 0))
 
 
@@ -46,18 +46,18 @@ def sweep_clocks(code: Code, rows: int, parts: int, vocab: int = VOCAB) -> float
     """Clocks of a kernel that sweeps the parts of all rows."""
     programs = rows * parts
     at_once = int(code.occupancy() * 64) // code.warps
-    of_an_sm = -(-programs // SMS)
+    of_an_sm = -(-programs // H100.sms)
     waves = [min(at_once, of_an_sm - first) for first in range(0, of_an_sm, at_once)]
     computing = 0.0
     for loop in code.sweeps:
         lanes = code.warps * 32
         rounds = math.ceil(vocab / parts / (lanes * entries(loop, PAIR)))
-        executed = {pipe: loop.instructions if pipe == "issue" else loop.pipes[pipe] for pipe in LANES}
-        busy = max(executed[pipe] * lanes / LANES[pipe] for pipe in LANES)
+        executed = {pipe: loop.instructions if pipe == "issue" else loop.pipes[pipe] for pipe in H100.lanes}
+        busy = max(executed[pipe] * lanes / H100.lanes[pipe] for pipe in H100.lanes)
         computing += rounds * sum(max(LATENCY + busy, resident * busy) for resident in waves)
     moved = bytes_moved(code, PAIR) * rows * vocab
     after = 0 if any(loop.stores for loop in code.sweeps) else 3 * CACHED
-    return max(computing, moved / (BANDWIDTH * COPY_RATE) * CLOCK) + LATENCY + after
+    return max(computing, moved * H100.clocks_a_byte / COPY_RATE / H100.sms) + LATENCY + after
 
 
 def merge_clocks(code: Code) -> float:
@@ -75,7 +75,7 @@ def call_clocks(kernel: str, divergence: str, rows: int, parts: int) -> tuple[fl
             moved += bytes_moved(code, PAIR) * rows * VOCAB
         else:
             clocks += merge_clocks(code)
-    return clocks, moved / (BANDWIDTH * COPY_RATE) * CLOCK
+    return clocks, moved * H100.clocks_a_byte / COPY_RATE / H100.sms
 
 
 def shares(divergence: str, rows: int, parts: int) -> list[float]:

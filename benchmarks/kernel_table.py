@@ -19,7 +19,7 @@ from adakd_kernels.kernels.launch import LAUNCH_TABLE, rows_in_flight, warps_tha
 from instruments.compiled import KERNELS, MACHINES, TARGETS, Code, compiled, compiling_for, logits, read_code
 
 from . import few_rows
-from .roofline import bound, bytes_moved, entries
+from .roofline import GPUS, bound, bytes_moved, entries, over_memory
 
 PAGE = Path(__file__).parent.parent / "docs" / "kernel-tables.md"
 VOCAB = 151_936
@@ -191,7 +191,12 @@ def page() -> str:
             "|---|---|" + "---|" * len(TARGETS) + "--:|",
             *(row_of_targets(kernel, div, vocab) for kernel, div in KERNELS if kernel != "backward_ce"),
         ]
-    return "\n".join([*lines, "", *lines_at_once(), "", *split_lines(), "", *peer_lines(), "", *trl_lines()]) + "\n"
+    return (
+        "\n".join(
+            [*lines, "", *model_lines(), "", *lines_at_once(), "", *split_lines(), "", *peer_lines(), "", *trl_lines()]
+        )
+        + "\n"
+    )
 
 
 def split_lines(parts: int = 8) -> list[str]:
@@ -212,6 +217,26 @@ def split_lines(parts: int = 8) -> list[str]:
                 once = code.once
                 cells = f"merge | {code.registers} | {once.instructions} | {once.pipes['mufu']} | | {once.shuffles}"
             lines.append(f"| {NAMES[kernel]} | `{divergence}` | {cells} | {code.occupancy():.0%} |")
+    return lines
+
+
+def model_lines() -> list[str]:
+    """What `roofline` says of every kernel on four GPUs."""
+    lines = [
+        "## Beside the memory",
+        "",
+        "The time of the busiest resource of an SM over that of the memory, in the model of `benchmarks/roofline.py`:",
+        "above 1, the resource binds.",
+        "",
+        "| kernel | divergence | " + " | ".join(GPUS) + " |",
+        "|---|---|" + "---|" * len(GPUS),
+    ]
+    for kernel, div in KERNELS:
+        cells = []
+        for gpu in GPUS.values():
+            ratio, resource = over_memory(in_bf16(gpu.target, kernel, div), PAIR, gpu)
+            cells.append(f"{ratio:.2f} {resource}")
+        lines.append(f"| {NAMES[kernel]} | `{div}` | " + " | ".join(cells) + " |")
     return lines
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from adakd_kernels.divergences import Divergence, get_divergence
 from adakd_kernels.ops.shards import PARTS
 
-from .roofline import BANDWIDTH
+from .roofline import H100
 
 PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
 # Bytes a second in one direction, from data sheets: NVIDIA's of the H100 SXM for NVLink 4, PCI-SIG's for 16 lanes of
@@ -391,7 +391,7 @@ def wire_table(full: bool, divergence: str = "reverse_kl") -> Iterator[str]:
         sent, gathered = loss_wire(tokens, ranks, div), logits_wire(tokens, vocab, ranks)
         cells = [megabytes(sent), *(milliseconds(sent, rate) for rate in LINKS.values()), megabytes(gathered)]
         cells += [milliseconds(gathered, LINKS["NVLink 4"])]
-        cells += [milliseconds(loss_traffic(tokens, vocab, ranks, div), BANDWIDTH)]
+        cells += [milliseconds(loss_traffic(tokens, vocab, ranks, div), H100.bandwidth)]
         yield f"| {thousands(tokens)} | {vocab:,} | {ranks} | " + " | ".join(cells) + " |"
 
 

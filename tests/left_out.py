@@ -35,7 +35,7 @@ def of_a_class_seen(divergence: Divergence | str) -> bool:
 IN_THE_INTERPRETER: dict[str, Callable[..., bool]] = {
     "test_split.py::test_divergence_and_gradient": lambda divergence, parts: (
         parts != {"jensen_shannon": 3, "jeffreys": 2}.get(divergence.name, 7) or divergence.name in (
-            "forward_kl", "reverse_kl", "skew_forward_kl", "total_variation", "alpha_beta"
+            "forward_kl", "reverse_kl", "skew_forward_kl", "skew_reverse_kl", "total_variation", "alpha_beta"
         )
     ),
     "test_split.py::test_rows_wherever_they_start": lambda divergence: divergence.sweeps == 1,

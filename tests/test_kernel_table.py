@@ -19,7 +19,7 @@ from dataclasses import replace
 from adakd_kernels.kernels.launch import LAUNCH_TABLE, tiles_and_warps
 from benchmarks import few_rows, kernel_table, launch_table
 from benchmarks.launch_table import Launch
-from benchmarks.roofline import CLOCKS_A_BYTE, bound, bytes_moved, clocks
+from benchmarks.roofline import GPUS, H100, bound, bytes_moved, clocks, over_memory
 from instruments.compiled import KERNELS, Code, Loop
 
 from .cases import TWO_SWEEPS
@@ -123,9 +123,12 @@ def test_the_model_adds_up():
     code = Code(64, 0, 0, 0, 0, 0, loads={}, stores={}, loops=[loop], warps=8, shared_bytes=0)
     assert code.occupancy() == 0.5 and bytes_moved(code, 4) == 4.0
     assert clocks(code, 4) == {
-        "memory": 4 * CLOCKS_A_BYTE / 0.9, "latency": 800 / (1024 * 16),
+        "memory": 4 * H100.clocks_a_byte / 0.9, "latency": 800 / (1024 * 16),
         "issue": 64 / 128, "fma": 16 / 128, "alu": 8 / 64, "mufu": 2 / 16, "lsu": 0.25 / 32,
     }  # fmt: skip
     assert bound(code, 4) == "issue"
     storing = replace(code, loops=[replace(loop, stores={128: 2})])
     assert bytes_moved(storing, 4) == 6.0
+    ratios = [over_memory(code, 4, gpu) for gpu in GPUS.values()]
+    assert ratios[1] == (clocks(code, 4)["issue"] / clocks(code, 4)["memory"], "issue")
+    assert ratios[1][0] < ratios[2][0] < ratios[3][0]

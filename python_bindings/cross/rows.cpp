@@ -239,6 +239,10 @@ int main(int count, char** arguments) {
     std::printf("cannot read %s\n", arguments[1]);
     return 2;
   }
+  if (adakd::kernels() == nullptr) {
+    std::printf("ADAKD_ISA names an instruction set that this build lacks: unset it, or set it to portable\n");
+    return 2;
+  }
   Report report(expected);
   run(Type::kFloat, Type::kFloat, "fp32", report);
   run(Type::kBf16, Type::kBf16, "bf16", report);
