@@ -235,14 +235,25 @@ FAULTS = [
     ),
     Fault(
         "a lane that is not written", "interpret", "adakd_kernels/kernels/gradient.py",
-        "store_zeros(Grad, skew, VS,", "store_zeros(Grad, skew, V,",
+        "Grad, skew, VS if PART is None", "Grad, skew, V if PART is None",
         "tests/test_traffic.py -k nothing_outside",
     ),
     Fault(
         "a token that reads more than it has to", "interpret", "adakd_kernels/kernels/peak.py",
-        "NOWHERE))\n        start += rows.LANES * rows.LANES * rows.WIDTH",
-        "NOWHERE))\n        start += rows.LANES * rows.WIDTH",
+        "nowhere))\n        start += rows.LANES * rows.LANES * rows.WIDTH",
+        "nowhere))\n        start += rows.LANES * rows.WIDTH",
         "tests/test_traffic.py -k formula",
+    ),
+    Fault(
+        "a part that is merged twice", "interpret", "adakd_kernels/kernels/split.py",
+        "at, size, inside = part * N + n, parts * N, part < parts\n    exponent = tl.full",
+        "at, size, inside = part // 2 * N + n, parts * N, part < parts\n    exponent = tl.full",
+        "tests/test_split.py -k statistics",
+    ),
+    Fault(
+        "a last part without the entries that the skew moves", "interpret", "adakd_kernels/kernels/rows.py",
+        "skew + V - start, PART - own_skew)", "V - start, PART - own_skew)",
+        "tests/test_split.py -k last_part",
     ),
     Fault(
         "a lost lane of the peak", "interpret", "adakd_kernels/kernels/peak.py",

@@ -237,11 +237,11 @@ def table(results: Mapping[str, Any]) -> str:
         what = [f"{part['records']} records", f"{part['answered']} answered"]
         what += ["greedily" if settings["greedy"] else f"for each of the seeds {' '.join(seeds)}"] if seeds else []
         what += [f"{part['tokens']} tokens of references"] if part.get("tokens") else []
-        what += [f"{part['too_long']} prompts too long for max_length={settings['max_length']}"] * bool(
-            part["too_long"]
-        )
+        if part["too_long"]:
+            what.append(f"{part['too_long']} prompts too long for max_length={settings['max_length']}")
         lines.append(f"{name}: {', '.join(what)}")
-    sampled = "" if settings["greedy"] else "± standard deviation over the seeds; "
+    several = any((part["rouge_l"] or {}).get("std") is not None for part in sets.values())
+    sampled = "" if not several else "± standard deviation over the seeds; "
     lines.append(f"{sampled}[{level} interval of a bootstrap over the prompts, {draws} draws]")
     return "\n".join(lines)
 

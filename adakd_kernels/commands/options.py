@@ -47,8 +47,7 @@ class RunOptions:
     method: str | None = field(
         default=None,
         metadata={
-            "help": f"Sets the options of a published method, where they are not given: {', '.join(METHODS)} "
-            "(docs/methods.md)."
+            "help": f"Sets what is not given as a published method has it: {', '.join(METHODS)} (docs/methods.md)."
         },
     )
     # `parse` sets this default: true without a method.

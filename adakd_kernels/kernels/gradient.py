@@ -14,6 +14,7 @@ from .rows import (
     ALIGNED,
     LOG2E,
     Rows,
+    below,
     constant_edges,
     constant_steps,
     exponent_scale,
@@ -90,9 +91,11 @@ def write_grad(
     s = load_tile(rows.S, start, rows, EDGE)
     t = load_tile(rows.T, start, rows, EDGE)
     grad = divergence_grad(s, t, rows.scale, token, DIVERGENCE, parameters)
-    grad = tl.where(t != -float("inf"), grad, 0.0)
-    if not vanishes_with_q(DIVERGENCE):
-        grad = tl.where(s != -float("inf"), grad, 0.0)
+    if vanishes_with_q(DIVERGENCE):
+        finite = t != -float("inf")
+    else:  # the sum of both differences is −inf only where one is
+        finite = below(s, token.m_s) + below(t, token.m_t) != -float("inf")
+    grad = tl.where(finite, grad, 0.0)
     if MARKED:
         grad = tl.where(offs_v == token.peak, token.peak_grad, grad)
     if WITH_CE:
@@ -114,10 +117,14 @@ def write_grad(
 
 @triton.jit
 def in_units(token, unit):
-    """The `Token` for g in this unit; its weight is NaN if Σg is."""
+    """The `Token` for g in this unit; its weight is NaN if Σg is, and an empty row has numbers below which −inf is."""
     sum_g = saturated(token.sum_g / unit)
+    empty_s = token.m_s == -float("inf")
+    empty_t = token.m_t == -float("inf")
     return Token(
-        token.weight * unit + 0.0 * sum_g, sum_g, token.m_s, token.c_s, token.m_t, token.c_t,
+        token.weight * unit + 0.0 * sum_g, sum_g,
+        tl.where(empty_s, 0.0, token.m_s), tl.where(empty_s, 0.0, token.c_s),
+        tl.where(empty_t, 0.0, token.m_t), tl.where(empty_t, 0.0, token.c_t),
         token.peak, token.peak_grad, token.label, token.ce_weight, token.m_1, token.c_1,
     )  # fmt: skip
 

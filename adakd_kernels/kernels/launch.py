@@ -200,7 +200,7 @@ def row_parts(config: dict[str, Any], tokens: int, vocab: int, device: torch.dev
     The last part has at least one entry, wherever the row starts, and in a skewed row up to seven beyond a part.
     """
     step = config.get("TILES", 1) * config["LANES"] * config["VEC"]
-    steps = -(-vocab // step)
+    steps = max(1, -(-vocab // step))
     of_part = -(-steps // wanted_parts(tokens, vocab, device))
     parts = -(-steps // of_part)
     return parts, of_part * step if parts > 1 else None

@@ -120,7 +120,7 @@ def token_divergence_fwd(
         results = (d, sum_g, normalizers_tau, peak, peak_grad)
         with on_device(student):
             if row_parts(config, mask.numel(), vocab, student.device)[0] > 1:
-                split_divergence(student, teacher, temperature, mask, divergence, alpha, beta, *results, config)
+                split_divergence(student, teacher, temperature, mask, divergence, alpha, beta, results, config)
             else:
                 token_divergence_fwd_kernel[(mask.numel(),)](
                     student, teacher, temperature, mask, *results,

@@ -48,10 +48,7 @@ class AdaKDOptions:
         default=None, metadata={"help": 'Parameters of the divergence, such as {"beta": 0.1} for jensen_shannon.'}
     )
     temperature_scale: float = field(
-        default=0.5,
-        metadata={
-            "help": "c of equation (6); 0 gives every token the base temperature, below 0 hard tokens get a high one."
-        },
+        default=0.5, metadata={"help": "c of equation (6); 0: the base temperature for all; below 0: reversed."}
     )
     base_temperature: float = field(default=1.0, metadata={"help": "Base temperature of equation (6)."})
     difficulty: str = field(
@@ -65,16 +62,10 @@ class AdaKDOptions:
         metadata={"help": "Fixed share r of the valid tokens to select; left out, it follows the loss (LATF)."},
     )
     focus_schedule: str = field(
-        default="loss",
-        metadata={
-            "help": "What the share follows where focus_ratio is left out: the 'loss' (LATF); or 'linear', a straight "
-            "line from 1 after the warm-up to focus_min_ratio in the last step."
-        },
+        default="loss", metadata={"help": "The share follows the 'loss', or a 'linear' fall to focus_min_ratio."}
     )
-    focus_warmup_ratio: float = field(
-        default=0.05, metadata={"help": "Part of the optimizer steps during which r = 1."}
-    )
-    focus_beta: float = field(default=0.99, metadata={"help": "Decay of the moving average of the loss."})
+    focus_warmup_ratio: float = field(default=0.05, metadata={"help": "Part of the steps during which r = 1."})
+    focus_beta: float = field(default=0.99, metadata={"help": "Decay of the loss's moving average."})
     focus_epsilon: float = field(
         default=0.05, metadata={"help": "Relative change of the average loss beyond which r changes."}
     )
@@ -182,7 +173,7 @@ class TrainerOptions(AdaKDOptions):
         default="raise",
         metadata={
             "help": "What a loss that is NaN or infinite does: 'raise' stops the run before the step; 'skip' leaves "
-            "the gradient of its micro-batch out and counts it, and waits for the device on every micro-batch."
+            "the gradient of its micro-batch out and counts it, and waits for the device each time."
         },
     )
 
