@@ -167,6 +167,7 @@ class Loop:
     stores: Counter[int]
     masked: bool  # whether a load is, as those at an edge are, and of one lane's entries after a sweep
     guarded: bool = False  # whether logits are compared with −inf, as where a sweep without guards is repeated
+    spills: int = 0  # instructions that move a register to memory or back; of AMD, they are counted for the code alone
 
     @property
     def load_bytes(self) -> int:
@@ -200,6 +201,16 @@ class Code:
         found = [loop for loop in self.loops if widest in loop.loads]
         found = [loop for loop in found if not loop.masked] or found
         return [loop for loop in found if not loop.guarded] or found
+
+    @property
+    def spills_for_guards(self) -> bool:
+        """Whether what is kept in memory is nothing to an ordinary row.
+
+        A row with an entry at −inf repeats its sweep with guards. Registers that run out there, or where a row is set
+        up, are few instructions, and at most two of a round of the loop over whole steps.
+        """
+        repeats = any(loop.guarded for loop in self.loops) and not any(loop.guarded for loop in self.sweeps)
+        return repeats and self.spills <= 72 and sum(loop.spills for loop in self.sweeps) <= 2
 
     def occupancy(self) -> float:
         """Share of the 64 warps of an SM of sm_90 that registers (65,536) and shared memory (228 KiB) leave room for.
@@ -317,6 +328,7 @@ def _sass_loop(body: list[_Instruction]) -> Loop:
         stores=_sass_widths(body, "STG"),
         masked=any(i.guard for i in body if i.name == "LDG"),
         guarded=any("-INF" in i.operands for i in body if i.name in ("FSETP", "HSETP2", "DSETP")),
+        spills=sum(i.name in ("LDL", "STL") for i in body),
     )
 
 

@@ -93,7 +93,7 @@ if DIVERGENCE == "{NAME}":
         low = tl.exp2(-tl.abs(gap))
         top = tl.exp2(tl.where(gap > 0.0, log_q, log_p))
         apart = tl.where(gap > 0.0, 1.0 - low, low - 1.0)
-        d = apart * reciprocal(1.0 + low)
+        d = apart / (1.0 + low)
         q = top * tl.where(gap > 0.0, 1.0, low)
         return 0.5 * top * apart * d, 0.5 * q * d * (2.0 - d), q
     el""",

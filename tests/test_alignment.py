@@ -17,8 +17,8 @@ if not INTERPRETING:
 import triton
 import triton.language as tl
 
-from adakd_kernels.kernels.divergence_terms import log2_of_mixture, reciprocal
 from adakd_kernels.kernels.launch import launch_config, lead, skewed
+from adakd_kernels.kernels.mixture import log2_of_mixture, reciprocal
 from adakd_kernels.ops.token_divergence import empty_gradient
 
 pytestmark = pytest.mark.interpret

@@ -8,18 +8,9 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from triton.language import target_info
-from triton.language.extra.cuda import libdevice
 
+from .mixture import log2_of_mixture, logs_over_mixture, mixture_over
 from .rows import LN2, LOG2E, log2_1p
-
-# log2(1 + r)/r for |r| < NEAR, lowest power first: the polynomial of least relative error, 3.5e-8, which is less than
-# fp32 rounds.
-LOG2_POLYNOMIAL = tl.constexpr((1.44269502, -0.721347451, 0.48118031, -0.360955656))
-NEAR = tl.constexpr(2.0**-5)
-
-# The power of two beyond which one mass is nothing beside another, with either in the place of both.
-FAR = tl.constexpr(100.0)
 
 # Below this the series of 1 − e^−z is exact in fp64 after nine terms.
 SMALL = tl.constexpr(2.0**-5)
@@ -75,69 +66,6 @@ def whole_g(g, DIVERGENCE: tl.constexpr, parameters):
     elif DIVERGENCE == "jensen_shannon" or DIVERGENCE == "skew_forward_kl":
         g *= parameters.of_q
     return g
-
-
-@triton.jit
-def approximate_log2(x):
-    """log2 of a normal number, with an absolute error of 2^-22 between 1/2 and 2 on NVIDIA's GPUs."""
-    if x.dtype == tl.float32 and target_info.is_cuda():
-        return libdevice.fast_log2f(x)
-    else:
-        return tl.log2(x)
-
-
-@triton.jit
-def log2_of_mixture(x):
-    """log2 of a normal number, relatively exact near 1, where the GPU's own logarithm is not."""
-    result = approximate_log2(x)
-    if x.dtype == tl.float32:
-        r = x - 1.0
-        near = tl.full(x.shape, LOG2_POLYNOMIAL[3], tl.float32)
-        for power in tl.static_range(2, -1, -1):
-            near = near * r + LOG2_POLYNOMIAL[power]
-        result = tl.where(tl.abs(r) < NEAR, near * r, result)
-    return result
-
-
-@triton.jit
-def reciprocal(x):
-    """1/x of a number of moderate size, without the care for the largest and smallest that a division takes."""
-    root = tl.rsqrt(x)
-    return root * root
-
-
-@triton.jit
-def mixture_over(log_ratio, weight, rest, LIGHT: tl.constexpr):
-    """(log2 x, 2^log_ratio, 1/x) of the mixture x = rest + weight·2^log_ratio, which is m over one of p and q.
-
-    LIGHT: the weight is next to 0. Then so is the logarithm: it is taken from a small number with all its digits.
-    """
-    ratio = tl.exp2(tl.minimum(log_ratio, FAR))
-    x = rest + weight * ratio
-    log_x = log2_1p(weight * (ratio - 1.0)) if LIGHT else log2_of_mixture(x)
-    return log_x, ratio, reciprocal(x)
-
-
-@triton.jit
-def logs_over_mixture(gap, mix, parameters):
-    """log2(p/m) and log2(q/m) for m = of_p·p + of_q·q; `mix` is m over the larger of p and q.
-
-    Where one weight is next to 0, m is next to its heavy part nearly everywhere, and that part's logarithm next to 0:
-    it is taken as that of 1 + x, from a small x with all its digits.
-    """
-    log_mix = log2_of_mixture(mix)
-    log_p = tl.minimum(-gap, 0.0) - log_mix
-    log_q = tl.minimum(gap, 0.0) - log_mix
-    if parameters.LIGHT is not None:
-        light = parameters.of_p if parameters.LIGHT == "p" else parameters.of_q
-        light_over_heavy = -gap if parameters.LIGHT == "p" else gap  # log2
-        ratio = light * tl.exp2(tl.minimum(light_over_heavy, 100.0))
-        of_heavy = -log2_1p(ratio - light)
-        of_light = light_over_heavy + of_heavy
-        near = ratio <= 1.0
-        log_p = tl.where(near, of_light if parameters.LIGHT == "p" else of_heavy, log_p)
-        log_q = tl.where(near, of_heavy if parameters.LIGHT == "p" else of_light, log_q)
-    return log_p, log_q
 
 
 @triton.jit

@@ -113,7 +113,7 @@ def launch_config(
         "num_warps": warps,
         **FUSED,
     }
-    if family == "cuda" and itemsize == 2 and vocab >= _SHORT_ROW:
+    if family == "cuda" and itemsize == 2:
         # What comes once a row, and the edges of skewed rows, would take more registers than the sweeps do, only to
         # overlap itself; 64 leave room for half of an SM's warps.
         if kernel in ("forward", "with_gradient") or (kernel in ONE_TILE and is_skewed):

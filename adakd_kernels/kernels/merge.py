@@ -8,7 +8,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .rows import LN2, UNIT, exponent_rounding, exponent_scale, log2_1p, lowest
+from .divergence_terms import divergence_terms, peak_terms, whole_g
+from .rows import LN2, UNIT, exponent_rounding, exponent_scale, load_normalizers, log2_1p, lowest
 
 # In the place of a logarithm of 0: products with 0 stay 0, and sums of a few stay finite in fp64.
 NO_LOG = tl.constexpr(-1.0e300)
@@ -202,3 +203,45 @@ def in_range(x, ACC: tl.constexpr):
 def exponent_of(tau):
     """log2(e)/τ in fp64, from the scale of the sweeps and its rounding error."""
     return exponent_scale(tau).to(tl.float64) * UNIT * (1.0 + exponent_rounding(tau).to(tl.float64))
+
+
+@triton.jit
+def terms_of_peak(log_q, gap, DIVERGENCE: tl.constexpr, parameters, ACC: tl.constexpr):
+    """(f, c = −g/q) of the peak; g as the second sweep has it, so that g + c·q of equal rows cancels in every entry."""
+    _, g, q = divergence_terms(log_q, in_range(log_q - gap, ACC), DIVERGENCE, parameters)
+    f, _, _ = peak_terms(-log_q, in_range(gap, ACC), DIVERGENCE, parameters)
+    return f, -whole_g(g, DIVERGENCE, parameters) / q
+
+
+@triton.jit(do_not_specialize=["parts"])
+def merge_terms_kernel(
+    F,  # (parts·N,) Σf of every part, in ACC
+    G,  # (parts·N,) Σ(g + c·q), in ACC
+    Mask,  # (N,) bool
+    NormalizersTau,  # (4, N) at temperature τ, in ACC
+    Peak,  # (N,) int64, place of a heavy peak or −1
+    PeakTerms,  # (2, N) of `merge_normalizers_kernel`
+    D,  # (N,) result, in ACC
+    SumG,  # (N,) result Σg, in ACC
+    PeakGrad,  # (N,) result τ·∂D/∂zˢ at the peak, in ACC
+    parts,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,  # at least the number of parts
+):
+    n = tl.program_id(0)
+    N = tl.num_programs(0)
+    of = load_normalizers(NormalizersTau, n)
+    if (tl.load(Mask + n) == 0) | (of.l_s == 0.0) | (of.l_t == 0.0):
+        tl.store(D + n, 0.0)
+        tl.store(SumG + n, 0.0)
+        tl.store(PeakGrad + n, 0.0)
+        return
+    part = tl.arange(0, BLOCK)
+    f = tl.sum(tl.load(F + part * N + n, mask=part < parts, other=0.0).to(tl.float64), 0)
+    g = tl.sum(tl.load(G + part * N + n, mask=part < parts, other=0.0).to(tl.float64), 0)
+    c = tl.load(PeakTerms + n).to(tl.float64)
+    f_peak = tl.load(PeakTerms + N + n).to(tl.float64)
+    tl.store(D + n, in_range(f + f_peak, ACC))
+    tl.store(SumG + n, in_range(g - c, ACC))
+    grad = tl.where(tl.load(Peak + n) >= 0, -g / of.l_s.to(tl.float64), 0.0)
+    tl.store(PeakGrad + n, in_range(grad, ACC))

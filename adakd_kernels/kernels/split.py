@@ -16,12 +16,23 @@ import triton.language as tl
 from torch import Tensor
 
 from ..divergences import DIVERGENCES
-from .divergence_terms import Parameters, divergence_terms, number, peak_terms, whole_g
+from .divergence_terms import Parameters, number
 from .launch import FUSED, MOST_PARTS, acc_type, parameters
-from .merge import Mass, exponent_of, find_row_peak, in_range, load_mass, log2_of, merge_distance, merge_parts
+from .merge import (
+    Mass,
+    exponent_of,
+    find_row_peak,
+    in_range,
+    load_mass,
+    log2_of,
+    merge_distance,
+    merge_parts,
+    merge_terms_kernel,
+    terms_of_peak,
+)
 from .peak import store_peak
 from .row_parts import numbers, sweep_parts
-from .rows import LN2, LOG2E, Normalizers, load_normalizers, lowest, saturated, store_normalizers
+from .rows import LN2, LOG2E, Normalizers, lowest, saturated, store_normalizers
 from .token_terms import sweep_parts_of_terms
 
 # Mass of a peak from which on (10) could cancel there, so that its terms are computed apart, as in `ops/shards.py`.
@@ -140,53 +151,14 @@ def merge_normalizers_kernel(
     heavy = peak.finite & (peak.q >= HEAVY)
     log_q = tl.where(heavy, -of_s.log_sum, 0.0).to(ACC)
     gap = tl.where(heavy, peak.gap, 0.0)
-    # g as the second sweep has it, so that g + c·q of equal rows cancels in every entry.
-    _, g, q = divergence_terms(
-        log_q, in_range(log_q - gap, ACC), DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT)
-    )
-    f, _, _ = peak_terms(
-        -log_q, in_range(gap, ACC), DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT)
-    )
+    f, c = terms_of_peak(
+        log_q, gap, DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT), ACC
+    )  # fmt: skip
     store_normalizers(NormalizersTau, n, Normalizers(student.max, student.sum, teacher.max, teacher.sum))
     place = tl.max(tl.where(peak.own, tl.load(PartPeak + at, mask=inside, other=-1), -1), 0)
     tl.store(Peak + n, tl.where(heavy, place, -1).to(tl.int64))
-    g = whole_g(tl.where(heavy, g, 0.0), DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT))
-    tl.store(PeakTerms + n, saturated(-g / q))
+    tl.store(PeakTerms + n, saturated(tl.where(heavy, c, 0.0)))
     tl.store(PeakTerms + N + n, saturated(tl.where(heavy, f, 0.0)))
-
-
-@triton.jit(do_not_specialize=["parts"])
-def merge_terms_kernel(
-    F,  # (parts·N,) Σf of every part, in ACC
-    G,  # (parts·N,) Σ(g + c·q), in ACC
-    Mask,  # (N,) bool
-    NormalizersTau,  # (4, N) at temperature τ, in ACC
-    Peak,  # (N,) int64, place of a heavy peak or −1
-    PeakTerms,  # (2, N) of `merge_normalizers_kernel`
-    D,  # (N,) result, in ACC
-    SumG,  # (N,) result Σg, in ACC
-    PeakGrad,  # (N,) result τ·∂D/∂zˢ at the peak, in ACC
-    parts,
-    ACC: tl.constexpr,
-    BLOCK: tl.constexpr,  # at least the number of parts
-):
-    n = tl.program_id(0)
-    N = tl.num_programs(0)
-    of = load_normalizers(NormalizersTau, n)
-    if (tl.load(Mask + n) == 0) | (of.l_s == 0.0) | (of.l_t == 0.0):
-        tl.store(D + n, 0.0)
-        tl.store(SumG + n, 0.0)
-        tl.store(PeakGrad + n, 0.0)
-        return
-    part = tl.arange(0, BLOCK)
-    f = tl.sum(tl.load(F + part * N + n, mask=part < parts, other=0.0).to(tl.float64), 0)
-    g = tl.sum(tl.load(G + part * N + n, mask=part < parts, other=0.0).to(tl.float64), 0)
-    c = tl.load(PeakTerms + n).to(tl.float64)
-    f_peak = tl.load(PeakTerms + N + n).to(tl.float64)
-    tl.store(D + n, in_range(f + f_peak, ACC))
-    tl.store(SumG + n, in_range(g - c, ACC))
-    grad = tl.where(tl.load(Peak + n) >= 0, -g / of.l_s.to(tl.float64), 0.0)
-    tl.store(PeakGrad + n, in_range(grad, ACC))
 
 
 def split_stats(

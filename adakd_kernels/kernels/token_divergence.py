@@ -2,7 +2,7 @@
 
 Forward: reads 2U (two sweeps: 4U) of the selected rows, and 3/LANES of 1U again (two sweeps: 5/LANES) for the sums
 beside the student's most likely entry (`peak.py`); writes eight numbers a token. U is one pass over an N x V tensor,
-LANES the threads of a program, 256 where a row is long. The backward is in `gradient.py`.
+LANES the threads of a program, 256 where a row is long. The backward is in `gradient_kernel.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..reference import GradientCall
 from .divergence_terms import Parameters, number
-from .gradient import token_divergence_bwd_kernel
+from .gradient_kernel import token_divergence_bwd_kernel
 from .hellinger import sweep_hellinger
 from .kl import sweep_kl
 from .launch import acc_type, launch_config, on_device, parameters, row_parts, row_strides, sweeps

@@ -63,6 +63,10 @@ def finite_terms(s, t, log_q, log_p, c, DIVERGENCE: tl.constexpr, parameters):
     Skew reverse KL leaves q out of g, see `reference.py`.
     """
     f, g, q = divergence_terms(log_q, log_p, DIVERGENCE, parameters)
+    if c is not None and (DIVERGENCE == "skew_forward_kl" or DIVERGENCE == "skew_reverse_kl"):
+        hidden = 0.0 * log_q + 0.0 * log_p  # a NaN, which the ratio in the mixture hides
+        f += hidden
+        g += hidden
     finite = (s != -float("inf")) & (t != -float("inf"))
     lost = -q / units(DIVERGENCE)[1] if DIVERGENCE == "skew_reverse_kl" else 0.0
     f = tl.sum(tl.where(finite, f, 0.0), 1)

@@ -108,7 +108,8 @@ class TokenLosses(torch.autograd.Function):
             of_gradient = (weight, labels, of_ce[0] if of_ce else None, normalizers_1)
             if inplace:
                 d, *saved = token_divergence_with_gradient_(*args, *of_gradient)
-                given = (student, weights, scaled_by)
+                # Not the logits themselves: those of a DTensor are a view that autograd refuses once it has changed.
+                given = (student.detach(), weights, scaled_by)
             else:
                 d, *saved, gradient = token_divergence_with_gradient(*args, *of_gradient)
                 given = (gradient, weights, scaled_by)
@@ -164,9 +165,9 @@ class TokenLosses(torch.autograd.Function):
             else:
                 grad = TokenLosses.computed(ctx, tensors, of_token, grad_loss, memory)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            student = tensors[0] if tensors else memory
+            refuses = torch.zeros((), device=grad.device, requires_grad=True)
             upstream = [x for x in (of_token, grad_loss) if x is not None]
-            grad = OnceDifferentiable.apply(grad, student, *upstream)  # type: ignore[no-untyped-call]
+            grad = OnceDifferentiable.apply(grad, refuses, *upstream)  # type: ignore[no-untyped-call]
         return (grad,) + (None,) * 14
 
     @staticmethod
