@@ -552,7 +552,7 @@ def token_entropy(logits: Tensor) -> Tensor:
     return math.log(vocab) - divergence
 
 
-def power_of_two(items: float) -> float:
+def host_power_of_two(items: float) -> float:
     """A power of two near `items`, by which the gradients are scaled up until the backward.
 
     In fp16 the gradient of a mean over thousands of tokens would be 0 (below 6e-8); a power of two rounds nothing.

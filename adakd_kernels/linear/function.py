@@ -29,7 +29,7 @@ from ..functional import (
 )
 from ..ops.token_divergence import OnceDifferentiable
 from ..vocab_parallel import VocabParallel, local_part, local_shards
-from .chunks import Chunks, KeptLogits, Objective, Tokens, one_phase, phase_1, power_of_two, two_phases
+from .chunks import Chunks, KeptLogits, Objective, Tokens, host_power_of_two, one_phase, phase_1, two_phases
 from .heads import HeadInput, StudentHead, TeacherHead, blocks, make_heads
 
 __all__ = ["linear_adakd_loss"]
@@ -215,7 +215,7 @@ def loss_of_hidden(
             # The one wait: which tokens are labelled.
             positions = labelled.nonzero().flatten()
             n = len(positions)
-            objective = objective._replace(power=power_of_two(n if items is None else number(items)))
+            objective = objective._replace(power=host_power_of_two(n if items is None else number(items)))
             of_labelled = labels.index_select(0, positions).unsqueeze(0) if read or shards is not None else None
             tokens = Tokens(positions, of_labelled, len(labels))
             if choice is not None or objective.selects_all_at_one_temperature:
