@@ -42,14 +42,14 @@ class Plan:
 
     first_cut: int = 10
     layers_cut: int = 10
-    start_steps: int = 100
-    steps: int = 100
+    start_steps: int = 60
+    steps: int = 60
     batch_size: int = 8
     learning_rate: float = 3e-4
     start_learning_rate: float = 5e-4
     max_length: int = 192
     max_new_tokens: int = 64
-    prompts: int = 96
+    prompts: int = 64
     draws: tuple[int, ...] = (10, 20, 30, 40, 50)
 
 
