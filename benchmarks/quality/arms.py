@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from adakd_kernels import AdaKDLoss, AdaKDOutput, TokenChoice, select_tokens
 from adakd_kernels.integrations.transformers import METHODS, AdaKDConfig
@@ -92,7 +91,8 @@ class RecordingLoss(AdaKDLoss):
         if self.shares is None or not self._in_optimizer_step():
             return args
         *args_of_rows, labels, num_items = args
-        valid, score = labels != self.ignore_index, torch.rand(labels.shape, device=labels.device)
+        valid = labels != self.ignore_index
+        score = torch.rand(labels.shape, device=labels.device) * valid
         ratio = torch.tensor(self.shares[len(self.temperatures)], device=labels.device)
         selected = select_tokens(score, ratio, valid)
         temperature = torch.full_like(score, self.base_temperature)

@@ -1,0 +1,186 @@
+"""What the lines of results come to: tables of the arms and of paired differences, and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from adakd_kernels.evaluation.distances import DISTANCES
+from adakd_kernels.evaluation.intervals import Estimate, estimate
+from adakd_kernels.evaluation.tables import SHOWN, Shown, markdown
+
+from .arms import ARMS
+from .experiment import START, TEACHER
+
+Line = dict[str, Any]
+TITLES = {TEACHER: "teacher", START: "student before", **{name: arm.title for name, arm in ARMS.items()}}
+SAMPLED, GREEDY = "rouge_l", "rouge_l_greedy"
+COLUMNS = {
+    SAMPLED: Shown("ROUGE-L sampled", 1, True),
+    GREEDY: Shown("greedy", 1, True),
+    **{name: SHOWN[name] for name in ("forward_kl", "reverse_kl", "cross_entropy", "entropy")},
+}
+"""The measures that are shown."""
+SHORT = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "cross_entropy": "cross-entropy", "entropy": "entropy"}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An arm less the one that it is compared with, paired by seed and prompt.
+
+    Attributes:
+        found: the mean over the seeds that both have, with an interval over the prompts.
+        seeds: the difference of each seed.
+    """
+
+    found: Estimate
+    seeds: list[float]
+
+    @property
+    def decided(self) -> bool:
+        """Whether the interval leaves 0 out and all seeds, two at least, agree in the sign."""
+        one_sign = len({value > 0.0 for value in self.seeds}) == 1 and 0.0 not in self.seeds
+        out = self.found.low is not None and self.found.high is not None and self.found.low * self.found.high > 0.0
+        return len(self.seeds) > 1 and one_sign and out
+
+
+def _totals(line: Line, name: str, measure: str) -> tuple[list[float], list[float]]:
+    """Of each prompt its total, and what the sum of the totals is divided by."""
+    prompts = line["sets"][name]
+    if measure in DISTANCES:
+        weights = [float(tokens) for tokens in prompts["tokens"]]
+        return [value * weight for value, weight in zip(prompts[measure], weights, strict=True)], weights
+    values = [mean(each) for each in prompts[measure]] if measure == SAMPLED else prompts[measure]
+    return values, [1.0] * len(values)
+
+
+def value(line: Line, name: str, measure: str) -> float:
+    """The mean of a set."""
+    totals, weights = _totals(line, name, measure)
+    return sum(totals) / sum(weights)
+
+
+def difference(first: Iterable[Line], second: Iterable[Line], name: str, measure: str) -> Difference | None:
+    """`second` less `first`, or None where they have no seed in common."""
+    of_first, of_second = ({line["seed"]: line for line in lines} for lines in (first, second))
+    seeds = [seed for seed in of_first if seed in of_second]
+    if not seeds:
+        return None
+    totals: list[list[float]] = []
+    weights: list[float] = []
+    for seed in seeds:
+        pair = of_first[seed], of_second[seed]
+        if pair[0]["sets"][name]["key"] != pair[1]["sets"][name]["key"] or pair[0]["plan"] != pair[1]["plan"]:
+            raise ValueError(f"seed {seed} has lines of other prompts or another plan: give one plan to all runs")
+        before, weights = _totals(pair[0], name, measure)
+        totals.append([b - a for a, b in zip(before, _totals(pair[1], name, measure)[0], strict=True)])
+    found = estimate([mean(each) for each in zip(*totals, strict=True)], weights)
+    return Difference(found, [sum(each) / sum(weights) for each in totals])
+
+
+def by_arm(lines: Iterable[Line]) -> dict[str, list[Line]]:
+    """The lines of each arm, in the order of `TITLES`."""
+    found: dict[str, list[Line]] = {name: [] for name in TITLES}
+    for line in lines:
+        found[line["arm"]].append(line)
+    return {name: of for name, of in found.items() if of}
+
+
+def set_names(lines: Iterable[Line]) -> list[str]:
+    return list(dict.fromkeys(name for line in lines for name in line["sets"]))
+
+
+def arms_table(lines: list[Line]) -> str:
+    """Of each arm the means over its seeds, ± the standard deviation of ROUGE-L over them; a table for each set."""
+    header = ["", "seeds", "mean τ", "mean r", *(SHORT.get(name, shown.title) for name, shown in COLUMNS.items())]
+    blocks = []
+    for name in set_names(lines):
+        rows = []
+        for arm, of in by_arm(lines).items():
+            cells = [TITLES[arm], str(len(of)) if arm != TEACHER else ""]
+            cells.append(f"{mean(line['mean_temperature'] for line in of):.2f}" if "shares" in of[0] else "")
+            cells.append(f"{mean(mean(line['shares']) for line in of):.2f}" if "shares" in of[0] else "")
+            for measure, shown in COLUMNS.items():
+                values = [value(line, name, measure) for line in of]
+                spread = f" ± {stdev(values):.1f}" if measure == SAMPLED and len(values) > 1 else ""
+                cells.append(f"{mean(values):.{shown.digits}f}{spread}")
+            rows.append(cells)
+        blocks.append(f"{name}:\n\n{markdown(header, rows)}")
+    return "\n\n".join(blocks)
+
+
+def differences_table(lines: list[Line]) -> str:
+    """Of each arm the difference from the arm that it is compared with; a table for each set."""
+    arms = by_arm(lines)
+    header = ["", "less", "seeds", *(SHORT.get(name, shown.title) for name, shown in COLUMNS.items())]
+    blocks = []
+    for name in set_names(lines):
+        rows = []
+        for arm, of in arms.items():
+            against = ARMS[arm].against if arm in ARMS else None
+            if against is None or against not in arms:
+                continue
+            found = {measure: difference(arms[against], of, name, measure) for measure in COLUMNS}
+            seeds = found[SAMPLED]
+            if seeds is None:
+                continue
+            row = [TITLES[arm], TITLES[against], str(len(seeds.seeds))]
+            rows.append(row + [_cell(each, COLUMNS[measure]) for measure, each in found.items() if each is not None])
+        blocks.append(f"{name}:\n\n{markdown(header, rows)}")
+    return "\n\n".join(blocks)
+
+
+def _cell(found: Difference, shown: Shown) -> str:
+    mark = "**" if found.decided else ""
+    middle, *ends = (f"{number:+.{shown.digits}f}" for number in found.found if number is not None)
+    return f"{mark}{middle}{mark}" + (f" [{', '.join(ends)}]" if ends else "")
+
+
+def draw(lines: list[Line], colours: dict[str, str]) -> Any:
+    """Sampled ROUGE-L over the student's entropy: a panel for each set, an arm a mark, its seeds small beside it.
+
+    Args:
+        lines: of results.
+        colours: of `text`, `grid`, `back` and `ours`, which are the arms with AdaKD.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    names = set_names(lines)
+    figure = Figure(
+        figsize=(4.6 * len(names), 3.6 + 0.8 / len(names) + 1.0), layout="constrained", facecolor=colours["back"]
+    )
+    arms = [(arm, of) for arm, of in by_arm(lines).items() if arm in ARMS]
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for number, (arm, of) in enumerate(arms, start=1):
+            points = [(value(line, name, "entropy"), value(line, name, SAMPLED)) for line in of]
+            colour = colours["ours" if "adakd" in arm else "text"]
+            centre = tuple(mean(part) for part in zip(*points, strict=True))
+            axis.scatter(*zip(*points, strict=True), s=8, color=colour, alpha=0.5, linewidths=0)
+            for x, y in points:
+                axis.plot([centre[0], x], [centre[1], y], color=colour, alpha=0.25, linewidth=0.8)
+            axis.text(
+                *centre, str(number), color=colours["back"], fontsize=8, ha="center", va="center",
+                bbox={"boxstyle": "circle,pad=0.25", "facecolor": colour, "edgecolor": "none"},
+            )  # fmt: skip
+        axis.set_title(name, color=colours["text"], fontsize="medium")
+        axis.set_xlabel("entropy of the student (nats/token)", color=colours["text"])
+        axis.set_ylabel("ROUGE-L, sampled", color=colours["text"])
+        axis.set_facecolor(colours["back"])
+        axis.tick_params(colors=colours["text"])
+        axis.grid(color=colours["grid"], linewidth=0.6)
+        for spine in axis.spines.values():
+            spine.set_color(colours["grid"])
+    key = [
+        Line2D([], [], linestyle="", marker=f"${number}$", color=colours["text"], label=TITLES[arm])
+        for number, (arm, _) in enumerate(arms, start=1)
+    ]
+    figure.legend(
+        handles=key, loc="outside lower center", ncols=len(names), labelcolor=colours["text"], fontsize=8, frameon=False
+    )
+    return figure
+
+
+TABLES: dict[str, Callable[[list[Line]], str]] = {"arms": arms_table, "differences": differences_table}
