@@ -334,7 +334,8 @@ IN_PLAIN_TORCH: dict[str, Callable[..., bool]] = {
         (route == "hidden") != bool(ce_weight)
     ),
     "test_trl.py::test_without_adakd_the_losses_are_those_of_trl": lambda architecture: architecture == "granite",
-    # Ranks of data-parallel runs are tested below the command line.
+    # Ranks of data-parallel runs are tested below the command line, and without these lines around them.
+    "test_examples.py::test_the_trainer_on_two_processes": every,
     "test_tensor_parallel.py::test_adakd_train_on_two_ranks_gives_what_one_process_gives": lambda kind: kind == "data",
     "test_trainer_nan.py::test_the_run_stops_and_says_where": lambda selection, per_record, route: (
         (selection == "step") != (per_record == (route == "hidden"))
