@@ -19,7 +19,7 @@ unexport TRITON_INTERPRET
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .PHONY: help setup demo format lint types test test-all test-fast test-native test-interpret test-compile test-gpu \
-  test-cross test-faults test-versions sanitize fuzz bench bench-gpu kernels-table clean
+  docs test-cross test-faults test-versions sanitize fuzz bench bench-gpu kernels-table clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -133,6 +133,10 @@ test-gpu: setup ## the real kernels on a GPU; skips where there is none
 	$(PYTEST) -m gpu
 
 # Peers to measure beside, without their dependencies; those that cannot be had are skipped.
+docs: setup ## the pages of docs/ as a site, with the reference from the docstrings, in build/site; a warning is an error
+	$(PIP) install -q -c constraints.txt -e '.[docs]' --no-build-isolation
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 bench: setup ## measure speed and memory; not part of test
 	-$(PIP) install -q -c constraints.txt --no-deps liger-kernel orda-kernel
 	$(BIN)/python -m pytest benchmarks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -28,6 +29,7 @@ MATHS = "docs/maths.md"
 SEVERAL_PROCESSES = "docs/scale.md"
 # Its commands: their start, a word of what they print, the environment that they are for.
 MEASUREMENTS = [("TRITON_INTERPRET=1 python", "plain", {"TRITON_INTERPRET": "1"}), ("python", "eager", {})]
+PUBLIC = ["evaluation", "integrations.transformers", "integrations.trl"]
 MODULES = [
     "adaptive",
     "functional",
@@ -107,7 +109,7 @@ def test_commands_of_a_page_run(page, project):
 
 def test_the_readme_shows_every_kind_of_snippet():
     pages = {"README.md", SEVERAL_PROCESSES}
-    pages |= {f"docs/{name}.md" for name in ("evaluation", "losses", "methods", "trainer", "trl")}
+    pages |= {f"docs/{name}.md" for name in ("evaluation", "losses", "methods", "reference", "trainer", "trl")}
     assert set(pages_with("python")) == pages
     assert {"README.md", "docs/methods.md", "docs/report.md", "docs/trainer.md"} == set(pages_with("yaml"))
     assert [line.split()[:2] for block in blocks("sh", PAGES["README.md"]) for line in block.splitlines()] == [
@@ -136,6 +138,25 @@ def test_pages_that_the_code_names_exist():
     }
     assert {page for page, _ in named} <= PAGES.keys(), [place for place in named if place[0] not in PAGES]
     assert len(PAGES["README.md"].splitlines()) < 200
+
+
+# What `make docs` makes of a docstring, by module and name.
+REFERENCE = re.findall(r"^::: ([\w.]+)\.(\w+)$", PAGES["docs/reference.md"], flags=re.MULTILINE)
+
+
+def test_the_reference_has_every_public_name_and_each_has_an_example():
+    modules = {module for module, _ in REFERENCE}
+    assert modules == {"adakd_kernels", *(f"adakd_kernels.{name}" for name in PUBLIC)}
+    if importlib.util.find_spec("trl") is None:
+        modules.remove("adakd_kernels.integrations.trl")
+    for module in modules:
+        names = sorted(name for of, name in REFERENCE if of == module)
+        assert names == sorted(importlib.import_module(module).__all__)
+    lines = [block for page in pages_with("python") for block in blocks("python", PAGES[page])]
+    for path in (ROOT / "adakd_kernels").rglob("*.py"):
+        lines += re.findall(r"^ *(?:>>>|\.\.\.) (.*)$", path.read_text(), flags=re.MULTILINE)
+    words = set(re.findall(r"\w+", "\n".join(lines)))
+    assert {name for _, name in REFERENCE} <= words
 
 
 @pytest.mark.parametrize("name", MODULES)

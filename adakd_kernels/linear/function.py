@@ -89,8 +89,8 @@ def linear_adakd_loss(
             112 MiB on a CPU and in 1 GiB elsewhere.
         keep_bytes: bytes for logits that are kept between the phases instead of being computed again: those of the
             hardest tokens. Without effect where the student's head is a module that gets gradients.
-        divergence, focus_ratio, temperature_scale, base_temperature, difficulty, ce_weight, num_items, ignore_index,
-            shift: as in `adakd_loss`.
+        divergence, focus_ratio, temperature_scale, base_temperature, difficulty: as in `adakd_loss`.
+        ce_weight, num_items, ignore_index, shift: as in `adakd_loss`.
         choice: as in `adakd_loss`. Each token that has a part in the loss goes through the heads once then.
         entropy_out: (B, L) or (N,), floating, takes the entropy of the student at temperature 1 over the common
             vocabulary, in nats, of the valid tokens, and 0 elsewhere: for one more pass over the student's logits of

@@ -47,9 +47,10 @@ def linear_token_divergence(
     here. Under `torch.autocast` the heads compute in its type, as a linear layer does.
 
     Args:
-        student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias, student_softcap,
-            teacher_softcap, student_scale, teacher_scale, chunk_tokens: as in `linear_adakd_loss`. A module in the
-            place of the student's weight runs once in the forward and once, with a graph of its own, in the backward.
+        student_hidden, teacher_hidden, student_bias, teacher_bias, chunk_tokens: as in `linear_adakd_loss`.
+        student_softcap, teacher_softcap, student_scale, teacher_scale: as in `linear_adakd_loss`.
+        student_weight, teacher_weight: as in `linear_adakd_loss`. A module in the place of the student's weight runs
+            once in the forward and once, with a graph of its own, in the backward.
         temperature, divergence, mask: as in `token_divergence`. Tokens that are not in the mask cost no product.
 
     Returns:

@@ -149,8 +149,9 @@ class AdaKDDistillationTrainer(DistillationTrainer):
     token selected (r = 1).
 
     Args:
-        model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers, quantization_config,
-            peft_config, tools: as `DistillationTrainer` takes them, `args` an `AdaKDDistillationConfig`.
+        model, train_dataset, eval_dataset, processing_class: as `DistillationTrainer` takes them.
+        callbacks, optimizers, quantization_config, peft_config, tools: as `DistillationTrainer` takes them.
+        args: an `AdaKDDistillationConfig`.
         teacher_model: a model or the name of one, with the student's vocabulary.
 
     Attributes:
