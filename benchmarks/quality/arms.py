@@ -41,6 +41,8 @@ def _on(method: str, adakd: bool = False, **options: Any) -> dict[str, Any]:
 
 
 SHARE_ALONE = _on("rkd", adakd=True, temperature_scale=0.0)
+SOONER = {"focus_beta": 0.83}
+"""The loss is averaged over the last 6 steps or so, a tenth of a run of 60, and not over the last 100."""
 TEMPERATURES_ALONE = _on("rkd", adakd=True, focus_ratio=1.0)
 
 ARMS: dict[str, Arm] = {
@@ -51,6 +53,8 @@ ARMS: dict[str, Arm] = {
     "one_temperature": Arm(
         "share, AdaKD's mean temperature for all", SHARE_ALONE, against="adakd", temperature_of="adakd"
     ),
+    "latf_sooner": Arm("+ share that follows sooner", SHARE_ALONE | SOONER, against="latf"),
+    "adakd_sooner": Arm("AdaKD, share follows sooner", _on("rkd", adakd=True) | SOONER, against="adakd"),
     "random_tokens": Arm("random tokens at LATF's share", _on("rkd"), against="latf", share_of="latf"),
     "idts_reversed": Arm(
         "temperatures the other way round", TEMPERATURES_ALONE | {"temperature_scale": -0.5}, against="idts"
