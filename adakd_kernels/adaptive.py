@@ -32,6 +32,10 @@ def tensor_on(value: float | Tensor, device: torch.device, dtype: torch.dtype | 
     """As a tensor. A number is filled in: the copy that `torch.as_tensor` makes of it would wait for the device."""
     if isinstance(value, Tensor):
         return value.to(device=device, dtype=dtype)
+    if torch.compiler.is_compiling() and isinstance(value, float):
+        # A float that changes stays an argument of the graph where a tensor is multiplied by it; filled in, it would
+        # become a constant, and each value would compile another graph.
+        return torch.ones((), dtype=dtype, device=device) * value
     return torch.full((), value, dtype=dtype, device=device)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -74,22 +75,55 @@ def operator(name: str, schema: str | None = None) -> Callable[[Callable[..., An
     """Decorator: `adakd::name`, which changes none of its arguments; the function is its reference body.
 
     The schema is that of the function's annotations, unless it is given. `torch.library.custom_op` would run Python
-    between the caller and the kernel, which takes longer than a small batch.
+    between the caller and the kernel, which takes longer than a small batch. An operator that takes floats has an
+    overload `in_graph` that takes 0-d tensors in their places, for `call`.
     """
 
     def define(body: Callable[..., Any]) -> Any:
         inferred = torch.library.infer_schema(body, mutates_args=()) if schema is None else schema
         _LIBRARY.define(name + inferred, tags=torch.Tag.pt2_compliant_tag)
         _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
-        return getattr(torch.ops.adakd, name).default
+        op = getattr(torch.ops.adakd, name).default
+        floats = [i for i, argument in enumerate(op._schema.arguments) if "float" in str(argument.type)]
+        if floats:
+
+            def on_numbers(*args: Any) -> Any:
+                return op(*(x.item() if i in floats and x is not None else x for i, x in enumerate(args)))
+
+            of_tensors = re.sub(r"\bfloat\b", "Tensor", inferred)
+            _LIBRARY.define(f"{name}.in_graph{of_tensors}", tags=torch.Tag.pt2_compliant_tag)
+            _LIBRARY.impl(f"{name}.in_graph", on_numbers, "CompositeExplicitAutograd")
+        return op
 
     return define
 
 
+def call(op: Any, *args: Any) -> Any:
+    """The result of an `operator` that takes floats.
+
+    Where torch.compile traces and one of them changes, the overload `in_graph` takes them: as floats they would be
+    constants of the graph, and each value would compile another one.
+    """
+    if not torch.compiler.is_compiling():
+        return op(*args)
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # and all of sympy
+
+    if not all(has_static_value(x) for x in args if isinstance(x, float)):
+        one = torch.ones((), dtype=torch.float64, device="cpu")  # whose value no GPU has to be waited for
+        args = tuple(one * x if isinstance(x, float) else x for x in args)
+        op = op.overloadpacket.in_graph
+    return op(*args)
+
+
 def register_fake(op: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: the function gives the shapes of what an `operator` returns."""
-    decorator: Callable[..., Any] = torch.library.register_fake(op, lib=_LIBRARY)
-    return decorator
+    """Decorator: the function, which reads no float, gives the shapes of what an `operator` returns."""
+
+    def register(fake: Callable[..., Any]) -> Callable[..., Any]:
+        for overload in op.overloadpacket.overloads():
+            torch.library.register_fake(getattr(op.overloadpacket, overload), fake, lib=_LIBRARY)
+        return fake
+
+    return register
 
 
 def register_triton(op: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..adaptive import exact_dtype, focus_step, tensor_on, token_choice
-from .backends import operator, register_fake, register_triton
+from .backends import call, operator, register_fake, register_triton
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -30,8 +30,8 @@ def choose_tokens(
         focus_ratio = tensor_on(focus_ratio, device, exact)
         num_items = None if num_items is None else tensor_on(num_items, device, exact)
     share, items = (x if isinstance(x, Tensor) else None for x in (focus_ratio, num_items))
-    result: Four = _choose_tokens(
-        difficulty, valid, share, 1.0 if isinstance(focus_ratio, Tensor) else focus_ratio,
+    result: Four = call(
+        _choose_tokens, difficulty, valid, share, 1.0 if isinstance(focus_ratio, Tensor) else focus_ratio,
         items, None if isinstance(num_items, Tensor) else num_items, temperature_scale, base_temperature,
     )  # fmt: skip
     return result

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..adaptive import power_of_two
 from ..divergences import Divergence
+from .backends import call
 from .loss_sums import loss_sums, loss_weights, token_cross_entropy
 from .token_divergence import (
     OnceDifferentiable,
@@ -114,12 +115,12 @@ class TokenLosses(torch.autograd.Function):
                 d, *saved, gradient = token_divergence_with_gradient(*args, *of_gradient)
                 given = (gradient, weights, scaled_by)
         elif sums is None:
-            d, *saved = token_divergence(*args)
+            d, *saved = call(token_divergence, *args)
         else:
             d, *saved = sums(student, teacher, temperature, mask, divergence)
         results: tuple[Tensor, ...] = (d,)
         if k is not None:
-            results = loss_sums(d, temperature, k, cross_entropy, n, ce_weight)
+            results = call(loss_sums, d, temperature, k, cross_entropy, n, ce_weight)
             ctx.mark_non_differentiable(results[2])
         rest: tuple[Tensor | None, ...] = (
             student, teacher, temperature, mask, *saved, labels, normalizers_1, ce_mask, cross_entropy, n, k
@@ -181,8 +182,8 @@ class TokenLosses(torch.autograd.Function):
             assert of_token is not None
             weight = of_token.where(mask, 0.0)
         else:
-            weight, *of_ce = loss_weights(
-                of_token, grad_loss, temperature, mask, k, cross_entropy, ce_mask, n, ctx.ce_weight
+            weight, *of_ce = call(
+                loss_weights, of_token, grad_loss, temperature, mask, k, cross_entropy, ce_mask, n, ctx.ce_weight
             ).unbind()
             ce_weight = of_ce[0] if of_ce else None
         args = (teacher, temperature, weight, *saved, labels, ce_weight, normalizers_1, *ctx.op_args)
@@ -190,7 +191,7 @@ class TokenLosses(torch.autograd.Function):
         if not ctx.common:  # a shard without a common entry
             return grad.zero_() if grad is not None else torch.zeros_like(student)
         if grad is None:
-            new: Tensor = token_divergence_backward(student, *args)
+            new: Tensor = call(token_divergence_backward, student, *args)
             return new
         if grad is not student:
             grad.copy_(student)
