@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..adaptive import power_of_two
-from ..divergences import Divergence
+from ..divergences import Divergence, with_parameters
 from .backends import call
 from .loss_sums import loss_sums, loss_weights, token_cross_entropy
 from .token_divergence import (
@@ -67,7 +67,7 @@ def token_losses(
     at_once = k is not None and sums is None and student.requires_grad and torch.is_grad_enabled() and not compiling
     result: tuple[Tensor, ...] = TokenLosses.apply(  # type: ignore[no-untyped-call]
         student, teacher, temperature, mask, labels, ce_mask, normalizers_1, cross_entropy, n, k, ce_weight,
-        divergence, sums, inplace, at_once,
+        divergence.name, *divergence.parameters, sums, inplace, at_once,
     )  # fmt: skip
     return result
 
@@ -89,13 +89,14 @@ class TokenLosses(torch.autograd.Function):
         n: Tensor | None,
         k: Tensor | None,
         ce_weight: float,
-        divergence: Divergence,
+        divergence: str,
+        alpha: float,
+        beta: float,
         sums: Callable[..., Sums] | None,
         inplace: bool,
         at_once: bool,
     ) -> tuple[Tensor, ...]:
-        name, parameters = divergence.name, divergence.parameters
-        args = (student, teacher, temperature, mask, name, *parameters)
+        args = (student, teacher, temperature, mask, divergence, alpha, beta)
         if cross_entropy is None and labels is not None and ce_mask is not None and normalizers_1 is not None:
             cross_entropy = token_cross_entropy(student, teacher, labels, ce_mask, normalizers_1)
         given: tuple[Tensor | None, ...] = ()
@@ -117,7 +118,7 @@ class TokenLosses(torch.autograd.Function):
         elif sums is None:
             d, *saved = call(token_divergence, *args)
         else:
-            d, *saved = sums(student, teacher, temperature, mask, divergence)
+            d, *saved = sums(student, teacher, temperature, mask, with_parameters(divergence, alpha, beta))
         results: tuple[Tensor, ...] = (d,)
         if k is not None:
             results = call(loss_sums, d, temperature, k, cross_entropy, n, ce_weight)
@@ -130,7 +131,7 @@ class TokenLosses(torch.autograd.Function):
         kept = (*given, *rest)
         ctx.save_for_backward(*(kept if torch.compiler.is_compiling() else map(savable, kept)))
         ctx.set_materialize_grads(False)
-        ctx.op_args = (name, *parameters)
+        ctx.op_args = (divergence, alpha, beta)
         ctx.common = min(student.shape[-1], teacher.shape[-1])
         ctx.ce_weight, ctx.inplace, ctx.at_once = ce_weight, inplace, bool(given)
         ctx.given_away = False
@@ -141,7 +142,7 @@ class TokenLosses(torch.autograd.Function):
         ctx: Any, of_token: Tensor | None, grad_loss: Tensor | None = None, *_: Any
     ) -> tuple[Tensor | None, ...]:
         if not ctx.needs_input_grad[0] or (of_token is None and grad_loss is None):
-            return (None,) * 15
+            return (None,) * 17
         if ctx.given_away and ctx.inplace:
             raise RuntimeError(
                 "the gradient was written over the student's logits (inplace=True) and the first backward gave it "
@@ -169,7 +170,7 @@ class TokenLosses(torch.autograd.Function):
             refuses = torch.zeros((), device=grad.device, requires_grad=True)
             upstream = [x for x in (of_token, grad_loss) if x is not None]
             grad = OnceDifferentiable.apply(grad, refuses, *upstream)  # type: ignore[no-untyped-call]
-        return (grad,) + (None,) * 14
+        return (grad,) + (None,) * 16
 
     @staticmethod
     def computed(
