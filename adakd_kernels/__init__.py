@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from . import quiet_torch as quiet_torch
 from .adaptive import LossAdaptiveFocus, ScheduledFocus, inverse_difficulty_temperature, select_tokens
 from .divergences import (
     AlphaBeta,

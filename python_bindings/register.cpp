@@ -410,6 +410,7 @@ Tensor loss_weights(const std::optional<Tensor>& grad_token_loss, const std::opt
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(adakd, CPU, library) {
+  if (adakd::kernels() == nullptr) return;  // ADAKD_ISA is wrong: the operators stay in plain torch
   library.impl("token_stats", TORCH_BOX(&token_stats));
   library.impl("token_divergence", TORCH_BOX(&token_divergence));
   library.impl("choose_tokens", TORCH_BOX(&choose_tokens));

@@ -101,6 +101,8 @@ def _leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what the run does without; skip what needs a GPU, the interpreter or the C++ kernels, absent."""
+    if os.environ.get("ADAKD_NATIVE") == "1" and not NATIVE and not INTERPRETING:
+        raise pytest.UsageError(f"ADAKD_NATIVE=1, but {backend('cpu').reason}")
     if not config.getoption("--thorough"):
         _leave_out(config, items)
     items.sort(key=lambda item: item.path.name not in LONGEST)  # so that no worker waits for one of them at the end

@@ -242,6 +242,8 @@ WITH_ANOTHER_INSTRUCTION_SET: dict[str, Callable[..., bool]] = {
     "test_native.py::test_where_a_row_lies_in_memory_does_not_change_a_bit": of_a_class_seen,
     "test_native.py::test_memory_beside_logits_and_gradient_is_small": every,
     "test_native.py::test_the_environment_decides": every,
+    "test_install.py::test_a_library_that_cannot_be_used_leaves_plain_torch_and_one_warning": every,
+    "test_install.py::test_a_wrong_instruction_set_where_the_kernels_are_demanded_is_an_error_after_the_import": every,
     "test_scale.py::test_memory_from_logits": every,
     "test_scale.py::test_memory_of_what_is_merged": every,
     "test_scale.py::test_memory_from_hidden_states": every,

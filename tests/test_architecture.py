@@ -25,6 +25,7 @@ pytestmark = pytest.mark.fast
 PACKAGE = Path(adakd_kernels.__file__).parent
 ROOT = PACKAGE.parent
 LAYERS = [
+    {"quiet_torch"},
     {"divergences"},
     {"checks"},
     {"reference", "adaptive"},

@@ -33,6 +33,7 @@ def run(argv: list[str]) -> int:
     for package in PACKAGES:
         print(f"{package:<14} {_version(package)}")
     failed = 0
+    warnings.filterwarnings("ignore", message="adakd_kernels computes on the CPU in plain torch")  # said below
     for device in _devices():
         taken = ops.backend(device.type)
         name = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""

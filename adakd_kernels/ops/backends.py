@@ -10,10 +10,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import warnings
 from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from . import native
 
@@ -71,6 +74,25 @@ def load_native() -> tuple[bool, str]:
     return native.load()
 
 
+@cache
+def report_plain_torch() -> None:
+    """When an op first runs in plain torch on the CPU, and nobody asked for that: say so, with the reason.
+
+    Raises:
+        RuntimeError: ADAKD_NATIVE=1 asks for the C++ kernels.
+    """
+    taken, wanted = backend("cpu"), os.environ.get("ADAKD_NATIVE")
+    if taken.name != "reference" or wanted == "0":
+        return
+    if wanted == "1":
+        raise RuntimeError(f"ADAKD_NATIVE=1, but {taken.reason}")
+    warnings.warn(
+        "adakd_kernels computes on the CPU in plain torch, which takes many times as long as its C++ kernels: "
+        f"{taken.reason}. ADAKD_NATIVE=0 asks for plain torch, without this warning.",
+        stacklevel=2,
+    )
+
+
 def operator(name: str, schema: str | None = None) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: `adakd::name`, which changes none of its arguments; the function is its reference body.
 
@@ -82,7 +104,14 @@ def operator(name: str, schema: str | None = None) -> Callable[[Callable[..., An
     def define(body: Callable[..., Any]) -> Any:
         inferred = torch.library.infer_schema(body, mutates_args=()) if schema is None else schema
         _LIBRARY.define(name + inferred, tags=torch.Tag.pt2_compliant_tag)
-        _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
+
+        @wraps(body)
+        def reported(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(x, Tensor) and x.is_cpu for x in args):
+                report_plain_torch()
+            return body(*args, **kwargs)
+
+        _LIBRARY.impl(name, reported, "CompositeExplicitAutograd")
         op = getattr(torch.ops.adakd, name).default
         floats = [i for i, argument in enumerate(op._schema.arguments) if "float" in str(argument.type)]
         if floats:
