@@ -1,8 +1,11 @@
 """The mathematics of AdaKD in plain torch: equations (1)-(10) of docs/maths.md, on any device, in fp32 or fp64.
 
 Kernels and compiled code are tested against these functions. They are also the body of every op on a device that has
-no kernel, and `adakd_loss` below is the eager baseline of the benchmarks. They allocate several N x V temporaries,
-which the kernels do not.
+no kernel, which hands them some rows at a time, and `adakd_loss` below is the eager baseline of the benchmarks. They
+allocate several temporaries of the size of the rows, which the kernels do not.
+
+Most rows have no entry at −inf. To look for one costs little beside the masks that such an entry takes, so that these
+are made only where there is one.
 
 Shapes: logits are (..., V), per-token tensors are (...). Logits of other types are computed in fp32, fp64 stays fp64.
 """
@@ -10,8 +13,9 @@ Shapes: logits are (..., V), per-token tensors are (...). Logits of other types 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,19 +73,22 @@ class GradientCall(NamedTuple):
     alpha: float
     beta: float
 
-    def rows(self, mask: Tensor) -> GradientCall:
-        """The call of the tokens in the mask (B, L): (N, V) logits, (N,) numbers and (4, N) bundles."""
-        bundles = ("normalizers_tau", "normalizers_1")
-        own: dict[str, Any] = {name: value for name, value in self._asdict().items() if isinstance(value, Tensor)}
-        return self._replace(**{name: x[:, mask] if name in bundles else x[mask] for name, x in own.items()})
+
+def _shifted(logits: Tensor, z_max: Tensor, temperature: Tensor) -> Tensor:
+    """(z − m)/τ."""
+    return (logits - z_max.unsqueeze(-1)).div_(temperature.unsqueeze(-1))
+
+
+def _own_normalizer(logits: Tensor, temperature: Tensor) -> tuple[Normalizer, Tensor]:
+    """`normalizer`, and the logits relative to it."""
+    z_max = logits.detach().amax(-1)
+    shifted = _shifted(logits, z_max.masked_fill(z_max == -math.inf, 0.0), temperature)
+    return Normalizer(z_max, shifted.exp().sum(-1)), shifted
 
 
 def normalizer(logits: Tensor, temperature: Tensor | float = 1.0) -> Normalizer:
     """Row maximum m and Σᵥ exp((zᵥ − m)/τ); the maximum is a constant for autograd."""
-    z_max = logits.detach().amax(-1)
-    tau = torch.as_tensor(temperature, dtype=logits.dtype, device=logits.device)
-    anchor = z_max.masked_fill(z_max == -math.inf, 0.0)
-    return Normalizer(z_max, ((logits - anchor.unsqueeze(-1)) / tau.unsqueeze(-1)).exp().sum(-1))
+    return _own_normalizer(logits, torch.as_tensor(temperature, dtype=logits.dtype, device=logits.device))[0]
 
 
 def common_vocabulary(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,24 +98,32 @@ def common_vocabulary(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]
     return student[..., :vocab].to(acc), teacher[..., :vocab].to(acc)
 
 
-def _log_mass(logits: Tensor, of: Normalizer, temperature: Tensor) -> Tensor:
+def _bounded(values: Tensor, lowest: float) -> bool:
+    """Whether all values are at least so high, and none is NaN."""
+    return not values.shape[-1] or bool((values.detach().amin(-1) >= lowest).all())
+
+
+def _log_mass(logits: Tensor, of: Normalizer, temperature: Tensor, shifted: Tensor | None = None) -> Tensor:
     """log of the masses below a normaliser: (1) in logs where it is the row's own; an empty row stays −inf.
 
     The logarithm of a finite logit is finite: where it would leave the type's range it is half of the lowest number, so
-    that differences of two are finite too. Its derivative there is 1/τ, as elsewhere.
+    that differences of two are finite too. Its derivative there is 1/τ, as elsewhere. `shifted` is (z − m)/τ, if known.
     """
-    tau, empty = temperature.unsqueeze(-1), of.sum == 0
-    z_max, z_sum = of.max.masked_fill(empty, 0.0), of.sum.masked_fill(empty, 1.0)
-    log_p = (logits - z_max.unsqueeze(-1)) / tau - z_sum.log().unsqueeze(-1)
+    empty = of.sum == 0
+    if shifted is None:
+        shifted = _shifted(logits, of.max.masked_fill(empty, 0.0), temperature)
+    log_p = shifted - of.sum.masked_fill(empty, 1.0).log().unsqueeze(-1)
     lowest = 0.5 * torch.finfo(logits.dtype).min
+    if _bounded(log_p, lowest):
+        return log_p
     below = (log_p < lowest) & (logits != -math.inf)
-    return torch.where(below, lowest + (logits - logits.detach()) / tau, log_p)
+    return torch.where(below, lowest + (logits - logits.detach()) / temperature.unsqueeze(-1), log_p)
 
 
 def _log_softmax(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Normalizer]:
     """(1) in logs and the normaliser."""
-    of = normalizer(logits, temperature)
-    return _log_mass(logits, of, temperature), of
+    of, shifted = _own_normalizer(logits, temperature)
+    return _log_mass(logits, of, temperature, shifted), of
 
 
 def _log_over_mixture(log_a: Tensor, log_b: Tensor, weight_a: float) -> Tensor:
@@ -116,23 +131,29 @@ def _log_over_mixture(log_a: Tensor, log_b: Tensor, weight_a: float) -> Tensor:
     return -torch.logaddexp(torch.full_like(log_a, math.log(weight_a)), log_b - log_a + math.log1p(-weight_a))
 
 
-def _alpha_beta(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(pᵅ⁺ᵝ, qᵅ⁺ᵝ, pᵅqᵝ), each the larger mass to the power α+β times a factor that is exactly 1 at p = q."""
+def _powers(log_p: Tensor, log_q: Tensor, *powers: tuple[float, float]) -> Iterator[Tensor]:
+    """pᵃqᵇ of each (a, b): the larger mass to the power a + b times a factor that is exactly 1 at p = q."""
     top = torch.maximum(log_p, log_q).detach()
-    both = alpha + beta
-    scale = (both * top).exp()
     over_p, over_q = log_p - top, log_q - top
-    return scale * (both * over_p).exp(), scale * (both * over_q).exp(), scale * (alpha * over_p + beta * over_q).exp()
+    scale = (sum(powers[0]) * top).exp()
+    for a, b in powers:  # all of one a + b
+        exponent = a * over_p if b == 0.0 else b * over_q if a == 0.0 else a * over_p + b * over_q
+        yield scale * exponent.exp()
 
 
 def _alpha_beta_summand(p: Tensor, q: Tensor, lp: Tensor, lq: Tensor, a: float, b: float) -> Tensor:
-    p_ab, q_ab, mixed = _alpha_beta(lp, lq, a, b)
+    mixed, p_ab, q_ab = _powers(lp, lq, (a, b), (a + b, 0.0), (0.0, a + b))
     return (a * (p_ab - mixed) + b * (q_ab - mixed)) / (a * b * (a + b))
 
 
 def _alpha_beta_gradient(p: Tensor, q: Tensor, lp: Tensor, lq: Tensor, a: float, b: float) -> Tensor:
-    _, q_ab, mixed = _alpha_beta(lp, lq, a, b)
+    mixed, q_ab = _powers(lp, lq, (a, b), (0.0, a + b))
     return (q_ab - mixed) / a
+
+
+def _skew_reverse_gradient(p: Tensor, q: Tensor, lp: Tensor, lq: Tensor, a: float, b: float) -> Tensor:
+    over_mixture = _log_over_mixture(lq, lp, a)
+    return q * (over_mixture - a * over_mixture.exp())
 
 
 # The summand f(p, q) and g = q ∂f/∂q of every divergence, from p, q and their logarithms (the table of docs/maths.md).
@@ -157,9 +178,7 @@ GRADIENTS: dict[str, Summand] = {
     "jeffreys": lambda p, q, lp, lq, a, b: q * (lq - lp) - p,
     "jensen_shannon": lambda p, q, lp, lq, a, b: (1 - b) * q * _log_over_mixture(lq, lp, 1 - b),
     "skew_forward_kl": lambda p, q, lp, lq, a, b: -(1 - a) * p * _log_over_mixture(lq, lp, 1 - a).exp(),
-    "skew_reverse_kl": lambda p, q, lp, lq, a, b: (
-        q * (_log_over_mixture(lq, lp, a) - a * _log_over_mixture(lq, lp, a).exp())
-    ),
+    "skew_reverse_kl": _skew_reverse_gradient,
     "total_variation": lambda p, q, lp, lq, a, b: 0.5 * q * ((q - p).sign() + 0.0 * p),  # the sign of NaN is 0 in torch
     "alpha_beta": _alpha_beta_gradient,
     "hellinger": lambda p, q, lp, lq, a, b: -0.5 * (0.5 * (lp + lq)).exp(),
@@ -169,56 +188,101 @@ GRADIENTS: dict[str, Summand] = {
 # Divergences whose g above leaves out a term c·q with c = 1. In (10) it cancels if all entries are finite; otherwise
 # the mass Σ q of the others is subtracted from Σ g instead (docs/maths.md, section 4).
 _G_WITHOUT_Q = ("reverse_kl", "jeffreys", "skew_reverse_kl")
+# Divergences whose f and g do not read the masses themselves, which then need no exponential.
+_OF_LOGARITHMS = ("alpha_beta", "hellinger")
 
 
-def _finite(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """The finite entries: −inf on neither side. NaN is one of them, so that it reaches the result."""
-    return (log_p != -math.inf) & (log_q != -math.inf)
+class _Masses:
+    """The masses of rows (…, V) of both sides, from their logarithms."""
+
+    def __init__(self, log_p: Tensor, log_q: Tensor) -> None:
+        self.log_p, self.log_q = log_p, log_q
+
+    @cached_property
+    def others(self) -> Tensor | None:
+        """The entries that are not finite, −inf on a side; None if there are none. NaN is, so that it is seen."""
+        if all(_bounded(x, torch.finfo(x.dtype).min) for x in (self.log_p, self.log_q)):
+            return None
+        return (self.log_p == -math.inf) | (self.log_q == -math.inf)
+
+    def only_finite(self, values: Tensor) -> Tensor:
+        """The values, 0 at the others."""
+        return values if self.others is None else values.masked_fill(self.others, 0.0)
+
+    def only_others(self, values: Tensor) -> Tensor:
+        """Σ of the values of the others of every row."""
+        if self.others is None:
+            return torch.zeros_like(values[..., 0])
+        return values.masked_fill(~self.others, 0.0).sum(-1)
+
+    @cached_property
+    def empty(self) -> Tensor:
+        """Rows without a finite entry on a side."""
+        if self.others is None:
+            return torch.zeros_like(self.log_q[..., 0], dtype=torch.bool)
+        return (self.log_q == -math.inf).all(-1) | (self.log_p == -math.inf).all(-1)
+
+    @cached_property
+    def p(self) -> Tensor:
+        return self.log_p.exp()
+
+    @cached_property
+    def q(self) -> Tensor:
+        return self.log_q.exp()
+
+    def entries(self, table: dict[str, Summand], div: Divergence) -> Tensor:
+        """The summand at the finite entries, 0 elsewhere."""
+        log_p, log_q = self.only_finite(self.log_p), self.only_finite(self.log_q)
+        p, q = (log_p, log_q) if div.name in _OF_LOGARITHMS else (self.p, self.q)
+        return self.only_finite(table[div.name](p, q, log_p, log_q, *div.parameters))
 
 
-def _entries(summand: Summand, log_p: Tensor, log_q: Tensor, div: Divergence) -> Tensor:
-    """The summand at the finite entries, 0 elsewhere."""
-    out = ~_finite(log_p, log_q)
-    log_p, log_q = log_p.masked_fill(out, 0.0), log_q.masked_fill(out, 0.0)
-    return summand(log_p.exp(), log_q.exp(), log_p, log_q, *div.parameters).masked_fill(out, 0.0)
-
-
-def _total(log_p: Tensor, log_q: Tensor, div: Divergence) -> Tensor:
+def _total(masses: _Masses, div: Divergence) -> Tensor:
     """D of every row; 0 where a row is empty."""
-    total = _entries(SUMMANDS[div.name], log_p, log_q, div).sum(-1)
-    if div.name == "hellinger":  # 1 − Σ√(pq): an entry that is left out adds half of its mass
-        total = total + 0.5 * (log_p.exp() + log_q.exp()).masked_fill(_finite(log_p, log_q), 0.0).sum(-1)
-    return total.masked_fill((log_q == -math.inf).all(-1) | (log_p == -math.inf).all(-1), 0.0)
+    total = masses.entries(SUMMANDS, div).sum(-1)
+    if div.name == "hellinger" and masses.others is not None:  # 1 − Σ√(pq): one that is left out adds half of its mass
+        total = total + 0.5 * masses.only_others(masses.p + masses.q)
+    return total.masked_fill(masses.empty, 0.0)
 
 
 class _Gradient(NamedTuple):
-    """τ·∂D/∂zˢ of every entry (N, V); of every row Σ g, its peak, and τ·∂D/∂zˢ at the peak."""
+    """Of every row Σ g, its peak, and τ·∂D/∂zˢ at the peak; what `entries` makes of them the gradient of all entries.
 
-    entries: Tensor
+    `rest` (N, V) is g + c·q of the entries beside the peak, and `sum_rest` its sum with what the others add.
+    """
+
     sum_g: Tensor
     peak: Tensor
     peak_grad: Tensor
+    rest: Tensor
+    sum_rest: Tensor
+
+    def entries(self, masses: _Masses) -> Tensor:
+        """τ·∂D/∂zˢ (N, V)."""
+        return masses.only_finite(self.rest - masses.q * self.sum_rest.unsqueeze(-1))
 
 
-def _gradient(log_p: Tensor, log_q: Tensor, div: Divergence) -> _Gradient:
+def _gradient(masses: _Masses, div: Divergence) -> _Gradient:
     """Equation (10) without its weight, with c such that g + c·q is 0 at the student's peak.
 
     At a peak of mass near 1, g and q·Σ g cancel. q·Σ (g + c·q) over the other entries does not, and so keeps its
     relative accuracy (docs/maths.md, section 4). Where the teacher has −inf at the peak, `peak` is −1.
     """
-    finite = _finite(log_p, log_q)
-    g, q = _entries(GRADIENTS[div.name], log_p, log_q, div), log_q.exp()
-    top = log_q.argmax(-1, keepdim=True)
-    peak_finite = finite.gather(-1, top)
-    c = torch.where(peak_finite, -g.gather(-1, top) / q.gather(-1, top), 0.0)
+    g, q = masses.entries(GRADIENTS, div), masses.q
+    top = masses.log_q.argmax(-1, keepdim=True)
+    q_top, g_top = q.gather(-1, top), g.gather(-1, top)
+    finite = torch.ones_like(top, dtype=torch.bool) if masses.others is None else ~masses.others.gather(-1, top)
+    c = torch.where(finite, -g_top / q_top, 0.0)
     # 0·c instead of 0, so that a NaN reaches the result.
-    others = (g + c * q).masked_fill(~finite, 0.0).scatter(-1, top, 0.0 * c)
-    left_out = q.masked_fill(finite, 0.0).sum(-1, keepdim=True)
-    total = others.sum(-1, keepdim=True) + (c - float(div.name in _G_WITHOUT_Q)) * left_out
-    entries = (others - q * total).masked_fill(~finite, 0.0)
-    peak = top.where(peak_finite, -1)
-    peak_grad = entries.gather(-1, top).where(peak_finite, 0.0)
-    return _Gradient(entries, *(x.squeeze(-1) for x in (total - c, peak, peak_grad)))
+    rest = masses.only_finite(g + c * q).scatter_(-1, top, 0.0 * c)
+    total = rest.sum(-1, keepdim=True)
+    if masses.others is not None:
+        left_out = masses.only_others(q).unsqueeze(-1)
+        total = total + (c - float(div.name in _G_WITHOUT_Q)) * left_out
+    peak = top.where(finite, -1)
+    peak_grad = (0.0 * c - q_top * total).where(finite, 0.0)
+    sum_g, peak, peak_grad, total = (x.squeeze(-1) for x in (total - c, peak, peak_grad, total))
+    return _Gradient(sum_g, peak, peak_grad, rest, total)
 
 
 def _prepare(student: Tensor, teacher: Tensor, temperature: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
@@ -235,8 +299,16 @@ def token_divergence(
     An entry that is −inf on either side is a constant of D, so its gradient is 0. An empty row gives 0.
     """
     z_s, z_t, tau = _prepare(student, teacher.detach(), temperature)
-    z_s = torch.where((z_s == -math.inf) | (z_t == -math.inf), z_s.detach(), z_s)
-    return _total(_log_softmax(z_t, tau)[0], _log_softmax(z_s, tau)[0], get_divergence(divergence))
+    if z_s.requires_grad:
+        z_s = torch.where((z_s == -math.inf) | (z_t == -math.inf), z_s.detach(), z_s)
+    return _total(_Masses(_log_softmax(z_t, tau)[0], _log_softmax(z_s, tau)[0]), get_divergence(divergence))
+
+
+def token_stats(student: Tensor, teacher: Tensor) -> tuple[Tensor, Normalizers]:
+    """(2) of every row and its normalisers at temperature 1."""
+    z_s, z_t, tau = _prepare(student, teacher, 1.0)
+    (log_q, of_student), (log_p, of_teacher) = _log_softmax(z_s, tau), _log_softmax(z_t, tau)
+    return _total(_Masses(log_p, log_q), get_divergence("hellinger")), Normalizers(*of_student, *of_teacher)
 
 
 class TokenSums(NamedTuple):
@@ -256,11 +328,19 @@ def token_sums(
     student: Tensor, teacher: Tensor, temperature: Tensor | float, divergence: str | Divergence
 ) -> TokenSums:
     """`TokenSums` of every row."""
+    return token_sums_and_masses(student, teacher, temperature, divergence)[0]
+
+
+def token_sums_and_masses(
+    student: Tensor, teacher: Tensor, temperature: Tensor | float, divergence: str | Divergence
+) -> tuple[TokenSums, _Masses]:
+    """`TokenSums` of every row, and the masses, which `rebuilt_gradient` takes where it follows at once."""
     z_s, z_t, tau = _prepare(student, teacher, temperature)
     div = get_divergence(divergence)
     (log_q, of_student), (log_p, of_teacher) = _log_softmax(z_s, tau), _log_softmax(z_t, tau)
-    _, sum_g, peak, peak_grad = _gradient(log_p, log_q, div)
-    return TokenSums(_total(log_p, log_q, div), sum_g, Normalizers(*of_student, *of_teacher), peak, peak_grad)
+    masses = _Masses(log_p, log_q)
+    sum_g, peak, peak_grad, *_ = _gradient(masses, div)
+    return TokenSums(_total(masses, div), sum_g, Normalizers(*of_student, *of_teacher), peak, peak_grad), masses
 
 
 def token_divergence_grad(
@@ -272,9 +352,9 @@ def token_divergence_grad(
 ) -> Tensor:
     """Equation (10) without autograd: weight · ∂D/∂zˢ in the student's shape and type."""
     z_s, z_t, tau = _prepare(student, teacher, temperature)
-    log_q, log_p = _log_softmax(z_s, tau)[0], _log_softmax(z_t, tau)[0]
+    masses = _Masses(_log_softmax(z_t, tau)[0], _log_softmax(z_s, tau)[0])
     scale = torch.as_tensor(weight, dtype=z_s.dtype, device=z_s.device).expand(z_s.shape[:-1]) / tau
-    entries = scale.unsqueeze(-1) * _gradient(log_p, log_q, get_divergence(divergence)).entries
+    entries = scale.unsqueeze(-1) * _gradient(masses, get_divergence(divergence)).entries(masses)
     grad = torch.zeros(student.shape, dtype=student.dtype, device=student.device)
     grad[..., : entries.shape[-1]] = entries.to(student.dtype)
     return grad
@@ -309,12 +389,11 @@ def kl_sums(student: Tensor, teacher: Tensor, temperature: Tensor | float) -> Kl
     """`KlSums` of every row. A row that is empty on a side has kept nothing, and lost the other side's mass."""
     z_s, z_t, tau = _prepare(student, teacher, temperature)
     (log_q, of_student), (log_p, of_teacher) = _log_softmax(z_s, tau), _log_softmax(z_t, tau)
-    finite = _finite(log_p, log_q)
-    kept = log_p.exp().where(finite, 0.0).sum(-1)
-    lost = log_q.exp().masked_fill(finite, 0.0).sum(-1)
-    each = {name: get_divergence(name) for name in ("forward_kl", "reverse_kl")}
-    forward, reverse = (_total(log_p, log_q, div) for div in each.values())
-    of_forward, of_reverse = (_gradient(log_p, log_q, div) for div in each.values())
+    masses = _Masses(log_p, log_q)
+    kept, lost = masses.only_finite(masses.p).sum(-1), masses.only_others(masses.q)
+    each = [get_divergence(name) for name in ("forward_kl", "reverse_kl")]
+    forward, reverse = (_total(masses, div) for div in each)
+    of_forward, of_reverse = (_gradient(masses, div) for div in each)
     return KlSums(
         forward, kept, reverse, lost, Normalizers(*of_student, *of_teacher), of_forward.peak,
         of_forward.peak_grad, of_reverse.peak_grad,
@@ -336,42 +415,56 @@ def token_terms(
     (c − 1)·q to the second sum where g leaves out a term q, else c·q. A row that is empty as a whole gives 0.
     """
     z_s, z_t, tau = _prepare(student, teacher, temperature)
+    if not z_s.shape[-1]:
+        return torch.zeros_like(tau), torch.zeros_like(tau)
     div = get_divergence(divergence)
-    log_q = _log_mass(z_s, Normalizer(*normalizers[:2]), tau)
-    log_p = _log_mass(z_t, Normalizer(*normalizers[2:]), tau)
-    c, q, finite = constant.unsqueeze(-1), log_q.exp(), _finite(log_p, log_q)
-    f, g = (_entries(summand[div.name], log_p, log_q, div) for summand in (SUMMANDS, GRADIENTS))
-    g = (g + c * q).where(finite, (c - float(div.name in _G_WITHOUT_Q)) * q)
-    beside = torch.arange(z_s.shape[-1], device=z_s.device) != peak.unsqueeze(-1)
+    masses = _masses_below(z_s, z_t, normalizers, tau)
+    c, q = constant.unsqueeze(-1), masses.q
+    f, g = (masses.entries(table, div) for table in (SUMMANDS, GRADIENTS))
+    g = g + c * q
+    if masses.others is not None:
+        g = torch.where(masses.others, (c - float(div.name in _G_WITHOUT_Q)) * q, g)
+    at, nowhere = peak.clamp_min(0).unsqueeze(-1), (peak < 0).unsqueeze(-1)
     empty = (normalizers.sum_s == 0) | (normalizers.sum_t == 0)
-    return f.where(beside, 0.0).sum(-1).where(~empty, 0.0), g.where(beside, 0.0).sum(-1).where(~empty, 0.0)
+    f, g = (x.scatter(-1, at, x.gather(-1, at).where(nowhere, 0.0)).sum(-1).masked_fill(empty, 0.0) for x in (f, g))
+    return f, g
 
 
-def rebuilt_gradient(call: GradientCall) -> Tensor:
+def _masses_below(z_s: Tensor, z_t: Tensor, of: Normalizers, tau: Tensor) -> _Masses:
+    """The masses of rows whose normalisers are given."""
+    return _Masses(_log_mass(z_t, Normalizer(*of[2:]), tau), _log_mass(z_s, Normalizer(*of[:2]), tau))
+
+
+def rebuilt_gradient(call: GradientCall, masses: _Masses | None = None) -> Tensor:
     """Equation (10) of every row from what its forward left, in the student's shape and the accumulation type.
 
     `call` has rows (N, V) in the place of (B, L, V). p and q are rebuilt from the normalisers that are given, which
-    need not be those of the logits that are here: the rows may be a part of the vocabulary.
+    need not be those of the logits that are here: the rows may be a part of the vocabulary. Or `masses` has them.
     """
     z_s, z_t, tau = _prepare(call.student, call.teacher, call.temperature)
-    of = Normalizers.of(call.normalizers_tau.to(z_s.dtype))
-    div = with_parameters(call.divergence, call.alpha, call.beta)
-    log_q = _log_mass(z_s, Normalizer(*of[:2]), tau)
-    log_p = _log_mass(z_t, Normalizer(*of[2:]), tau)
-    finite = _finite(log_p, log_q)
-    entries = _entries(GRADIENTS[div.name], log_p, log_q, div) - log_q.exp() * call.sum_g.unsqueeze(-1)
-    entries = entries.where(finite, 0.0)
-    index = torch.arange(z_s.shape[-1], device=z_s.device)
-    entries = torch.where(index == call.peak.unsqueeze(-1), call.peak_grad.unsqueeze(-1), entries)
-    # Rows without a weight of D have no normalisers, and what stands in their place may give NaN.
     weight = call.weight.to(z_s.dtype).unsqueeze(-1)
-    entries = (weight / tau.unsqueeze(-1) * entries).where(weight != 0, 0.0)
+    weightless = weight == 0
+    if bool(weightless.all()):
+        entries = torch.zeros_like(z_s)
+    else:
+        if masses is None:
+            masses = _masses_below(z_s, z_t, Normalizers.of(call.normalizers_tau.to(z_s.dtype)), tau)
+        div = with_parameters(call.divergence, call.alpha, call.beta)
+        entries = masses.only_finite(masses.entries(GRADIENTS, div) - masses.q * call.sum_g.unsqueeze(-1))
+        at, peak_grad = call.peak.clamp_min(0).unsqueeze(-1), call.peak_grad.unsqueeze(-1)
+        entries.scatter_(-1, at, torch.where(call.peak.unsqueeze(-1) >= 0, peak_grad, entries.gather(-1, at)))
+        entries *= weight / tau.unsqueeze(-1)
+        if bool(weightless.any()):  # these rows have no normalisers, and what stands in their place may give NaN
+            entries.masked_fill_(weightless, 0.0)
     if call.labels is not None and call.ce_weight is not None and call.normalizers_1 is not None:
-        of_1 = Normalizers.of(call.normalizers_1.to(z_s.dtype))
-        ce_weight = call.ce_weight.to(z_s.dtype).unsqueeze(-1)
-        q_1 = _log_mass(z_s, Normalizer(*of_1[:2]), torch.ones_like(tau)).exp()
-        of_label = (index == call.labels.unsqueeze(-1)).to(z_s.dtype)
-        entries = entries + (ce_weight * (q_1 - of_label)).where(ce_weight != 0, 0.0)
+        of_1 = Normalizer(*call.normalizers_1.to(z_s.dtype)[:2])
+        ce_weight, label = call.ce_weight.to(z_s.dtype).unsqueeze(-1), call.labels.unsqueeze(-1)
+        of_ce = _log_mass(z_s, of_1, torch.ones_like(tau)).exp_()
+        inside = (label >= 0) & (label < z_s.shape[-1])
+        of_ce.scatter_add_(-1, label.where(inside, 0), -inside.to(z_s.dtype))
+        entries += (of_ce * ce_weight).masked_fill_(ce_weight == 0, 0.0)
+    if entries.shape == call.student.shape:
+        return entries
     grad = torch.zeros(call.student.shape, dtype=z_s.dtype, device=z_s.device)
     grad[..., : z_s.shape[-1]] = entries
     return grad

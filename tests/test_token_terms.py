@@ -159,8 +159,8 @@ def sizes(call: Call) -> tuple[Tensor, Tensor]:
     tau, of = call.temperature.double(), Normalizers.of(call.normalizers_tau.double())
     log_q, log_p = (reference._log_mass(z, Normalizer(*x), tau) for z, x in ((s, of[:2]), (t, of[2:])))
     f, g = (
-        reference._entries(summand[call.divergence], log_p, log_q, call.of()).abs()
-        for summand in (reference.SUMMANDS, reference.GRADIENTS)
+        reference._Masses(log_p, log_q).entries(table, call.of()).abs()
+        for table in (reference.SUMMANDS, reference.GRADIENTS)
     )
     p, q = log_p.exp(), log_q.exp()
     beside = torch.arange(s.shape[-1]) != call.peak.unsqueeze(-1)
@@ -227,7 +227,7 @@ def test_with_the_rows_own_numbers_it_is_the_forward_of_one_device(divergence, d
     log_q = reference._log_mass(z_s, Normalizer(*wide[:2]), tau.double()).gather(-1, at)
     log_p = reference._log_mass(z_t, Normalizer(*wide[2:]), tau.double()).gather(-1, at)
     log_q, log_p = (x.where(peak.unsqueeze(-1) >= 0, -INF) for x in (log_q, log_p))
-    f_peak = reference._entries(reference.SUMMANDS[divergence.name], log_p, log_q, divergence).squeeze(-1)
+    f_peak = reference._Masses(log_p, log_q).entries(reference.SUMMANDS, divergence).squeeze(-1)
     q = log_q.exp().squeeze(-1)
     c = (-peak_grad.double() / q - sum_g.double()).where(peak >= 0, 0.0)
     if divergence.name == "total_variation":

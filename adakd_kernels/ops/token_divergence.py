@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .. import reference
 from ..divergences import with_parameters
-from ..reference import GradientCall
+from ..reference import GradientCall, TokenSums
 from .backends import operator, register_fake, register_triton
+from .row_chunks import joined, row_chunks, rows_at, set_rows
 from .token_stats import masked_normalizers
 
 Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -39,15 +40,23 @@ def token_divergence(
         likely entry or −1. `peak_grad` is τ·∂D/∂zˢ at it, which the backward takes instead of (10): where the token is
         confident, (10) cancels there (docs/maths.md, section 4).
     """
-    dtype = reference.accumulation_dtype(student, teacher)
-    sums = reference.token_sums(
-        student[mask], teacher[mask], temperature[mask], with_parameters(divergence, alpha, beta)
-    )
-    d, sum_g, peak_grad = (torch.zeros(mask.shape, dtype=dtype, device=mask.device) for _ in range(3))
-    peak = torch.full(mask.shape, -1, device=mask.device)
-    normalizers_tau = masked_normalizers(mask, dtype)
-    d[mask], sum_g[mask], peak[mask], peak_grad[mask] = sums.d, sums.sum_g, sums.peak, sums.peak_grad
-    normalizers_tau[:, mask] = torch.stack(sums.normalizers)
+    div, found = with_parameters(divergence, alpha, beta), []
+    for where, (tau,) in row_chunks(mask, student.shape[-1], temperature):
+        found.append(flat(reference.token_sums(rows_at(student, where), rows_at(teacher, where), tau, div)))
+    return everywhere(mask, joined(found))
+
+
+def flat(sums: TokenSums) -> Sums:
+    """The sums of some rows in the order in which the operator returns them."""
+    return sums.d, sums.sum_g, torch.stack(sums.normalizers), sums.peak, sums.peak_grad
+
+
+def everywhere(mask: Tensor, found: list[Tensor]) -> Sums:
+    """The results of the tokens in the mask, and what the others give."""
+    of_mask = found[0]
+    d, sum_g, peak_grad = (torch.zeros(mask.shape, dtype=of_mask.dtype, device=mask.device) for _ in range(3))
+    normalizers_tau, peak = masked_normalizers(mask, of_mask.dtype), torch.full(mask.shape, -1, device=mask.device)
+    d[mask], sum_g[mask], normalizers_tau[:, mask], peak[mask], peak_grad[mask] = found
     return d, sum_g, normalizers_tau, peak, peak_grad
 
 
@@ -95,13 +104,28 @@ def token_divergence_backward(*args: Any) -> Tensor:
         Gradient in the student's shape and type; 0 beyond the common vocabulary.
     """
     call = GradientCall(*args)
+    grad = empty_gradient(call.student)
+    write_gradient(call, grad, read_rows(call))
+    return grad
+
+
+def read_rows(call: GradientCall) -> Tensor:
+    """(B, L) bool, the tokens with a weight; the gradient of the others is 0."""
     read = call.weight != 0
-    if call.ce_weight is not None:
-        read |= call.ce_weight != 0
-    acc = reference.accumulation_dtype(call.student, call.teacher)
-    grad = torch.zeros(call.student.shape, dtype=acc, device=call.student.device)
-    grad[read] = reference.rebuilt_gradient(call.rows(read))
-    return empty_gradient(call.student).copy_(grad)
+    return read if call.ce_weight is None else read | (call.ce_weight != 0)
+
+
+def write_gradient(call: GradientCall, grad: Tensor, rows: Tensor) -> None:
+    """Write the gradient of the tokens in `rows`, (B, L) bool, and zeros for those that `read_rows` leaves out.
+
+    `grad` may be the student's logits: a chunk of rows has been read before it is written.
+    """
+    student, teacher, *numbers = call[:-3]
+    for where, of_rows in row_chunks(rows, student.shape[-1], *numbers):
+        some = GradientCall._make([rows_at(student, where), rows_at(teacher, where), *of_rows, *call[-3:]])
+        set_rows(grad, where, reference.rebuilt_gradient(some))
+    for where, _ in row_chunks(~read_rows(call), call.student.shape[-1]):
+        grad[where] = 0.0
 
 
 @register_fake(token_divergence_backward)
@@ -124,7 +148,8 @@ def _(*args: Any) -> Tensor:
 )
 def token_divergence_backward_(student: Tensor, *args: Any) -> None:
     """`token_divergence_backward` with the gradient written over the student's logits."""
-    student.copy_(token_divergence_backward(student, *args))
+    call = GradientCall(student, *args)
+    write_gradient(call, student, read_rows(call))
 
 
 @token_divergence_backward_.register_fake

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from .backends import operator, register_fake, register_triton
+from .row_chunks import joined, row_chunks, rows_at
 from .token_stats import masked_normalizers
 
 Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -34,18 +35,18 @@ def token_kl(
         is lost, are the only results other than 0 and −1.
     """
     dtype = reference.accumulation_dtype(student, teacher)
-    sums = reference.kl_sums(student[mask], teacher[mask], temperature[mask])
+    found = []
+    for where, (tau,) in row_chunks(mask, student.shape[-1], temperature):
+        sums = reference.kl_sums(rows_at(student, where), rows_at(teacher, where), tau)
+        found.append([*sums[:4], torch.stack(sums.normalizers), *sums[5:]])
+    forward, kept, reverse, lost, forward_grad, reverse_grad = (
+        torch.zeros(mask.shape, dtype=dtype, device=mask.device) for _ in range(6)
+    )
     normalizers_tau, peak = masked_normalizers(mask, dtype), torch.full(mask.shape, -1, device=mask.device)
-    normalizers_tau[:, mask], peak[mask] = torch.stack(sums.normalizers), sums.peak
-
-    def everywhere(values: Tensor) -> Tensor:
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_scatter(mask, values)
-
-    forward, kept, reverse, lost = (everywhere(values) for values in sums[:4])
-    return (
-        forward, kept, reverse, lost, normalizers_tau, peak, everywhere(sums.forward_grad),
-        everywhere(sums.reverse_grad),
-    )  # fmt: skip
+    results = (forward, kept, reverse, lost, normalizers_tau, peak, forward_grad, reverse_grad)
+    for everywhere, of_mask in zip(results, joined(found), strict=True):
+        everywhere[..., mask] = of_mask
+    return results
 
 
 @register_fake(token_kl)

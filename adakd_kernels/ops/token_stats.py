@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from .backends import operator, register_fake, register_triton
+from .row_chunks import joined, row_chunks, rows_at
 
 
 class TokenStatistics(NamedTuple):
@@ -50,10 +51,13 @@ def token_stats(student: Tensor, teacher: Tensor, mask: Tensor) -> tuple[Tensor,
         of nothing but −inf has maximum −inf, sum 0 and s² = 0.
     """
     dtype = reference.accumulation_dtype(student, teacher)
-    sums = reference.token_sums(student[mask], teacher[mask], 1.0, "hellinger")
+    found = []
+    for where, _ in row_chunks(mask, student.shape[-1]):
+        d, normalizers = reference.token_stats(rows_at(student, where), rows_at(teacher, where))
+        found.append((d, torch.stack(normalizers)))
     difficulty = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
     normalizers_1 = masked_normalizers(mask, dtype)
-    difficulty[mask], normalizers_1[:, mask] = sums.d, torch.stack(sums.normalizers)
+    difficulty[mask], normalizers_1[:, mask] = joined(found)
     return difficulty, normalizers_1
 
 

@@ -11,6 +11,7 @@ from .. import reference
 from ..divergences import DIVERGENCES, with_parameters
 from ..reference import Normalizers
 from .backends import operator, register_fake, register_triton
+from .row_chunks import joined, row_chunks, rows_at
 
 
 def check_two_sweeps(divergence: str) -> None:
@@ -54,18 +55,13 @@ def token_terms(
         that is not finite adds (c − 1)·q to the second where g leaves out a term q (`skew_reverse_kl`), else c·q.
     """
     check_two_sweeps(divergence)
-    dtype = reference.accumulation_dtype(student, teacher)
-    sums = reference.token_terms(
-        student[mask],
-        teacher[mask],
-        temperature[mask],
-        Normalizers.of(normalizers_tau[:, mask]),
-        constant[mask],
-        peak[mask],
-        with_parameters(divergence, alpha, beta),
-    )
+    dtype, div = reference.accumulation_dtype(student, teacher), with_parameters(divergence, alpha, beta)
+    found = []
+    for where, (tau, of, c, at) in row_chunks(mask, student.shape[-1], temperature, normalizers_tau, constant, peak):
+        s, t = rows_at(student, where), rows_at(teacher, where)
+        found.append(reference.token_terms(s, t, tau, Normalizers.of(of), c, at, div))
     f, g = (torch.zeros(mask.shape, dtype=dtype, device=mask.device) for _ in range(2))
-    f[mask], g[mask] = sums
+    f[mask], g[mask] = joined(found)
     return f, g
 
 

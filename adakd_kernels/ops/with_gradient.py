@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import reference
+from ..divergences import with_parameters
+from ..reference import GradientCall
 from .backends import operator, register_fake, register_triton
-from .token_divergence import (
-    empty_gradient,
-    token_divergence,
-    token_divergence_backward,
-    token_divergence_backward_,
-)
+from .row_chunks import joined, row_chunks, rows_at, set_rows
+from .token_divergence import empty_gradient, everywhere, flat, read_rows, write_gradient
 
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -49,11 +48,38 @@ def token_divergence_with_gradient(
     Returns:
         (D, Σg, normalizers_tau, peak, peak_grad, gradient), the last as `token_divergence_backward` returns it.
     """
-    found = token_divergence(student, teacher, temperature, mask, divergence, alpha, beta)
-    grad = token_divergence_backward(
-        student, teacher, temperature, weight, *found[1:], labels, ce_weight, normalizers_1, divergence, alpha, beta
-    )
-    return *found, grad
+    grad = empty_gradient(student)
+    args = (student, teacher, temperature, mask, divergence, alpha, beta, weight, labels, ce_weight, normalizers_1)
+    return *_with_gradient_over(grad, *args), grad
+
+
+def _with_gradient_over(
+    grad: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    temperature: Tensor,
+    mask: Tensor,
+    divergence: str,
+    alpha: float,
+    beta: float,
+    weight: Tensor,
+    labels: Tensor | None,
+    ce_weight: Tensor | None,
+    normalizers_1: Tensor | None,
+) -> Five:
+    """The five results, and the gradient in `grad`, which may be the student's logits."""
+    options, found = (divergence, alpha, beta), []
+    numbers = (temperature, weight, labels, ce_weight, normalizers_1)
+    for where, (tau, of_d, *of_ce) in row_chunks(mask, student.shape[-1], *numbers):
+        s, t = rows_at(student, where), rows_at(teacher, where)
+        sums, masses = reference.token_sums_and_masses(s, t, tau, with_parameters(*options))
+        found.append(flat(sums))
+        some = GradientCall._make([s, t, tau, of_d, *flat(sums)[1:], *of_ce, *options])
+        set_rows(grad, where, reference.rebuilt_gradient(some, masses))
+    results = everywhere(mask, joined(found))
+    call = GradientCall(student, teacher, temperature, weight, *results[1:], labels, ce_weight, normalizers_1, *options)
+    write_gradient(call, grad, read_rows(call) & ~mask)
+    return results
 
 
 @register_fake(token_divergence_with_gradient)
@@ -84,11 +110,8 @@ def token_divergence_with_gradient_(
     normalizers_1: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`token_divergence_with_gradient` with the gradient written over the student's logits, and not returned."""
-    found: Five = token_divergence(student, teacher, temperature, mask, divergence, alpha, beta)
-    token_divergence_backward_(
-        student, teacher, temperature, weight, *found[1:], labels, ce_weight, normalizers_1, divergence, alpha, beta
-    )
-    return found
+    args = (teacher, temperature, mask, divergence, alpha, beta, weight, labels, ce_weight, normalizers_1)
+    return _with_gradient_over(student, student, *args)
 
 
 @token_divergence_with_gradient_.register_fake
