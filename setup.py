@@ -4,6 +4,8 @@ They need a C++17 compiler (GCC or clang) and an importable torch of at least 2.
 --no-build-isolation. Without either the package installs all the same, and one line says so. ADAKD_NATIVE=0 leaves them
 out; ADAKD_NATIVE=1 makes what stands in the way an error. ADAKD_INSTRUCTION_SETS="portable avx2"
 builds these instruction sets only (portable is always built), and CXXFLAGS come after all other flags.
+
+A wheel with the library belongs to a platform, one without it to none, and neither to a Python version.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("python_bindings")
@@ -82,7 +85,7 @@ class BuildNative(build_ext):
         if WANTED == "1":
             raise SystemExit(f"ADAKD_NATIVE=1, but the C++ kernels for the CPU cannot be built: {why}")
         print(f"adakd_kernels: installed without the C++ kernels for the CPU, because {why}")
-        self.extensions = []
+        self.extensions = self.distribution.ext_modules = []
 
     def build_extension(self, ext: Extension) -> None:
         from torch.utils.cpp_extension import include_paths, library_paths
@@ -112,7 +115,20 @@ class BuildNative(build_ext):
         )
 
 
+class Wheel(bdist_wheel):
+    """What stands in the way of the library shows when it is built, so that comes before the wheel gets its name."""
+
+    def run(self) -> None:
+        self.run_command("build")
+        self.root_is_pure = not self.distribution.has_ext_modules()
+        super().run()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        platform_tag = super().get_tag()[2]
+        return "py3", "none", "any" if self.root_is_pure else platform_tag
+
+
 setup(
     ext_modules=[Extension("adakd_kernels._native", sources=[])],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
 )

@@ -107,12 +107,13 @@ def _log_mass(logits: Tensor, of: Normalizer, temperature: Tensor, shifted: Tens
     """log of the masses below a normaliser: (1) in logs where it is the row's own; an empty row stays −inf.
 
     The logarithm of a finite logit is finite: where it would leave the type's range it is half of the lowest number, so
-    that differences of two are finite too. Its derivative there is 1/τ, as elsewhere. `shifted` is (z − m)/τ, if known.
+    that differences of two are finite too. Its derivative there is 1/τ, as elsewhere. `shifted` is (z − m)/τ, if
+    known, and is overwritten.
     """
     empty = of.sum == 0
     if shifted is None:
         shifted = _shifted(logits, of.max.masked_fill(empty, 0.0), temperature)
-    log_p = shifted - of.sum.masked_fill(empty, 1.0).log().unsqueeze(-1)
+    log_p = shifted.sub_(of.sum.masked_fill(empty, 1.0).log().unsqueeze(-1))
     lowest = 0.5 * torch.finfo(logits.dtype).min
     if _bounded(log_p, lowest):
         return log_p
