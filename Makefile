@@ -19,7 +19,7 @@ unexport TRITON_INTERPRET
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .PHONY: help setup demo format lint types test test-all test-fast test-native test-interpret test-compile test-gpu \
-  docs test-cross test-faults test-versions sanitize fuzz bench bench-gpu kernels-table clean
+  docs test-cross test-faults test-versions sanitize fuzz bench bench-gpu bench-compare figures kernels-table clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -132,17 +132,26 @@ test-compile: setup ## the kernels compile for each supported GPU; needs no GPU
 test-gpu: setup ## the real kernels on a GPU; skips where there is none
 	$(PYTEST) -m gpu
 
-# Peers to measure beside, without their dependencies; those that cannot be had are skipped.
 docs: setup ## the pages of docs/ as a site, with the reference from the docstrings, in build/site; a warning is an error
 	$(PIP) install -q -c constraints.txt -e '.[docs]' --no-build-isolation
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-bench: setup ## measure speed and memory; not part of test
+# Peers to measure beside, without their dependencies; those that cannot be had are said to be missing.
+bench: setup ## measure beside eager and the peers, in 10 minutes; make bench ARGS=--help lists the options
 	-$(PIP) install -q -c constraints.txt --no-deps liger-kernel orda-kernel
-	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python -m benchmarks $(ARGS)
+	$(if $(ARGS),,$(BIN)/python -m pytest -q benchmarks --results benchmarks/results)
 
-bench-gpu: setup ## measure on a GPU beside the peers installed, one JSON line a result: make -s bench-gpu > results.jsonl
-	@$(BIN)/python -m benchmarks.bench_gpu
+bench-gpu: setup ## the same on a GPU
+	-$(PIP) install -q -c constraints.txt --no-deps liger-kernel orda-kernel
+	$(BIN)/python -m benchmarks --device cuda $(ARGS)
+
+bench-compare: setup ## this tree beside an earlier commit, in turns: make bench-compare BASE=main
+	@test -n "$(BASE)" || { echo "error: name a commit: make bench-compare BASE=main" >&2; exit 1; }
+	$(BIN)/python -m benchmarks.compare $(BASE) $(ARGS)
+
+figures: setup ## draw the pictures and write the tables of README and docs from benchmarks/results
+	$(BIN)/python -m benchmarks.figures
 
 kernels-table: setup ## count in the compiled kernels and write docs/kernel-tables.md; needs no GPU
 	$(PIP) install -q -c constraints.txt --no-deps liger-kernel

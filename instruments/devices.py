@@ -8,6 +8,7 @@ of the CPU counts torch's own allocations alone, `resident` all memory of the pr
 from __future__ import annotations
 
 import contextlib
+import datetime
 import gc
 import importlib.metadata
 import platform
@@ -231,13 +232,14 @@ def _version(package: str) -> str | None:
 
 
 def circumstances(device: Gpu | Cpu) -> dict[str, Any]:
-    """What a number is worth nothing without: machine, versions, commit, and the implementation that was taken."""
+    """What a number is worth nothing without: machine, versions, commit, day, and the implementation that was taken."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     backend = ops.backend(device.device)
     return {
         **device.describe(),
         "versions": {"python": sys.version.split()[0], **{package: _version(package) for package in PACKAGES}},
         "commit": git.stdout.strip() or None,
+        "date": datetime.date.today().isoformat(),
         "backend": backend.name,
         "backend_because": backend.reason,
     }

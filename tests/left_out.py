@@ -91,7 +91,6 @@ IN_THE_INTERPRETER: dict[str, Callable[..., bool]] = {
     "test_linear.py::test_rows_that_are_empty_or_nan": every,
     "test_linear_divergence.py::test_as_exact_as_from_logits": lambda dtype, options: dtype != BF16 or not options,
     "test_linear_divergence.py::test_micro_batches_of_one_choice_add_up_to_the_batch": lambda ce_weight: not ce_weight,
-    "test_bench_gpu.py::test_every_provider_is_gated_and_measured": every,
     # What the ranks do with the kernels' numbers is plain torch; three ranks have one without a column.
     "test_vocab_parallel.py::test_rows_of_any_kind": lambda divergence, ranks, dtype: (
         (ranks, dtype) != (4, FP32) or of_a_class_seen(divergence) or divergence.name == "reverse_kl"

@@ -73,7 +73,7 @@ def imported_folders(path: Path) -> set[str]:
 
 
 # The tests of benchmarks themselves.
-TESTS_OF_BENCHMARKS = {"test_bench_gpu.py", "test_kernel_table.py", "test_quality.py", "test_scale.py"}
+TESTS_OF_BENCHMARKS = {"test_bench.py", "test_kernel_table.py", "test_quality.py", "test_scale.py"}
 FOLDERS = {
     "adakd_kernels": set(),
     "instruments": {"adakd_kernels"},
