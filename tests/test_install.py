@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+import runpy
 import subprocess
 import sys
+import tarfile
 import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ import torch
 
 from adakd_kernels import ops, token_difficulty, token_divergence
 from adakd_kernels.ops import backends, native
+from instruments.project_copy import copy_project
 
 ROOT = Path(__file__).parent.parent
 LOSSES = """
@@ -119,3 +124,94 @@ def test_a_wrong_instruction_set_where_the_kernels_are_demanded_is_an_error_afte
     result = python(LOSSES, ADAKD_NATIVE="1", ADAKD_ISA="mmx")
     assert result.returncode == 1 and result.stdout == "imported\n"
     assert result.stderr.splitlines()[-1].startswith("RuntimeError: ADAKD_NATIVE=1, but ADAKD_ISA must be one of ")
+
+
+COMPILER = """#!/bin/sh
+for argument; do
+  [ "$last" = -o ] && echo "no code" > "$argument"
+  last=$argument
+done
+"""
+
+
+def built(folder: Path, *command: str, **environment: str) -> str:
+    """What `setup.py` prints in a copy of the project."""
+    env = {**os.environ, "ADAKD_NATIVE": "", "LD_PRELOAD": "", **environment}
+    result = subprocess.run(
+        [sys.executable, "setup.py", "-q", *command], capture_output=True, text=True, check=False, cwd=folder, env=env
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.fast
+@pytest.mark.skipif(os.name != "posix", reason="the C++ kernels are for POSIX systems")
+@pytest.mark.parametrize("library", [True, False], ids=["with the C++ kernels", "without"])
+def test_a_wheel_belongs_to_a_platform_or_to_none(tmp_path, library):
+    project, compiler = tmp_path / "project", tmp_path / "compiler"
+    project.mkdir()
+    copy_project(project)
+    compiler.write_text(COMPILER)  # that a real one builds the library is what `make setup` shows
+    compiler.chmod(0o755)
+    said = built(project, "bdist_wheel", CXX=str(compiler) if library else "no-such-compiler")
+    (wheel,) = (project / "dist").iterdir()
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"adakd_kernels/functional.py", "adakd_kernels/py.typed"} <= set(names)
+    assert not [name for name in names if name.startswith(("tests", "python_bindings")) or ".data/" in name]
+    tag = wheel.stem.split("-", 2)[2]
+    if library:
+        assert "adakd_kernels/_native.so" in names and re.fullmatch(r"py3-none-(linux|macosx)_\w+", tag), tag
+    else:
+        assert not [name for name in names if name.endswith(".so")] and tag == "py3-none-any"
+        assert "without the C++ kernels for the CPU, because there is no C++ compiler (no-such-compiler)" in said
+
+
+@pytest.mark.fast
+def test_the_sdist_holds_the_project_and_its_tests_run(tmp_path):
+    listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=False, cwd=ROOT)
+    if listed.returncode:
+        pytest.skip("git does not know these files")
+    built(ROOT, "egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir", str(tmp_path))
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (project,) = (path for path in tmp_path.iterdir() if (path / "setup.py").exists())
+    missing = [name for name in listed.stdout.splitlines() if (ROOT / name).exists() and not (project / name).exists()]
+    assert not missing
+    assert not [path for path in project.rglob("*") if path.suffix in (".so", ".pyc")]
+    env = {**os.environ, "ADAKD_NATIVE": "0", "PYTHONPATH": ""}
+    pytest_of_one = [sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", "-m", "fast", "-k", "follows"]
+    result = subprocess.run(
+        [*pytest_of_one, "tests/test_adaptive.py"], capture_output=True, text=True, check=False, cwd=project, env=env
+    )
+    assert result.returncode == 0 and " passed" in result.stdout, result.stdout + result.stderr
+
+
+@pytest.mark.fast
+def test_the_citation_is_that_of_the_model_cards():
+    yaml = pytest.importorskip("yaml")
+    # Not imported: the trainer brings transformers.
+    ours = runpy.run_path(str(ROOT / "adakd_kernels" / "trainer" / "citation.py"))
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
+    authors = re.search(r"author  = \{(.*?)\},\n  journal", ours["CITATION"], re.DOTALL)[1]
+    assert " ".join(authors.split()) == " and ".join(
+        f"{author['given-names']} {author['family-names']}" for author in cited["authors"]
+    )
+    assert cited["title"] == ours["PAPER_TITLE"] and cited["identifiers"][0]["value"] == "arXiv:" + ours["PAPER_ID"]
+
+
+@pytest.mark.fast
+def test_the_workflows_run_what_is_here():
+    yaml = pytest.importorskip("yaml")
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    ran = []
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        for job in yaml.safe_load(path.read_text())["jobs"].values():
+            ran += [step["run"] for step in job["steps"] if "run" in step]
+    for command in ran:
+        program, *arguments = command.split()
+        assert program in ("make", "grep") or os.access(ROOT / program, os.X_OK), command
+        assert program != "make" or set(arguments) <= targets, command
+    assert "make wheels" in ran and ".ci/run" in ran
+    configured = re.findall(r"\{project\}/(\.ci/\w+)", (ROOT / "pyproject.toml").read_text())
+    assert len(configured) == 2 and all(os.access(ROOT / name, os.X_OK) for name in configured)
