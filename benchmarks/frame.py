@@ -85,10 +85,10 @@ def timed(device: Gpu | Cpu, call: Callable[[], Any]) -> tuple[float, float]:
 def in_turns(device: Gpu | Cpu, w: Workload, runs: dict[str, Run], x: Inputs, rounds: int) -> dict[str, Record]:
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     names = list(runs)
+    gc.collect()
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             copies = fresh(x)  # not timed: what a model would just have written
-            gc.collect()
             times[name].append(timed(device, partial(runs[name], copies, w)))
     found = {}
     for name, pairs in times.items():
