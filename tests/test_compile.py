@@ -112,7 +112,7 @@ MOST_INSTRUCTIONS = {
     ("forward", "total_variation"): 34.0, ("forward", "alpha_beta"): 42.0, ("forward", "hellinger"): 19.2,
     ("backward", "forward_kl"): 20.5, ("backward", "reverse_kl"): 16.0, ("backward", "jeffreys"): 21.7,
     ("backward", "jensen_shannon"): 28.0, ("backward", "skew_forward_kl"): 23.0, ("backward", "skew_reverse_kl"): 31.0,
-    ("backward", "total_variation"): 20.0, ("backward", "alpha_beta"): 30.7, ("backward", "hellinger"): 23.3,
+    ("backward", "total_variation"): 20.0, ("backward", "alpha_beta"): 27.0, ("backward", "hellinger"): 23.3,
     ("terms", "jensen_shannon"): 50.0, ("terms", "skew_forward_kl"): 48.0, ("terms", "skew_reverse_kl"): 48.0,
     ("terms", "total_variation"): 37.0, ("terms", "alpha_beta"): 43.0,
 }  # fmt: skip
@@ -179,8 +179,10 @@ def test_rows_that_do_not_start_alike_compile_clean(kernel, divergence, target):
     assert not found
     if target in ("sm_80", "sm_90"):
         aligned = per_entry(compiled(target, kernel, divergence, whole, whole))
-        # An entry's two loads and its store are instructions of their own: 3 more, of 16 to 30 in a backward.
-        assert per_entry(code) < (aligned + 4.5 if kernel.startswith("backward") else 1.15 * aligned)
+        # An entry's two loads and its store are instructions of their own, 3 for 3/8, and so is taking apart half the
+        # pairs that the gradient is rounded in: more than 15 % where an entry takes fewer than 22 instructions.
+        more = 3.6 if kernel.startswith("backward") else 0.0
+        assert per_entry(code) < max(1.15 * aligned, aligned + more)
 
 
 @pytest.mark.parametrize(

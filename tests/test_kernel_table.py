@@ -48,6 +48,20 @@ def test_the_rows_of_split_rows_are_those_of_the_kernels():
     assert "\n".join(kernel_table.split_lines()) in PAGE
 
 
+@same_triton
+@pytest.mark.parametrize("kernel, divergence", [("forward", "skew_reverse_kl"), ("backward_ce", "skew_reverse_kl")])
+def test_nothing_takes_a_tenth_longer_than_the_memory_by_the_model(kernel, divergence):
+    """All kernels of the page but the second sweep alone, which is for a part of the vocabulary."""
+    rows = re.findall(r"^\| (.*) \| `(\w+)` \| (.*) \|$", PAGE.split("## Beside the memory")[1], re.MULTILINE)[
+        : len(KERNELS)
+    ]
+    ratios = {(name, div): [float(cell.split()[0]) for cell in cells.split(" | ")] for name, div, cells in rows}
+    assert len(ratios) == len(KERNELS)
+    assert max(max(x) for (name, _), x in ratios.items() if name != "`token_terms`") <= 1.1
+    b200, _ = over_memory(kernel_table.in_bf16("sm_100", kernel, divergence), 4, GPUS["B200"])
+    assert ratios[kernel_table.NAMES[kernel], divergence][-1] == round(b200, 2)
+
+
 def test_few_rows_fill_the_gpu_by_the_model():
     """64 rows: the parts are as many as an H100 takes at once, and all launches of a call count, merges included."""
     parts = few_rows.parts_of(64)

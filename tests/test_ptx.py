@@ -6,6 +6,7 @@ races, undefined values and accesses outside the tensors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,7 @@ from adakd_kernels.adaptive import focus_step, token_choice
 from adakd_kernels.divergences import AlphaBeta, JensenShannon, SkewReverseKL, TotalVariation, get_divergence
 from adakd_kernels.kernels import launch
 from adakd_kernels.kernels.loss_sums import loss_sums_fwd
+from adakd_kernels.kernels.mixture import reciprocal_polynomial
 from adakd_kernels.kernels.scale_gradient import scale_gradient
 from adakd_kernels.kernels.spread_statistics import spread_statistics_fwd
 from adakd_kernels.kernels.token_choice import choose_tokens_fwd, focus_step_over
@@ -77,6 +79,23 @@ def executing(edit: Callable[[str], str] = as_compiled) -> Iterator[list[str]]:
 
         with mock.patch.object(JITFunction, "run", run):
             yield executed
+
+
+@triton.jit
+def reciprocals(X, Y):
+    at = tl.arange(0, 1024)
+    tl.store(Y + at, reciprocal_polynomial(tl.load(X + at)))
+
+
+def test_the_reciprocal_of_blackwell_is_one():
+    """Of every power of two that a mixture can be, and of numbers between them."""
+    x = torch.exp2(torch.linspace(-40.0, 101.0, 1024))
+    x[:141] = torch.exp2(torch.arange(-40.0, 101.0))
+    x[-1] = math.nan
+    y = torch.empty(1024)
+    with executing():
+        reciprocals[(1,)](x, y)
+    assert (y[:-1].double() * x[:-1] - 1.0).abs().max() < 2e-7 and y[-1].isnan()
 
 
 @pytest.mark.parametrize("size", [150, 4500])

@@ -22,6 +22,7 @@ class Parameters(NamedTuple):
     of_p: tl.tensor  # α of alpha_beta, the exponent of p; of the others the weight of p in the mixture m
     of_q: tl.tensor  # β, the exponent of q; the weight of q, which 1 − of_p would round where of_p is next to 1
     LIGHT: tl.constexpr  # "p" or "q", whose weight is next to 0; None if no one's is
+    ROOT: tl.constexpr  # see `mixture.reciprocal`
 
 
 @triton.jit
@@ -124,12 +125,14 @@ def divergence_terms(log_q, log_p, DIVERGENCE: tl.constexpr, parameters):
         return f, g, top * tl.where(q_above, 1.0, low)
     elif DIVERGENCE == "skew_forward_kl":
         p = tl.exp2(log_p)
-        log_mix, ratio, rcp = mixture_over(gap, parameters.of_q, parameters.of_p, parameters.LIGHT == "q")
+        log_mix, ratio, rcp = mixture_over(
+            gap, parameters.of_q, parameters.of_p, parameters.LIGHT == "q", parameters.ROOT
+        )
         return p * log_mix, p * (ratio * rcp), tl.exp2(log_q)
     else:
         tl.static_assert(DIVERGENCE == "skew_reverse_kl", "a divergence without a branch in divergence_terms")
         q = tl.exp2(log_q)
-        log_mix, _, rcp = mixture_over(-gap, parameters.of_p, parameters.of_q, parameters.LIGHT == "p")
+        log_mix, _, rcp = mixture_over(-gap, parameters.of_p, parameters.of_q, parameters.LIGHT == "p", parameters.ROOT)
         return q * log_mix, q * (log_mix + (parameters.of_q * LOG2E) * rcp), q
 
 
@@ -156,9 +159,14 @@ def gradient_terms(log_q, log_p, DIVERGENCE: tl.constexpr, parameters):
     gap = log_q - log_p
     q = tl.exp2(log_q)
     if DIVERGENCE == "jensen_shannon":
-        g = q * mixture_over(-gap, parameters.of_p, parameters.of_q, parameters.LIGHT == "p")[0]
+        g = q * mixture_over(-gap, parameters.of_p, parameters.of_q, parameters.LIGHT == "p", parameters.ROOT)[0]
     elif DIVERGENCE == "skew_forward_kl":
-        g = q * mixture_over(gap, parameters.of_q, parameters.of_p, parameters.LIGHT == "q")[2]
+        g = q * mixture_over(gap, parameters.of_q, parameters.of_p, parameters.LIGHT == "q", parameters.ROOT)[2]
+    elif DIVERGENCE == "alpha_beta":
+        # q^β·(q^α − p^α) with the larger of p and q taken out of the difference, and out of the power beside it.
+        alpha, beta = parameters.of_p, parameters.of_q
+        away = 1.0 - tl.exp2(-tl.abs(alpha * gap))
+        g = tl.exp2(tl.fma(beta, log_q, alpha * tl.maximum(log_p, log_q))) * tl.where(gap > 0.0, away, -away)
     elif DIVERGENCE == "total_variation":
         g = tl.where(log_q > log_p, q, tl.where(log_q < log_p, -q, 0.0))
     else:

@@ -106,6 +106,8 @@ def write_grad(
     grad = grad.to(Grad.dtype.element_ty)
     if EDGE:
         tl.store(Grad + offs_v, grad, mask=inside(offs_v, rows.skew, VS, rows.SKEWED))
+    elif rows.WIDTH == 1:
+        tl.store(Grad + offs_v, grad)
     else:
         tl.store((Grad + start) + tile_offsets(0, rows.LANES, rows.VEC, rows.WIDTH), grad)
 

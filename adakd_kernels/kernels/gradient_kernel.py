@@ -89,6 +89,6 @@ def token_divergence_bwd_kernel(
         Grad,
         Rows(S, T, skew, scale, V if PART is None else entries, SKEWED if PART is None or not SKEWED else part == 0, 1,
              LANES, VEC, WIDTH),
-        token, VS if PART is None else written, DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT),
-        WITH_CE,
+        token, VS if PART is None else written, DIVERGENCE,
+        Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT, WIDTH == 1), WITH_CE,
     )  # fmt: skip

@@ -152,7 +152,7 @@ def merge_normalizers_kernel(
     log_q = tl.where(heavy, -of_s.log_sum, 0.0).to(ACC)
     gap = tl.where(heavy, peak.gap, 0.0)
     f, c = terms_of_peak(
-        log_q, gap, DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT), ACC
+        log_q, gap, DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT, False), ACC
     )  # fmt: skip
     store_normalizers(NormalizersTau, n, Normalizers(student.max, student.sum, teacher.max, teacher.sum))
     place = tl.max(tl.where(peak.own, tl.load(PartPeak + at, mask=inside, other=-1), -1), 0)

@@ -98,7 +98,7 @@ def token_divergence_fwd_kernel(
     scale = exponent_scale(tl.load(Tau + n))
     _, found = sweep_rows(
         Rows(S, T, skew, scale, V, SKEWED, TILES, LANES, VEC, WIDTH),
-        Tau + n, NormalizersTau, n, DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT),
+        Tau + n, NormalizersTau, n, DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT, False),
     )  # fmt: skip
     tl.store(D + n, found.d)  # 0 for an empty row, which has no finite entry
     tl.store(SumG + n, found.sum_g)

@@ -146,7 +146,8 @@ def token_terms_fwd_kernel(
     f, g = sweep_part(
         Rows(S, T, skew, scale, V if PART is None else entries, SKEWED if PART is None or not SKEWED else part == 0, 1,
              LANES, VEC, WIDTH),
-        row, peak - first_of_lanes(LANES, WIDTH), DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT),
+        row, peak - first_of_lanes(LANES, WIDTH), DIVERGENCE,
+        Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT, True),
     )  # fmt: skip
     tl.store(F + at, f)
     tl.store(G + at, g)

@@ -87,7 +87,7 @@ def token_divergence_with_gradient_kernel(
     if tl.load(Mask + n) != 0:
         of, found = sweep_rows(
             Rows(S, T, skew, scale, V, SKEWED, TILES, LANES, VEC, WIDTH),
-            Tau + n, NormalizersTau, n, DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT),
+            Tau + n, NormalizersTau, n, DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT, False),
         )  # fmt: skip
         d = found.d  # 0 for an empty row, which has no finite entry
         sum_g = found.sum_g
@@ -115,7 +115,7 @@ def token_divergence_with_gradient_kernel(
     )  # fmt: skip
     write_row(
         Grad, Rows(S, T, skew, scale, V, SKEWED, 1, LANES, VEC, WIDTH), token,
-        VS, DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT), WITH_CE,
+        VS, DIVERGENCE, Parameters(number(of_p, ACC), number(of_q, ACC), LIGHT, WIDTH == 1), WITH_CE,
     )  # fmt: skip
 
 
