@@ -10,10 +10,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from adakd_kernels import adakd_loss
 from adakd_kernels.cli import COMMANDS, main
 
 from .tiny_models import save_pair, write_jsonl
@@ -84,6 +86,25 @@ def test_python_snippets_of_a_page_run_in_order(page, project, capsys):
         for shown in re.findall(r"^# (torch\.Size.*)$", snippet, flags=re.MULTILINE):
             assert shown in capsys.readouterr().out
     assert "trainer" not in names or names["trainer"].state.global_step == 4
+
+
+@pytest.mark.parametrize("snippet", blocks("python", PAGES["README.md"]))
+def test_each_snippet_of_the_readme_runs_alone(snippet, project):
+    exec(compile(snippet, "README.md", "exec"), {})
+
+
+def test_the_readme_says_the_same_in_its_own_words_and_fused(project):
+    """The eager formula is what the fused loss computes."""
+    before = blocks("python", PAGES["README.md"])[0]
+    names: dict[str, Any] = {}
+    torch.manual_seed(0)
+    exec(before, names)
+    student, teacher, labels = (names[name] for name in ("student", "teacher", "labels"))
+    expected, student.grad = student.grad, None
+    loss = adakd_loss(student, teacher, labels, divergence="reverse_kl", focus_ratio=0.5).loss
+    loss.backward()
+    torch.testing.assert_close(loss, names["eager_adakd"](student, teacher, labels))
+    torch.testing.assert_close(student.grad, expected, atol=1e-7, rtol=1e-4)
 
 
 @pytest.mark.parametrize("page", [page for page in pages_with("sh") if page != MATHS])
