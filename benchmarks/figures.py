@@ -18,6 +18,7 @@ from typing import Any
 from instruments.devices import ROOT
 
 from .frame import Record
+from .quality import summary
 from .workloads import Workload
 
 RESULTS = Path(__file__).parent / "results"
@@ -239,6 +240,7 @@ DRAW: dict[str, tuple[str, Callable[[Any, list[Record], dict[str, str]], Any]]] 
     "accuracy": ("accuracy", draw_accuracy),
     "scaling": ("scaling", draw_scaling),
     "share": ("scaling", draw_share),
+    "quality": ("quality", summary.draw),
 }
 """A picture's name -> the benchmark it is drawn from, and how."""
 
@@ -327,6 +329,8 @@ TABLES: dict[tuple[str, str], tuple[str, Callable[[list[Record]], list[str]]]] =
     ("README.md", "first"): ("peers", first_table),
     ("docs/benchmarks.md", "peers"): ("peers", peers_table),
     ("docs/benchmarks.md", "operators"): ("operators", operators_table),
+    ("docs/quality.md", "arms"): ("quality", lambda records: summary.arms_table(records).splitlines()),
+    ("docs/quality.md", "differences"): ("quality", lambda records: summary.differences_table(records).splitlines()),
 }
 """A page and a table's name -> the benchmark it is made from, and how."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
@@ -138,22 +138,19 @@ def _cell(found: Difference, shown: Shown) -> str:
     return f"{mark}{middle}{mark}" + (f" [{', '.join(ends)}]" if ends else "")
 
 
-def draw(lines: list[Line], colours: dict[str, str]) -> Any:
+def draw(plt: Any, lines: list[Line], colours: dict[str, str]) -> Any:
     """Sampled ROUGE-L over the student's entropy: a panel for each set, an arm a mark, its seeds small beside it.
 
     Args:
+        plt: matplotlib's pyplot.
         lines: of results.
-        colours: of `text`, `grid`, `back` and `ours`, which are the arms with AdaKD.
+        colours: of `text`, `back` and `ours`, which are the arms with AdaKD.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
     names = set_names(lines)
-    figure = Figure(
-        figsize=(4.6 * len(names), 3.6 + 0.8 / len(names) + 1.0), layout="constrained", facecolor=colours["back"]
-    )
+    figure, panels = plt.subplots(1, len(names) + 1, figsize=(4.2 * len(names) + 2.8, 4.0), squeeze=False)
+    *axes, key = panels[0]
     arms = [(arm, of) for arm, of in by_arm(lines).items() if arm in ARMS]
-    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+    for axis, name in zip(axes, names, strict=True):
         for number, (arm, of) in enumerate(arms, start=1):
             points = [(value(line, name, "entropy"), value(line, name, SAMPLED)) for line in of]
             colour = colours["ours" if "adakd" in arm else "text"]
@@ -161,26 +158,20 @@ def draw(lines: list[Line], colours: dict[str, str]) -> Any:
             axis.scatter(*zip(*points, strict=True), s=8, color=colour, alpha=0.5, linewidths=0)
             for x, y in points:
                 axis.plot([centre[0], x], [centre[1], y], color=colour, alpha=0.25, linewidth=0.8)
-            axis.text(
-                *centre, str(number), color=colours["back"], fontsize=8, ha="center", va="center",
-                bbox={"boxstyle": "circle,pad=0.25", "facecolor": colour, "edgecolor": "none"},
-            )  # fmt: skip
-        axis.set_title(name, color=colours["text"], fontsize="medium")
-        axis.set_xlabel("entropy of the student (nats/token)", color=colours["text"])
-        axis.set_ylabel("ROUGE-L, sampled", color=colours["text"])
-        axis.set_facecolor(colours["back"])
-        axis.tick_params(colors=colours["text"])
-        axis.grid(color=colours["grid"], linewidth=0.6)
-        for spine in axis.spines.values():
-            spine.set_color(colours["grid"])
-    key = [
-        Line2D([], [], linestyle="", marker=f"${number}$", color=colours["text"], label=TITLES[arm])
-        for number, (arm, _) in enumerate(arms, start=1)
-    ]
-    figure.legend(
-        handles=key, loc="outside lower center", ncols=len(names), labelcolor=colours["text"], fontsize=8, frameon=False
-    )
+            axis.text(*centre, str(number), **_mark(colour, colours["back"]))
+        axis.set_title(name)
+        axis.set_xlabel("entropy of the student (nats/token)")
+        axis.set_ylabel("ROUGE-L, sampled")
+    key.axis("off")
+    for number, (arm, _) in enumerate(arms, start=1):
+        place = 1.0 - number / (len(arms) + 1)
+        colour = colours["ours" if "adakd" in arm else "text"]
+        key.text(0.0, place, str(number), **_mark(colour, colours["back"]), transform=key.transAxes)
+        key.text(0.1, place, TITLES[arm], va="center", fontsize=8, transform=key.transAxes)
     return figure
 
 
-TABLES: dict[str, Callable[[list[Line]], str]] = {"arms": arms_table, "differences": differences_table}
+def _mark(colour: str, back: str) -> dict[str, Any]:
+    """A number in a disc."""
+    disc = {"boxstyle": "circle,pad=0.25", "facecolor": colour, "edgecolor": "none"}
+    return {"color": back, "fontsize": 8, "ha": "center", "va": "center", "bbox": disc}
