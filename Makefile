@@ -21,7 +21,8 @@ unexport TRITON_INTERPRET
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .PHONY: help setup demo format lint types test test-all test-fast test-native test-interpret test-compile test-gpu \
-  docs test-cross test-faults test-versions sanitize fuzz bench bench-gpu bench-compare figures kernels-table wheels clean
+  docs test-cross test-faults test-versions sanitize fuzz bench bench-gpu bench-compare figures kernels-table wheels hub \
+  clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -162,6 +163,10 @@ kernels-table: setup ## count in the compiled kernels and write docs/kernel-tabl
 wheels: setup ## build sdist and wheels for this platform into dist/, and try the wheel in an environment of its own
 	$(PIP) install -q $(WHEEL_TOOLS)
 	.ci/wheels $(abspath $(BIN))/python
+
+hub: ## write the losses in the layout of the Hugging Face kernel hub into build/hub/
+	rm -rf build/hub
+	$(PYTHON) .ci/hub_layout build/hub
 
 clean: ## remove build products and caches; the virtual environment stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -219,3 +219,33 @@ def test_the_workflows_run_what_is_here():
     assert "make wheels" in ran and ".ci/run" in ran
     configured = re.findall(r"\{project\}/(\.ci/\w+)", (ROOT / "pyproject.toml").read_text())
     assert len(configured) == 2 and all(os.access(ROOT / name, os.X_OK) for name in configured)
+
+
+LOAD_VARIANT = """
+import importlib.util, json, sys, warnings
+from pathlib import Path
+folder = Path(sys.argv[1]) / "build" / "torch-cpu"
+name = json.loads((folder / "metadata.json").read_text())["id"]
+spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
+module = sys.modules[name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+import torch
+student = torch.randn(4, 50, requires_grad=True)
+module.adakd_loss(student, torch.randn(4, 50), torch.randint(50, (4,))).loss.backward()
+hidden = [torch.randn(4, 8), torch.randn(50, 8)]
+module.linear_adakd_loss(*hidden, *hidden, torch.randint(50, (4,)))
+print(bool(student.grad.isfinite().all()), [name for name in sys.modules if name.startswith("adakd")])
+"""
+
+
+@pytest.mark.fast
+def test_the_layout_of_the_kernel_hub_needs_no_installed_package(tmp_path):
+    """Loaded as the package `kernels` does it: under a name of its own, from a folder that is on no path."""
+    folder = tmp_path / "hub"
+    subprocess.run([sys.executable, ROOT / ".ci" / "hub_layout", folder], check=True)
+    variants = {path.name for path in (folder / "build").iterdir()}
+    assert variants == {"torch-cpu", "torch-cuda", "torch-rocm"} and (folder / "build.toml").exists()
+    env = {**os.environ, "ADAKD_NATIVE": "0", "TRITON_INTERPRET": "0", "LD_PRELOAD": "", "PYTHONPATH": ""}
+    load = [sys.executable, "-W", "error", "-c", LOAD_VARIANT, folder]
+    result = subprocess.run(load, capture_output=True, text=True, check=False, cwd=tmp_path, env=env)
+    assert result.returncode == 0 and result.stdout == "True []\n", result.stderr
