@@ -86,6 +86,8 @@ class BuildNative(build_ext):
             raise SystemExit(f"ADAKD_NATIVE=1, but the C++ kernels for the CPU cannot be built: {why}")
         print(f"adakd_kernels: installed without the C++ kernels for the CPU, because {why}")
         self.extensions = self.distribution.ext_modules = []
+        if wheel := self.distribution.get_command_obj("bdist_wheel", create=False):
+            wheel.root_is_pure = True
 
     def build_extension(self, ext: Extension) -> None:
         from torch.utils.cpp_extension import include_paths, library_paths
@@ -116,12 +118,7 @@ class BuildNative(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """What stands in the way of the library shows when it is built, so that comes before the wheel gets its name."""
-
-    def run(self) -> None:
-        self.run_command("build")
-        self.root_is_pure = not self.distribution.has_ext_modules()
-        super().run()
+    """Named after the build, which says whether there is a library in it."""
 
     def get_tag(self) -> tuple[str, str, str]:
         platform_tag = super().get_tag()[2]

@@ -132,7 +132,7 @@ def test_a_wrong_instruction_set_where_the_kernels_are_demanded_is_an_error_afte
 
 COMPILER = """#!/bin/sh
 for argument; do
-  [ "$last" = -o ] && echo "no code" > "$argument"
+  [ "$last" = -o ] && echo "no code" > "$argument" && echo "$argument" >> calls
   last=$argument
 done
 """
@@ -164,6 +164,8 @@ def test_a_wheel_belongs_to_a_platform_or_to_none(tmp_path, library):
     assert not [name for name in names if name.startswith(("tests", "python_bindings")) or ".data/" in name]
     tag = wheel.stem.split("-", 2)[2]
     if library:
+        calls = (project / "calls").read_text().splitlines()
+        assert len(calls) == len(set(calls)) >= 4, calls
         assert "adakd_kernels/_native.so" in names and re.fullmatch(r"py3-none-(linux|macosx)_\w+", tag), tag
     else:
         assert not [name for name in names if name.endswith(".so")] and tag == "py3-none-any"
