@@ -88,23 +88,30 @@ adakd::Divergence divergence_of(const std::string& wanted) {
                            "missing in python_bindings/core/divergences.h");
 }
 
-// Runs a kernel for every token. Threads take the next token as they finish one: tokens that are not selected take no
-// time, and where they lie is up to the data.
-template <class Call>
-void for_each_token(void (*kernel)(const Call&, int64_t), const Call& call, const adakd::Rows& rows, int64_t tokens) {
+// How many threads take the tokens of a call.
+int64_t threads_for(const adakd::Rows& rows, int64_t tokens) {
   constexpr int64_t kEntriesWorthAThread = 1 << 15;
   const int64_t useful = 1 + tokens * rows.vocab / kEntriesWorthAThread;
-  int64_t threads = torch::stable::get_num_threads();
-  threads = threads < useful ? threads : useful;
+  const int64_t threads = torch::stable::get_num_threads();
+  return threads < useful ? threads : useful;
+}
+
+// Calls run(n, thread) for every token n. Threads take the next token as they finish one: tokens that are not selected
+// take no time, and where they lie is up to the data.
+template <class Run> void for_each_token(int64_t threads, int64_t tokens, Run run) {
   std::atomic<int64_t> next{0};
-  const auto work = [&](int64_t, int64_t) {
-    for (int64_t n = next++; n < tokens; n = next++) kernel(call, n);
+  const auto work = [&](int64_t thread, int64_t) {
+    for (int64_t n = next++; n < tokens; n = next++) run(n, thread);
   };
   if (threads < 2) {
     work(0, 1);
   } else {
     torch::stable::parallel_for(0, threads, 1, work);
   }
+}
+template <class Call>
+void for_each_token(void (*kernel)(const Call&, int64_t), const Call& call, const adakd::Rows& rows, int64_t tokens) {
+  for_each_token(threads_for(rows, tokens), tokens, [&](int64_t n, int64_t) { kernel(call, n); });
 }
 
 Two token_stats(const Tensor& student, const Tensor& teacher, const Tensor& mask) {
@@ -295,7 +302,15 @@ std::conditional_t<kInPlace, Five, Six> token_divergence_with_gradient(
   const Gradients y(out, student, teacher, temperature, weight, x.sum_g, x.normalizers_tau, x.peak, x.peak_grad,
                     labels, ce_weight, normalizers_1, divergence, alpha, beta);
   const adakd::WithGradientCall call{x.call, y.call};
-  for_each_token(kernels().token_divergence_with_gradient, call, x.call.rows, mask.numel());
+  const adakd::Rows& rows = x.call.rows;
+  const int64_t threads = threads_for(rows, mask.numel());
+  // A row of floats for each thread, in whole lines.
+  const int64_t width = kernels().takes_two_sweeps(x.call.divergence) ? (rows.vocab + 15) / 16 * 16 : 0;
+  const Tensor scratch = torch::stable::new_empty(student, {threads, width}, ScalarType::Float);
+  float* const first = width == 0 ? nullptr : static_cast<float*>(scratch.data_ptr());
+  for_each_token(threads, mask.numel(), [&](int64_t n, int64_t thread) {
+    kernels().token_divergence_with_gradient(call, n, first == nullptr ? nullptr : first + thread * width);
+  });
   if constexpr (kInPlace) {
     return x.results();
   } else {
@@ -440,5 +455,6 @@ ADAKD_EXPORT const char* adakd_divergences() {
 #undef ADAKD_NAME_AND_BLANK
 }
 ADAKD_EXPORT void adakd_exp2(const float* x, float* y, int64_t n) { kernels().exp2(x, y, n); }
+ADAKD_EXPORT void adakd_mass(const float* x, float* y, int64_t n) { kernels().mass(x, y, n); }
 ADAKD_EXPORT void adakd_log2(const float* x, float* y, int64_t n) { kernels().log2(x, y, n); }
 }

@@ -47,15 +47,23 @@ def bound(name: str) -> float:
     return float(re.search(rf"{name} = ([0-9.e-]+)f", source)[1])
 
 
-def test_exp2_keeps_its_error_bound():
+@pytest.mark.parametrize("function", ["adakd_exp2", "adakd_mass"])
+def test_exp2_keeps_its_error_bound(function):
     octave = np.arange(np.float32(1.0).view(np.int32), np.float32(2.0).view(np.int32), dtype=np.int32).view(np.float32)
     spread = np.linspace(-125.0, 127.0, 1_000_003).astype(np.float32)
     for x in (octave - 1.5, octave * 2**-6, -octave * 2**-6, spread):
-        error = np.abs(mapped("adakd_exp2", x) / np.exp2(x.astype(np.float64)) - 1.0)
+        error = np.abs(mapped(function, x) / np.exp2(x.astype(np.float64)) - 1.0)
         assert error.max() <= bound("kExp2Error"), (x[error.argmax()], error.max())
-    special = mapped("adakd_exp2", np.array([-INF, -1e30, -0.0, 0.0, 1.0, -3.0, math.nan], np.float32))
+    special = mapped(function, np.array([-INF, -1e30, -0.0, 0.0, 1.0, -3.0, math.nan], np.float32))
     assert np.array_equal(special, np.array([0.0, 0.0, 1.0, 1.0, 2.0, 0.125, math.nan], np.float32), equal_nan=True)
-    assert 0.0 <= mapped("adakd_exp2", np.array([-128.0], np.float32))[0] < 2.0**-126  # subnormal or flushed
+    assert 0.0 <= mapped(function, np.array([-128.0], np.float32))[0] < 2.0**-126  # subnormal or flushed
+
+
+def test_the_error_of_exp2_vanishes_at_0():
+    """Mixtures of nearly equal p and q take 1 - 2^x of a small x."""
+    x = -np.geomspace(1e-6, 0.05, 100_001).astype(np.float32)
+    error = np.abs(mapped("adakd_exp2", x) - np.exp2(x.astype(np.float64)))
+    assert error.max() <= 1.2 * 2.0**-25  # 2**-25 is half of a last place below 1: the rounding of the result
 
 
 def test_log2_keeps_its_error_bound():
@@ -75,6 +83,16 @@ def test_every_half_is_read_exactly():
     for entries in (1, 64):  # one by one, and by pairs of vectors
         rows = finite.expand(-1, -1, entries).contiguous()
         assert torch.equal(ops.token_stats(rows, rows.flip(1), mask)[1][0], finite[..., 0].float())
+
+
+@pytest.mark.parametrize("divergence", [d for d in ONE_OF_EACH if d.sweeps == 2], ids=name_of)
+def test_rows_that_nearly_agree(divergence):
+    """Their D is small, and an error that all entries of a row have in common shows in it: 2^x next to 0, say."""
+    student = logits(2, 3, 20_000, seed=80, scale=2.0)
+    teacher = student + logits(2, 3, 20_000, seed=81, scale=0.02)
+    exact = reference.token_divergence(student.double(), teacher.double(), 0.9, divergence)
+    eager = reference.token_divergence(student, teacher, 0.9, divergence)
+    assert_close_as_eager(token_divergence(student, teacher, 0.9, divergence), eager, exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -270,9 +288,11 @@ def test_any_input_gives_what_the_reference_gives(problem):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="a sanitizer keeps freed memory")
-def test_memory_beside_logits_and_gradient_is_small():
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jensen_shannon"])  # the second keeps a row for each thread
+def test_memory_beside_logits_and_gradient_is_small(divergence):
     """At the size where it matters: under 4 MB, however long the rows."""
     code = """
+import sys
 import torch
 from adakd_kernels import adakd_loss
 from instruments.devices import forget_peak, produced, resident
@@ -280,14 +300,17 @@ student, teacher = torch.randn(96, 151_936), torch.randn(96, 151_936)
 labels = torch.arange(96)
 def run():
     leaf = produced(student.detach().requires_grad_())
-    adakd_loss(leaf, teacher, labels, focus_ratio=0.5, ce_weight=0.1, inplace=True).loss.backward()
+    options = dict(divergence=sys.argv[1], focus_ratio=0.5, ce_weight=0.1, inplace=True)
+    adakd_loss(leaf, teacher, labels, **options).loss.backward()
+torch.set_num_threads(2)
 run()
 forget_peak()
 before, _ = resident()
 run()
 print(resident()[1] - before)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    command = [sys.executable, "-c", code, divergence]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert int(result.stdout) < 4096 * 1024, f"{result.stdout.strip()} bytes"
 
 

@@ -1,8 +1,11 @@
 // The divergences, entry by entry: f and g of docs/maths.md, section 3, and the gradient of equation (10).
 //
 // A divergence is a class with
-//   terms(at, f, g): its summand and g = q ∂f/∂q, needed by divergences of two sweeps only;
+//   terms(at): its summand and g = q ∂f/∂q, needed by divergences of two sweeps only;
 //   gradient(at, w, w_sum_g): w·(g - q·Σg), with w_sum_g = w·Σg.
+// Where terms() computes most of what the gradient takes, the class has instead (kKeeps)
+//   kept(at): that one number of an entry, which terms() gives too, bit by bit;
+//   gradient(q, kept, w, w_sum_g).
 // V is a step or a vector of entries, or double for the peak alone. Logarithms are to base 2. The larger of p and q is taken out
 // of every mixture, so that log-ratios of masses that underflow stay finite and everything is exactly 0 at p = q.
 #pragma once
@@ -65,11 +68,15 @@ template <class V> struct Terms {
   static constexpr bool kUnbounded = false;
   // f and g take logarithms of a mixture of q and p.
   static constexpr bool kMixture = false;
+  // The gradient takes what terms() computes besides f and g (above).
+  static constexpr bool kKeeps = false;
 
   const Parameters<Vector<V>>& parameters;
   explicit Terms(const Parameters<Vector<V>>& parameters) : parameters(parameters) {}
   // The least power to which the terms raise a mass.
   static double least_power(double, double) { return 1.0; }
+  // The derivative of Σf over some entries in a shift of their log2(q/p) alone, at Σf = f, Σg = g, Σq = q.
+  static double slope(double, double, double) { return 0.0; }
 };
 
 // use(parameters), where the compiler knows `lopsided` and makes a loop for either value. A branch inside one loop
@@ -85,6 +92,11 @@ template <class V> struct Entry {
   V log_q, log_p, gap;
 };
 
+// What terms() gives of an entry. `kept` is 0 where the class keeps nothing.
+template <class V> struct Summands {
+  V f, g, kept;
+};
+
 // The larger of p and q, and p and q over it: one of the ratios is 1.
 template <class V> struct Ratios {
   V top, r_p, r_q;
@@ -92,7 +104,7 @@ template <class V> struct Ratios {
   ADAKD_INLINE explicit Ratios(const Entry<V>& at) {
     const V one = constant<V>(1.0), low = exp2(minus_absolute(at.gap));
     const Mask<V> q_above = at.gap > V{};
-    top = exp2(max(at.log_q, at.log_p));
+    top = mass_of(max(at.log_q, at.log_p));
     r_p = select(q_above, low, one);
     r_q = select(q_above, one, low);
   }
@@ -137,7 +149,7 @@ template <class V> struct LogsOverMixture {
 template <class V> struct ForwardKL : Terms<V> {
   using Terms<V>::Terms;
   ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {
-    return -fma(w, exp2(at.log_p), w_sum_g * exp2(at.log_q));
+    return -fma(w, mass_of(at.log_p), w_sum_g * mass_of(at.log_q));
   }
 };
 
@@ -146,7 +158,7 @@ template <class V> struct ReverseKL : Terms<V> {
   static constexpr bool kUnbounded = true;
   using Terms<V>::Terms;
   ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {
-    return weighted(exp2(at.log_q), w * constant<V>(kLn2), at.gap, w_sum_g);
+    return weighted(mass_of(at.log_q), w * constant<V>(kLn2), at.gap, w_sum_g);
   }
 };
 
@@ -155,7 +167,7 @@ template <class V> struct Jeffreys : Terms<V> {
   static constexpr bool kUnbounded = true;
   using Terms<V>::Terms;
   ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {
-    return fma(-w, exp2(at.log_p), weighted(exp2(at.log_q), w * constant<V>(kLn2), at.gap, w_sum_g));
+    return fma(-w, mass_of(at.log_p), weighted(mass_of(at.log_q), w * constant<V>(kLn2), at.gap, w_sum_g));
   }
 };
 
@@ -163,7 +175,7 @@ template <class V> struct Jeffreys : Terms<V> {
 template <class V> struct Hellinger : Terms<V> {
   using Terms<V>::Terms;
   ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {
-    const V half = constant<V>(0.5), root_q = exp2(half * at.log_q), root_p = exp2(half * at.log_p);
+    const V half = constant<V>(0.5), root_q = mass_of(half * at.log_q), root_p = mass_of(half * at.log_p);
     return -root_q * fma(half * w, root_p, w_sum_g * root_q);
   }
 };
@@ -176,65 +188,67 @@ template <class V> struct TotalVariation : Terms<V> {
     const V one = constant<V>(1.0), zero = V{};
     return select(at.gap > zero, one, select(at.gap < zero, -one, at.gap - at.gap));  // 0 - 0, or NaN - NaN
   }
-  ADAKD_INLINE void terms(const Entry<V>& at, V& f, V& g) const {
+  ADAKD_INLINE Summands<V> terms(const Entry<V>& at) const {
     const Ratios<V> r(at);
     const V half_top = constant<V>(0.5) * r.top;
-    f = half_top * absolute(r.r_p - r.r_q);
-    g = half_top * r.r_q * (sign(at) - this->parameters.peak_sign);
+    return {half_top * absolute(r.r_p - r.r_q), half_top * r.r_q * (sign(at) - this->parameters.peak_sign), V{}};
   }
   ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {
-    return exp2(at.log_q) * fma(constant<V>(0.5) * w, sign(at) - this->parameters.peak_sign, -w_sum_g);
+    return mass_of(at.log_q) * fma(constant<V>(0.5) * w, sign(at) - this->parameters.peak_sign, -w_sum_g);
   }
 };
 
-// Σ β·p·log(p/m) + (1 - β)·q·log(q/m), m = β·p + (1 - β)·q: g = (1 - β)·q·log(q/m).
+// Σ β·p·log(p/m) + (1 - β)·q·log(q/m), m = β·p + (1 - β)·q: g = (1 - β)·q·log(q/m). Kept: log2(q/m).
 template <class V> struct JensenShannon : Terms<V> {
-  static constexpr bool kTwoSweeps = true, kMixture = true;
+  static constexpr bool kTwoSweeps = true, kMixture = true, kKeeps = true;
   using Terms<V>::Terms;
   using Terms<V>::parameters;
   ADAKD_INLINE LogsOverMixture<V> logs(const Entry<V>& at, const Ratios<V>& r) const {
     const V mix = fma(parameters.beta, r.r_p, parameters.rest_of_beta * r.r_q);
     return {at.gap, mix, parameters.beta, parameters.rest_of_beta, parameters.lopsided};
   }
-  ADAKD_INLINE void terms(const Entry<V>& at, V& f, V& g) const {
+  ADAKD_INLINE Summands<V> terms(const Entry<V>& at) const {
     const Ratios<V> r(at);
     const LogsOverMixture<V> log = logs(at, r);
     const V scale = constant<V>(kLn2) * r.top, q_part = parameters.rest_of_beta * r.r_q * log.q;
-    g = scale * q_part;
-    f = scale * fma(parameters.beta * r.r_p, log.p, q_part);
+    return {scale * fma(parameters.beta * r.r_p, log.p, q_part), scale * q_part, log.q};
   }
-  ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {
-    const Ratios<V> r(at);
-    const V weight = w * parameters.rest_of_beta * constant<V>(kLn2);
-    return weighted(r.top * r.r_q, weight, above_overflow(logs(at, r).q), w_sum_g);
+  ADAKD_INLINE V kept(const Entry<V>& at) const { return logs(at, Ratios<V>(at)).q; }
+  ADAKD_INLINE V gradient(V q, V kept, V w, V w_sum_g) const {
+    return weighted(q, w * parameters.rest_of_beta * constant<V>(kLn2), above_overflow(kept), w_sum_g);
   }
 };
 
-// Σ p·log(p/m), m = α·p + (1 - α)·q: g = -(1 - α)·p·q/m.
+// Σ p·log(p/m), m = α·p + (1 - α)·q: g = -(1 - α)·p·q/m. Kept: p/m.
 template <class V> struct SkewForwardKL : Terms<V> {
-  static constexpr bool kTwoSweeps = true, kMixture = true;
+  static constexpr bool kTwoSweeps = true, kMixture = true, kKeeps = true;
   using Terms<V>::Terms;
   using Terms<V>::parameters;
-  ADAKD_INLINE void terms(const Entry<V>& at, V& f, V& g) const {
-    const Ratios<V> r(at);
-    const V rest = parameters.rest_of_alpha;
-    const V mix = fma(parameters.alpha, r.r_p, rest * r.r_q), p = r.top * r.r_p;
-    f = constant<V>(kLn2) * p * LogsOverMixture<V>(at.gap, mix, parameters.alpha, rest, parameters.lopsided).p;
-    g = -rest * p * (r.r_q / mix);
+  static double slope(double, double g, double) { return kLn2 * g; }
+  ADAKD_INLINE V mixture(const Ratios<V>& r) const {
+    return fma(parameters.alpha, r.r_p, parameters.rest_of_alpha * r.r_q);
   }
-  ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {
+  ADAKD_INLINE Summands<V> terms(const Entry<V>& at) const {
     const Ratios<V> r(at);
-    const V rest = parameters.rest_of_alpha;
-    const V mix = fma(parameters.alpha, r.r_p, rest * r.r_q);
-    return -(r.top * r.r_q) * fma(w * rest, r.r_p / mix, w_sum_g);
+    const V rest = parameters.rest_of_alpha, mix = mixture(r), p_over_mix = r.r_p / mix;
+    const V log_p = LogsOverMixture<V>(at.gap, mix, parameters.alpha, rest, parameters.lopsided).p;
+    return {constant<V>(kLn2) * (r.top * r.r_p) * log_p, -rest * (r.top * r.r_q) * p_over_mix, p_over_mix};
+  }
+  ADAKD_INLINE V kept(const Entry<V>& at) const {
+    const Ratios<V> r(at);
+    return r.r_p / mixture(r);
+  }
+  ADAKD_INLINE V gradient(V q, V kept, V w, V w_sum_g) const {
+    return -q * fma(w * parameters.rest_of_alpha, kept, w_sum_g);
   }
 };
 
-// Σ q·log(q/m), m = α·q + (1 - α)·p: g = q·(log(q/m) - α·q/m), without the term q.
+// Σ q·log(q/m), m = α·q + (1 - α)·p: g = q·(log(q/m) - α·q/m), without the term q. Kept: g/q.
 template <class V> struct SkewReverseKL : Terms<V> {
-  static constexpr bool kTwoSweeps = true, kWithoutQ = true, kMixture = true;
+  static constexpr bool kTwoSweeps = true, kWithoutQ = true, kMixture = true, kKeeps = true;
   using Terms<V>::Terms;
   using Terms<V>::parameters;
+  static double slope(double f, double g, double q) { return kLn2 * (q + g - f); }
   // log(q/m) and α·q/m: g is q·(their difference).
   ADAKD_INLINE void parts(const Entry<V>& at, const Ratios<V>& r, V& log_ratio, V& q_of_mixture) const {
     const V mix = fma(parameters.alpha, r.r_q, parameters.rest_of_alpha * r.r_p);
@@ -242,25 +256,27 @@ template <class V> struct SkewReverseKL : Terms<V> {
     log_ratio = constant<V>(kLn2) * log.q;
     q_of_mixture = parameters.alpha * (r.r_q / mix);
   }
-  ADAKD_INLINE void terms(const Entry<V>& at, V& f, V& g) const {
+  ADAKD_INLINE Summands<V> terms(const Entry<V>& at) const {
     const Ratios<V> r(at);
     const V q = r.top * r.r_q;
     V log_ratio, q_of_mixture;
     parts(at, r, log_ratio, q_of_mixture);
-    f = q * log_ratio;
-    g = fma(-q, q_of_mixture, f);
+    const V f = q * log_ratio;
+    return {f, fma(-q, q_of_mixture, f), log_ratio - q_of_mixture};
   }
-  ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {
-    const Ratios<V> r(at);
+  ADAKD_INLINE V kept(const Entry<V>& at) const {
     V log_ratio, q_of_mixture;
-    parts(at, r, log_ratio, q_of_mixture);
-    return weighted(r.top * r.r_q, w, above_overflow(log_ratio - q_of_mixture), w_sum_g);
+    parts(at, Ratios<V>(at), log_ratio, q_of_mixture);
+    return log_ratio - q_of_mixture;
+  }
+  ADAKD_INLINE V gradient(V q, V kept, V w, V w_sum_g) const {
+    return weighted(q, w, above_overflow(kept), w_sum_g);
   }
 };
 
-// Σ (α·p^(α+β) + β·q^(α+β) - (α+β)·p^α·q^β)/(αβ(α+β)): g = (q^(α+β) - p^α·q^β)/α.
+// Σ (α·p^(α+β) + β·q^(α+β) - (α+β)·p^α·q^β)/(αβ(α+β)): g = (q^(α+β) - p^α·q^β)/α. Kept: g.
 template <class V> struct AlphaBeta : Terms<V> {
-  static constexpr bool kTwoSweeps = true;
+  static constexpr bool kTwoSweeps = true, kKeeps = true;
   using Terms<V>::Terms;
   using Terms<V>::parameters;
   static double least_power(double alpha, double beta) { return min(1.0, alpha + beta); }
@@ -279,18 +295,21 @@ template <class V> struct AlphaBeta : Terms<V> {
     // The remainder may be negative: of -inf, the two terms of times_alpha_plus_beta would then give NaN.
     return exp2(times_alpha_plus_beta(max(constant<V>(-1.0e4), max(at.log_q, at.log_p))));
   }
-  ADAKD_INLINE void terms(const Entry<V>& at, V& f, V& g) const {
+  ADAKD_INLINE Summands<V> terms(const Entry<V>& at) const {
     const V alpha = parameters.alpha, beta = parameters.beta, one = constant<V>(1.0);
     V p_ab, q_ab, mixed;
-    const V scale = powers(at, p_ab, q_ab, mixed);
-    f = scale * fma(alpha, p_ab - mixed, beta * (q_ab - mixed)) * (one / (alpha * beta * parameters.alpha_plus_beta));
-    g = scale * (q_ab - mixed) * parameters.per_alpha;
+    const V scale = powers(at, p_ab, q_ab, mixed), g = g_of(scale, q_ab, mixed);
+    return {scale * fma(alpha, p_ab - mixed, beta * (q_ab - mixed)) *
+                (one / (alpha * beta * parameters.alpha_plus_beta)),
+            g, g};
   }
-  ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {
+  ADAKD_INLINE V g_of(V scale, V q_ab, V mixed) const { return scale * (q_ab - mixed) * parameters.per_alpha; }
+  ADAKD_INLINE V kept(const Entry<V>& at) const {
     V p_ab, q_ab, mixed;
     const V scale = powers(at, p_ab, q_ab, mixed);
-    return fma(w * parameters.per_alpha, scale * (q_ab - mixed), -w_sum_g * exp2(at.log_q));
+    return g_of(scale, q_ab, mixed);
   }
+  ADAKD_INLINE V gradient(V q, V kept, V w, V w_sum_g) const { return fma(w, kept, -w_sum_g * q); }
 };
 
 // For a token that the loss selects for its cross-entropy alone.

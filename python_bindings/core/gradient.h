@@ -24,7 +24,7 @@ struct TokenNumbers {
     w_sum_g = w * rest;
   }
 
-  template <class V> LogNormalizers normalizers() const { return LogNormalizers::from<V>(scale, m_s, l_s, m_t, l_t); }
+  LogNormalizers normalizers() const { return LogNormalizers::from(scale, m_s, l_s, m_t, l_t); }
 };
 
 // The gradient of one token. V: vectors that it is computed in, one at a time or a step of them (X). D: the tag of the divergence, that of None where the
@@ -34,6 +34,7 @@ template <class V, class D, bool kCrossEntropy> struct Gradient {
   template <class X> using Divergence = typename D::template Of<X>;
   using InDouble = Gradient<Doubles, D, kCrossEntropy>;
   static constexpr bool kDivergence = !std::is_same<Divergence<V>, None<V>>::value;
+  static constexpr bool kKeeps = Divergence<V>::kKeeps;
 
   const TokenNumbers& numbers;
   Parameters<V> parameters;
@@ -41,7 +42,7 @@ template <class V, class D, bool kCrossEntropy> struct Gradient {
   const V w, w_sum_g, ce_max, ce_factor;
 
   explicit Gradient(const TokenNumbers& x)
-      : numbers(x), parameters(x.alpha, x.beta), frame(x.template normalizers<V>()),
+      : numbers(x), parameters(x.alpha, x.beta), frame(x.normalizers()),
         w(constant<V>(x.w)), w_sum_g(constant<V>(x.w_sum_g)), ce_max(constant<V>(x.ce_max)),
         ce_factor(constant<V>(x.ce_factor)) {
     parameters.peak_sign = constant<V>(x.peak_sign);
@@ -54,24 +55,42 @@ template <class V, class D, bool kCrossEntropy> struct Gradient {
     check = s;
     if constexpr (kDivergence) {
       const Entry<X> at = frame.template entry<kGuarded>(s, t);
-      gradient = Divergence<X>(parameters).gradient(at, w, w_sum_g);
+      const Divergence<X> divergence(parameters);
+      if constexpr (kKeeps) {
+        const X q = mass_of(at.log_q);
+        gradient = divergence.gradient(q, divergence.kept(at), w, w_sum_g);
+      } else {
+        gradient = divergence.gradient(at, w, w_sum_g);
+      }
       check = Divergence<X>::kUnbounded ? gradient : at.gap;
       if (kGuarded) {
         const X minus_infinity = broadcast<V>(-kInfinity), zero = V{};
         gradient = select((s != minus_infinity) & (t != minus_infinity), gradient, zero);
       }
     }
-    // The student's probability at temperature 1, weighted. Nothing guards it: the student's -inf gives 0 here too.
-    if (kCrossEntropy) gradient = fma(exp2((s - X(ce_max)) * X(constant<V>(kLog2e))), X(ce_factor), gradient);
-    return gradient;
+    return with_cross_entropy(gradient, s);
   }
 
-  // Writes n entries without guards, n a whole number of steps. Returns how many it wrote before the first step that
-  // needs guards.
-  template <bool kStream, class T> int fast(const T* s, const T* t, T* out, int n) const {
+  // The same bits from what the second sweep kept of the entry. It kept nothing of blocks that need guards.
+  template <class X> ADAKD_INLINE X entry_from(const X& s, const X& kept) const {
+    return with_cross_entropy(Divergence<X>(parameters).gradient(mass_of(frame.log_q(s)), kept, w, w_sum_g), s);
+  }
+
+  // Adds the student's probability at temperature 1, weighted. Nothing guards it: the student's -inf gives 0 here too.
+  template <class X> ADAKD_INLINE X with_cross_entropy(const X& gradient, const X& s) const {
+    if (!kCrossEntropy) return gradient;
+    return fma(mass_of((s - X(ce_max)) * X(constant<V>(kLog2e))), X(ce_factor), gradient);
+  }
+
+  // Writes n entries without guards, n a whole number of steps: from what the second sweep kept of them, unless `kept` is
+  // null. Returns how many it wrote before the first step that needs guards.
+  template <bool kStream, class T> int fast(const T* s, const T* t, T* out, int n, const float* kept) const {
     // A copy on the stack. The compiler has to assume that `out` may overlap *this, and would load its members again
     // after every store.
     Gradient x = *this;
+    if constexpr (kKeeps) {
+      if (kept != nullptr) return x.template kept_loop<kStream>(s, out, n, kept);
+    }
     return unswitched<Divergence<V>>(parameters, [&](const Parameters<V>& known) ADAKD_INLINE_LAMBDA {
       x.parameters = known;
       return x.template fast_loop<kStream>(s, t, out, n);
@@ -91,6 +110,21 @@ template <class V, class D, bool kCrossEntropy> struct Gradient {
         });
       }
       if (!all_finite(check)) return i;
+      store_step<kStream>(out + i, gradient);
+    }
+    return n;
+  }
+
+  template <bool kStream, class T> ADAKD_INLINE int kept_loop(const T* s, T* out, int n, const float* kept) const {
+    for (int i = 0; i < n; i += kStep<V>) {
+      const Step<V> zs = load_step<V>(s + i);
+      const Step<V> from = Step<V>::of([&](int j) ADAKD_INLINE_LAMBDA { return load<V>(kept + i + j * kLanes<V>); });
+      Step<V> gradient;
+      if constexpr (kTogether<V>) {
+        gradient = entry_from(zs, from);
+      } else {
+        Step<V>::for_each([&](int j) ADAKD_INLINE_LAMBDA { gradient.at[j] = entry_from(zs.at[j], from.at[j]); });
+      }
       store_step<kStream>(out + i, gradient);
     }
     return n;

@@ -54,8 +54,8 @@ template <bool kGradient> struct HellingerFold {
       using X = std::decay_t<decltype(s)>;
       max_s = max(s, max_s);
       max_t = max(t, max_t);
-      const X a = exp2(kFused<V> ? fma(s, h, -m_s) : (s - m_s) * h);
-      const X b = exp2(kFused<V> ? fma(t, h, -m_t) : (t - m_t) * h);
+      const X a = mass_of(X(kFused<V> ? fma(s, h, -m_s) : (s - m_s) * h));
+      const X b = mass_of(X(kFused<V> ? fma(t, h, -m_t) : (t - m_t) * h));
       const X d = fma(minus_kappa, b, a);
       sum.l_s.add_product(a, a, i);
       sum.l_t.add_product(b, b, i);

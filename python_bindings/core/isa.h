@@ -16,9 +16,14 @@ void stats(const StatsCall& call, int64_t n) {
   in_double(call.rows) ? token_stats_row<Doubles>(call, n) : token_stats_row<Floats>(call, n);
 }
 
-void divergence(const DivergenceCall& call, int64_t n) {
+void divergence_keeping(const DivergenceCall& call, int64_t n, Kept& kept) {
   const FlushSubnormals flush;
-  in_double(call.rows) ? token_divergence_row<Doubles>(call, n) : token_divergence_row<Floats>(call, n);
+  in_double(call.rows) ? token_divergence_row<Doubles>(call, n, kept) : token_divergence_row<Floats>(call, n, kept);
+}
+
+void divergence(const DivergenceCall& call, int64_t n) {
+  Kept nothing;
+  divergence_keeping(call, n, nothing);
 }
 
 void kl(const KlCall& call, int64_t n) {
@@ -31,15 +36,18 @@ void terms(const TermsCall& call, int64_t n) {
   in_double(call.rows) ? token_terms_row<Doubles>(call, n) : token_terms_row<Floats>(call, n);
 }
 
-void backward(const GradientCall& call, int64_t n) {
+void backward_from(const GradientCall& call, int64_t n, const Kept& kept) {
   const FlushSubnormals flush;
-  in_double(call.rows) ? token_divergence_backward_row<Doubles>(call, n)
-                       : token_divergence_backward_row<Floats>(call, n);
+  in_double(call.rows) ? token_divergence_backward_row<Doubles>(call, n, kept)
+                       : token_divergence_backward_row<Floats>(call, n, kept);
 }
 
-void with_gradient(const WithGradientCall& call, int64_t n) {
-  divergence(call.divergence, n);
-  backward(call.gradient, n);
+void backward(const GradientCall& call, int64_t n) { backward_from(call, n, {}); }
+
+void with_gradient(const WithGradientCall& call, int64_t n, float* scratch) {
+  Kept kept{scratch};
+  divergence_keeping(call.divergence, n, kept);
+  backward_from(call.gradient, n, kept);
 }
 
 bool takes_two_sweeps(Divergence name) {
@@ -48,7 +56,7 @@ bool takes_two_sweeps(Divergence name) {
   return two;
 }
 
-// y[i] = function(x[i]); the last vector is filled up with ones. The tests check exp2 and log2 by it.
+// y[i] = function(x[i]); the last vector is filled up with ones. The tests check exp2, mass_of and log2 by it.
 template <class Function> void map(Function function, const float* x, float* y, int64_t n) {
   constexpr int kStep = kLanes<Floats>;
   for (int64_t i = 0; i < n; i += kStep) {
@@ -61,6 +69,7 @@ template <class Function> void map(Function function, const float* x, float* y, 
 }
 
 void map_exp2(const float* x, float* y, int64_t n) { map([](Floats v) { return exp2(v); }, x, y, n); }
+void map_mass(const float* x, float* y, int64_t n) { map([](Floats v) { return mass_of(v); }, x, y, n); }
 void map_log2(const float* x, float* y, int64_t n) { map([](Floats v) { return log2(v); }, x, y, n); }
 
 }  // namespace
@@ -70,8 +79,9 @@ void map_log2(const float* x, float* y, int64_t n) { map([](Floats v) { return l
 #define ADAKD_NAME_OF(isa) #isa
 #define ADAKD_NAME(isa) ADAKD_NAME_OF(isa)
 extern const Kernels table;
-const Kernels table{ADAKD_NAME(ADAKD_ISA), stats,         divergence,       kl,       terms,
-                    backward,              with_gradient, takes_two_sweeps, map_exp2, map_log2};
+const Kernels table{ADAKD_NAME(ADAKD_ISA), stats,    divergence,    kl,
+                    terms,                 backward, with_gradient, takes_two_sweeps,
+                    map_exp2,              map_mass, map_log2};
 
 }  // namespace ADAKD_ISA
 }  // namespace adakd

@@ -100,9 +100,11 @@ struct Kernels {
   void (*token_kl)(const KlCall&, int64_t n);
   void (*token_terms)(const TermsCall&, int64_t n);
   void (*token_divergence_backward)(const GradientCall&, int64_t n);
-  void (*token_divergence_with_gradient)(const WithGradientCall&, int64_t n);
+  // scratch: room for `vocab` floats, which a divergence of two sweeps uses where the logits are not fp64; or null.
+  void (*token_divergence_with_gradient)(const WithGradientCall&, int64_t n, float* scratch);
   bool (*takes_two_sweeps)(Divergence);  // whether token_terms has the divergence
   void (*exp2)(const float* x, float* y, int64_t n);
+  void (*mass)(const float* x, float* y, int64_t n);
   void (*log2)(const float* x, float* y, int64_t n);
 };
 

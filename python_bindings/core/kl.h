@@ -65,7 +65,7 @@ template <bool kForward, bool kReverse, bool kLost = false> struct KLFold {
       max_t = max(t, max_t);
       const X minus_infinity = broadcast<V>(-kInfinity), zero = V{}, one = constant<V>(1.0);
       const X x = below<kGuarded, X>(s, m_s), y = below<kGuarded, X>(t, m_t);
-      const X a = exp2(x * k), b = exp2(y * k);
+      const X a = mass_of(X(x * k)), b = mass_of(X(y * k));
       // Multiply-adds by 1 instead of additions: exp2 keeps AMD's units for additions busy with its rounding and
       // scaling.
       sum.l_s.add_product(a, one, i);

@@ -371,7 +371,9 @@ template <class V> ADAKD_INLINE V load(const Scalar<V>* p) {
   return v;
 }
 template <class V> ADAKD_INLINE void store(Scalar<V>* p, V v) { std::memcpy(p, &v, sizeof v); }
-
+template <class V> ADAKD_INLINE void store(Scalar<V>* p, const Step<V>& x) {
+  Step<V>::for_each([&](int i) ADAKD_INLINE_LAMBDA { store<V>(p + i * kLanes<V>, x.at[i]); });
+}
 // Stores past the cache: the gradient is not read soon, and would displace the logits. p is aligned to kBytes.
 ADAKD_INLINE void stream(void* p, Uints v) {
 #if defined(ADAKD_AVX512)
@@ -395,20 +397,20 @@ ADAKD_INLINE void end_of_stream() {
 #endif
 }
 
-// Asks for the logits of a later step. The address may lie behind the row, because a prefetch never faults; it is
-// computed as an integer, because such a pointer would be undefined behaviour.
-ADAKD_INLINE void prefetch_after(const void* p) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + prefetch_distance));
+// Asks for the logits of a later step where the processor is faster for it (prefetch_distance). The address may lie
+// behind the row, because a prefetch never faults; it is computed as an integer, because such a pointer would be
+// undefined behaviour.
+template <class V, class T> ADAKD_INLINE void prefetch_after(const T* p) {
+  if (prefetch_distance == 0) return;
+  constexpr int kLine = 64;
+  for (int i = 0; i < kStep<V> * static_cast<int>(sizeof(T)); i += kLine) {
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + prefetch_distance + i));
+  }
 }
 
-ADAKD_INLINE Pair<Floats> load_pair(const float* p) {
-  prefetch_after(p);
-  if (kBytes == 64) prefetch_after(p + kLanes<Floats>);  // the pair's second line
-  return {load<Floats>(p), load<Floats>(p + kLanes<Floats>)};
-}
+ADAKD_INLINE Pair<Floats> load_pair(const float* p) { return {load<Floats>(p), load<Floats>(p + kLanes<Floats>)}; }
 ADAKD_INLINE Pair<Doubles> load_pair(const double* p) { return {load<Doubles>(p), load<Doubles>(p + kLanes<Doubles>)}; }
 ADAKD_INLINE Pair<Floats> load_pair(const Bf16* p) {
-  prefetch_after(p);
   Uints both;
   std::memcpy(&both, p, sizeof both);
   return {(Floats)(both << 16), (Floats)(both & 0xffff0000u)};
@@ -418,7 +420,6 @@ ADAKD_INLINE Pair<Floats> load_pair(const Bf16* p) {
 #if defined(__F16C__)
 constexpr bool kConvertsHalf = true;
 ADAKD_INLINE Pair<Floats> load_pair(const Half* p) {
-  prefetch_after(p);
 #if defined(ADAKD_AVX512)
   const auto widened = [](const Half* from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); };
 #else
@@ -431,6 +432,7 @@ constexpr bool kConvertsHalf = false;
 #endif
 
 template <class V, class T> ADAKD_INLINE Step<V> load_step(const T* p) {
+  prefetch_after<V>(p);
   Step<V> x;
   for (int i = 0; i < kVectors<V>; i += 2) {
     const Pair<V> two = load_pair(p + i * kLanes<V>);

@@ -25,7 +25,14 @@ template <> struct OneSweep<Tag<ReverseKL>> { using Fold = KLFold<false, true>; 
 template <> struct OneSweep<Tag<Jeffreys>> { using Fold = KLFold<true, true>; };
 template <> struct OneSweep<Tag<Hellinger>> { using Fold = HellingerFold<true>; };
 
-template <class V> void token_divergence_row(const DivergenceCall& call, int64_t n) {
+// What the second sweep of a row left for its gradient (TermsFold): room for a number of each entry, and how many of
+// them are there.
+struct Kept {
+  float* numbers = nullptr;
+  int64_t entries = 0;
+};
+
+template <class V> void token_divergence_row(const DivergenceCall& call, int64_t n, Kept& kept) {
   using S = Scalar<V>;
   if (!call.mask[n]) {
     store_result<S>(call, n, {});
@@ -51,11 +58,13 @@ template <class V> void token_divergence_row(const DivergenceCall& call, int64_t
       if (first.empty()) return;  // D and its gradient are 0
       // As stored, in the accumulation type, because the backward has no more digits.
       const auto stored = [n](const void* array) { return number_of<S>(array, n); };
-      const LogNormalizers normalizers = LogNormalizers::from<V>(scale, stored(call.out.max_s), stored(call.out.sum_s),
-                                                                 stored(call.out.max_t), stored(call.out.sum_t));
+      const LogNormalizers normalizers = LogNormalizers::from(scale, stored(call.out.max_s), stored(call.out.sum_s),
+                                                              stored(call.out.max_t), stored(call.out.sum_t));
       TermsFold<D> terms(normalizers, call.alpha, call.beta);
-      terms.template align_with_peak<V>(first);
+      if (D::template Of<V>::kSign) terms.template take_sign<V>(first);
+      terms.kept = kept.numbers;
       Sweep<V, TermsFold<D>>(s, t, terms).range(0, rows.vocab, first.peak.index);
+      if (D::template Of<V>::kKeeps) kept.entries = terms.kept_entries;
       result = terms.template result<V>(first);
     } else {
       using Fold = typename OneSweep<D>::Fold;

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "gradient.h"
+#include "token_divergence.h"
 
 namespace adakd {
 namespace ADAKD_ISA {
@@ -20,6 +21,7 @@ struct TokenRows {
   int64_t label;  // -1 without cross-entropy
   double ce_weight;
   bool in_place;
+  Kept kept;
   bool numbers_finite;  // else the whole row takes the guarded way
 
   // The gradient of the cross-entropy in logit i.
@@ -46,13 +48,13 @@ template <class V, class G> __attribute__((noinline)) bool guarded_entries(const
 // Writes n entries without guards, n a whole number of steps, of rows of unlike types, from copies in fp32. Returns how
 // many it wrote before the first step that needs guards. Not inlined, for the same reason.
 template <class V, class G> __attribute__((noinline)) int copied_entries(const G& gradient, const TokenRows& row,
-                                                                         int64_t start, int n) {
+                                                                         int64_t start, int n, const float* kept) {
   using S = Scalar<V>;
   alignas(64) S wide_s[kBlock], wide_t[kBlock], wide_out[kBlock];
   const bool wide = row.s.type == Type::kFloat;
   S* const out = wide ? reinterpret_cast<S*>(row.out) + start : wide_out;
   const int done = gradient.template fast<false>(as_scalars<V>(row.s, start, n, wide_s),
-                                                 as_scalars<V>(row.t, start, n, wide_t), out, n);
+                                                 as_scalars<V>(row.t, start, n, wide_t), out, n, kept);
   if (!wide) narrow_block(wide_out, done, row.s.type, row.out, start);
   return done;
 }
@@ -66,24 +68,28 @@ template <class V, class G> void gradient_row(const G& gradient, const TokenRows
     if (guarded_entries<V>(gradient, row, start, n)) return;
     guarded_entries<Doubles>(typename G::InDouble(gradient.numbers), row, start, n);
   };
+  // Streaming stores need aligned addresses. The entries before the first one are written by the guarded way, unless
+  // something is kept of the row, in steps from its beginning: then such a row is stored through the cache.
+  const int64_t width = size_of(row.s.type);
+  const int64_t head = (kBytes - reinterpret_cast<uintptr_t>(row.out) % kBytes) % kBytes / width;
+  const bool through_cache = row.in_place || (head > 0 && row.kept.entries > 0);
   // Returns the number of entries written before the first step that needs guards.
   const auto fast = [&](int64_t start, int n) {
+    const float* const kept = start + n <= row.kept.entries ? row.kept.numbers + start : nullptr;
     if constexpr (!kIsDouble<V>) {
-      if (!stored) return copied_entries<V>(gradient, row, start, n);
+      if (!stored) return copied_entries<V>(gradient, row, start, n, kept);
     }
     return as_stored<V>(row.s, row.t, 0, [&](auto entry) {
       using T = decltype(entry);
       const T* s = reinterpret_cast<const T*>(row.s.data) + start;
       const T* t = reinterpret_cast<const T*>(row.t.data) + start;
       T* out = reinterpret_cast<T*>(row.out) + start;
-      return row.in_place ? gradient.template fast<false>(s, t, out, n) : gradient.template fast<true>(s, t, out, n);
+      return through_cache ? gradient.template fast<false>(s, t, out, n, kept)
+                           : gradient.template fast<true>(s, t, out, n, kept);
     });
   };
   int64_t start = 0;
-  if (stored) {
-    // Streaming stores need aligned addresses, so that the entries before the first one are written by the guarded way.
-    const int64_t width = size_of(row.s.type);
-    const int64_t head = (kBytes - reinterpret_cast<uintptr_t>(row.out) % kBytes) % kBytes / width;
+  if (stored && !through_cache) {
     start = head < row.vocab ? head : row.vocab;
     if (start > 0) guarded(0, static_cast<int>(start));
   }
@@ -148,7 +154,7 @@ template <class S> TokenRows rows_of(const GradientCall& call, int64_t n, double
   return row;
 }
 
-template <class V> void token_divergence_backward_row(const GradientCall& call, int64_t n) {
+template <class V> void token_divergence_backward_row(const GradientCall& call, int64_t n, const Kept& kept) {
   using S = Scalar<V>;
   const int64_t vocab = call.rows.vocab, width = size_of(call.rows.student.type);
   const double weight = number_of<S>(call.weight, n), ce_weight = call.labels ? number_of<S>(call.ce_weight, n) : 0.0;
@@ -158,7 +164,8 @@ template <class V> void token_divergence_backward_row(const GradientCall& call, 
     return;
   }
   TokenNumbers x = numbers_of<V>(call, n, weight, ce_weight);
-  const TokenRows row = rows_of<S>(call, n, weight, ce_weight, x);
+  TokenRows row = rows_of<S>(call, n, weight, ce_weight, x);
+  row.kept = kept;
   const int64_t peak = weight == 0.0 ? -1 : call.peak[n];
   const double peak_grad = peak < 0 ? 0.0 : number_of<S>(call.peak_grad, n);
   // Computed before the row is written, which in place overwrites the peak's logit.

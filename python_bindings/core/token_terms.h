@@ -19,10 +19,8 @@ template <class V> void token_terms_row(const TermsCall& call, int64_t n) {
       using D = decltype(tag);
       if constexpr (D::template Of<V>::kTwoSweeps) {  // the caller hands over no other
         using Fold = TermsFold<D, true>;
-        // A rounded c_s - c_t would shift all log-ratios against c alike. Only signs have to be those of the backward.
-        using Rounded = std::conditional_t<D::template Of<V>::kSign, V, Doubles>;
-        Fold terms(LogNormalizers::from<Rounded>(scale, given(call.in.max_s), given(call.in.sum_s),
-                                                 given(call.in.max_t), given(call.in.sum_t)),
+        Fold terms(LogNormalizers::from(scale, given(call.in.max_s), given(call.in.sum_s), given(call.in.max_t),
+                                        given(call.in.sum_t)),
                    call.alpha, call.beta);
         terms.c = given(call.constant);
         Sweep<V, Fold>(s, t, terms).range(0, rows.vocab, call.peak[n]);

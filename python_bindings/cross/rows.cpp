@@ -200,7 +200,8 @@ void run(Type student_type, Type teacher_type, const std::string& types, Report&
         {rows, which.divergence, which.alpha, which.beta, {grad.data(), student_type, 0, kStudentVocab},
          kStudentVocab, tau.at(), weight.at(), sum_g.at(), at_tau, peak, peak_grad.at(), labels, ce_weight.at(),
          one_max_s.at(), one_sum_s.at()}};
-    for (int64_t n = 0; n < kTokens; ++n) kernels.token_divergence_with_gradient(call, n);
+    std::vector<float> scratch(kVocab);
+    for (int64_t n = 0; n < kTokens; ++n) kernels.token_divergence_with_gradient(call, n, scratch.data());
     report.add(name + "/d", d.values(), unit);
     report.add(name + "/sum_g", sum_g.values(), unit);
     report.add(name + "/peak", std::vector<double>(peak, peak + kTokens), 0.0);
