@@ -105,7 +105,8 @@ def made_up(arm: str, seed: int, shift: float) -> dict[str, Any]:
     tokens = [1, 3, 2, 6]
     numbers = {name: [rng.random() + shift for _ in tokens] for name in (*summary.DISTANCES, "rouge_l_greedy")}
     sampled = [[rng.random() + shift, rng.random() + shift] for _ in tokens]
-    return {"arm": arm, "seed": seed, "mean_temperature": 1.0, "shares": [1.0], "plan": {}, "sets": {
+    return {"arm": arm, "seed": seed, "mean_temperature": 1.0, "shares": [1.0], "plan": {},
+            "machine": "none", "versions": {"torch": "0"}, "date": "never", "commit": "none", "sets": {
         "a": {"key": list("wxyz"), "tokens": tokens, "rouge_l": sampled, **numbers}}}  # fmt: skip
 
 
