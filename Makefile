@@ -148,6 +148,7 @@ bench: setup ## measure beside eager and the peers, in 10 minutes; make bench AR
 bench-gpu: setup ## the same on a GPU
 	-$(PIP) install -q -c constraints.txt --no-deps liger-kernel orda-kernel
 	$(BIN)/python -m benchmarks --device cuda $(ARGS)
+	$(if $(ARGS),,$(BIN)/python -m pytest -q benchmarks --device cuda --results benchmarks/results)
 
 bench-compare: setup ## this tree beside an earlier commit, in turns: make bench-compare BASE=main
 	@test -n "$(BASE)" || { echo "error: name a commit: make bench-compare BASE=main" >&2; exit 1; }

@@ -16,12 +16,10 @@ from torch import Tensor
 from adakd_kernels import ops
 from adakd_kernels.divergences import get_divergence
 from adakd_kernels.ops.with_gradient import token_divergence_with_gradient, token_divergence_with_gradient_
-from instruments.devices import circumstances, device_of
+from instruments.devices import circumstances
 
 from .workloads import DTYPES, Workload, inputs
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOKENS = 4096 if DEVICE == "cuda" else 256
 TYPES = [("fp32", "fp32"), ("bf16", "bf16"), ("fp32", "bf16"), ("fp16", "fp32")]
 """Of student and teacher."""
 OPERATORS = [
@@ -53,12 +51,12 @@ def calls(student: Tensor, teacher: Tensor, divergence: str) -> dict[str, Callab
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jensen_shannon"])
 @pytest.mark.parametrize("student_dtype, teacher_dtype", TYPES)
-def bench_operator(benchmark, student_dtype, teacher_dtype, divergence, operator, operator_model):
-    w = Workload(divergence=divergence, model=operator_model, tokens=TOKENS, dtype=student_dtype)
-    x = inputs(w, DEVICE)
+def bench_operator(benchmark, student_dtype, teacher_dtype, divergence, operator, model, device):
+    tokens = device.size(4096, 256)
+    w = Workload(divergence=divergence, model=model, tokens=tokens, dtype=student_dtype)
+    x = inputs(w, device.device)
     student, teacher = x["student"].unsqueeze(0), x["teacher"].to(DTYPES[teacher_dtype]).unsqueeze(0)
     call = calls(student, teacher, divergence)[operator]
-    device = device_of(DEVICE)
 
     def fresh():  # not timed: the logits a model would just have written
         device.synchronize()
@@ -68,7 +66,7 @@ def bench_operator(benchmark, student_dtype, teacher_dtype, divergence, operator
         call(logits)
         device.synchronize()
 
-    benchmark.group = f"{TOKENS} x {w.vocab}, {student_dtype} and {teacher_dtype}, {divergence}"
+    benchmark.group = f"{tokens} x {w.vocab}, {student_dtype} and {teacher_dtype}, {divergence}"
     benchmark.extra_info.update(
         circumstances(device), workload={**w.record(), "teacher_dtype": teacher_dtype}, operator=operator
     )

@@ -79,12 +79,19 @@ def curves(ax: Any, records: list[Record], x: str, y: Callable[[Record], float],
         at = [r["workload"][x] for r in of]
         ax.plot(at, [y(r) for r in of], **colour(provider, theme))
         if y is milliseconds:
-            low, high = ([r["ms"][key] for r in of] for key in ("p20", "p80"))
+            low, high = ([times(r)[key] for r in of] for key in ("p20", "p80"))
             ax.fill_between(at, low, high, color=colour(provider, theme)["color"], alpha=0.2, linewidth=0)
 
 
+def times(record: Record) -> dict[str, float]:
+    """Of the clock; with one thread of a CPU that of the process, which other programs do not lengthen."""
+    threads = record["workload"]["threads"] or record.get("threads")
+    found: dict[str, float] = record["cpu_ms" if threads == 1 and "cpu_ms" in record else "ms"]
+    return found
+
+
 def milliseconds(record: Record) -> float:
-    return float(record["ms"]["median"])
+    return times(record)["median"]
 
 
 def megabytes(record: Record) -> float:
@@ -106,8 +113,8 @@ def axes(ax: Any, title: str, x: str, y: str, log: str = "xy") -> None:
 
 
 def vocabulary_axis(ax: Any, records: list[Record]) -> None:
-    names = {r["workload"]["vocab"]: r["workload"]["model"] for r in records}
-    ax.set_xticks(sorted(names), [f"{v:,}\n{names[v]}" if names[v] != str(v) else f"{v:,}" for v in sorted(names)])
+    names = {r["workload"]["vocab"]: named(workload(r)) for r in records}
+    ax.set_xticks(sorted(names), [names[v] for v in sorted(names)], rotation=30, ha="right", rotation_mode="anchor")
     ax.minorticks_off()
 
 
@@ -118,7 +125,13 @@ def named(w: Workload) -> str:
 def where(records: list[Record]) -> str:
     """What the numbers were measured on."""
     r = records[0]
-    threads = f", {r['threads']} thread{'s' * (r['threads'] > 1)}" if "threads" in r else ""
+    threads = ""
+    if "threads" in r:
+        threads = (
+            f", {r['threads']} threads"
+            if r["threads"] > 1
+            else f", 1 thread{', time of the process' * ('cpu_ms' in r)}"
+        )
     at = f"{r['machine']}{threads}"
     return f"{at}, torch {r['versions']['torch']}, {r['date']}, commit {r['commit']}"
 
@@ -132,13 +145,12 @@ def draw_peers(plt: Any, records: list[Record], theme: dict[str, str]) -> Any:
     what = f"AdaKD from logits, {w.tokens} tokens, {w.dtype}"
     curves(time, logits, "vocab", milliseconds, theme)
     floor(time, logits, "vocab", theme)
-    axes(time, what, "vocabulary", "milliseconds")
+    axes(time, what, "", "milliseconds")
     with_memory = [r for r in logits if "peak_bytes" in r]
     curves(memory, with_memory, "vocab", megabytes, theme)
-    axes(memory, "memory beside the logits", "vocabulary", "MB")
+    axes(memory, "memory beside the logits", "", "MB, 0.1 or more")
     for ax in (time, memory):
         vocabulary_axis(ax, logits)
-    time.legend(fontsize=8)
     hidden = measured(records, route="hidden", loss="mean", divergence="jensen_shannon")
     hidden = [r for r in hidden if r["workload"]["vocab"] == hidden[-1]["workload"]["vocab"]]
     w = workload(hidden[0])
@@ -157,8 +169,8 @@ def bars(
     colours = [colour(r["provider"], theme)["color"] for r in records]
     errors = None
     if spread:
-        low = [r["ms"]["median"] - r["ms"]["p20"] for r in records]
-        errors = [low, [r["ms"]["p80"] - r["ms"]["median"] for r in records]]
+        found = [times(r) for r in records]
+        errors = [[t["median"] - t["p20"] for t in found], [t["p80"] - t["median"] for t in found]]
     ax.barh([r["provider"] for r in records], [x(r) for r in records], color=colours, xerr=errors, ecolor=theme["text"])
 
 
@@ -177,7 +189,6 @@ def draw_accuracy(plt: Any, records: list[Record], theme: dict[str, str]) -> Any
             ax.set_xscale("log")
             ax.set_ylim(1e-9, 1e3)
         row[0].set_ylabel("relative error against fp64")
-    rows[0][-1].legend(fontsize=7)
     return figure
 
 
@@ -201,24 +212,23 @@ def draw_scaling(plt: Any, records: list[Record], theme: dict[str, str]) -> Any:
     floor(tokens_time, of, "tokens", theme)
     axes(tokens_time, f"time, {named(w)}, {w.dtype}, r = {w.share:g}", "tokens", "milliseconds")
     curves(tokens_memory, [r for r in of if "peak_bytes" in r], "tokens", megabytes, theme)
-    axes(tokens_memory, "memory beside the logits", "tokens", "MB")
+    axes(tokens_memory, "memory beside the logits", "tokens", "MB, 0.1 or more")
     of = sweep(records, "vocab")
     w = workload(of[0])
     curves(vocab_time, of, "vocab", milliseconds, theme)
     floor(vocab_time, of, "vocab", theme)
-    axes(vocab_time, f"time, {w.tokens} tokens", "vocabulary", "milliseconds")
+    axes(vocab_time, f"time, {w.tokens} tokens", "", "milliseconds")
     vocabulary_axis(vocab_time, of)
     of = [r for r in records if r["workload"]["threads"]]
-    if of:
+    if len({r["workload"]["threads"] for r in of}) > 1:
         w = workload(of[0])
         curves(threads_time, of, "threads", milliseconds, theme)
         floor(threads_time, of, "threads", theme)
         axes(threads_time, f"time, {w.tokens} × {w.vocab:,}", "threads", "milliseconds")
         threads_time.set_xticks(*[sorted({r["workload"]["threads"] for r in of})] * 2)
         threads_time.minorticks_off()
-    else:  # a GPU has none
+    else:  # there is nothing to compare; a GPU has none
         threads_time.set_axis_off()
-    tokens_time.legend(fontsize=8)
     return figure
 
 
@@ -231,7 +241,6 @@ def draw_share(plt: Any, records: list[Record], theme: dict[str, str]) -> Any:
     floor(ax, of, "share", theme)
     axes(ax, f"cost of the share, {w.tokens} × {w.vocab:,}, {w.dtype}", "r, share of selected tokens", "ms", log="")
     ax.set_ylim(bottom=0)
-    ax.legend(fontsize=8)
     return figure
 
 
@@ -243,6 +252,17 @@ DRAW: dict[str, tuple[str, Callable[[Any, list[Record], dict[str, str]], Any]]] 
     "quality": ("quality", summary.draw),
 }
 """A picture's name -> the benchmark it is drawn from, and how."""
+
+
+def legend(figure: Any) -> None:
+    """One for all panels, above them."""
+    found: dict[str, Any] = {}
+    for ax in figure.axes:
+        found |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    columns = max(2, int(figure.get_figwidth() / 2.4))
+    figure.legend(found.values(), found.keys(), loc="upper center", ncols=columns, fontsize=8)
+    lines = -(-len(found) // columns)
+    figure.tight_layout(rect=(0, 0.25 / figure.get_figheight(), 1, 1 - (0.1 + 0.2 * lines) / figure.get_figheight()))
 
 
 def draw(results: Path = RESULTS, folder: Path = PICTURES, suffix: str = "svg") -> list[Path]:
@@ -267,7 +287,7 @@ def draw(results: Path = RESULTS, folder: Path = PICTURES, suffix: str = "svg") 
             with plt.rc_context(settings):
                 figure = function(plt, records, of)
                 figure.text(0.5, 0.0, where(records), ha="center", va="bottom", fontsize=7)
-                figure.tight_layout(rect=(0, 0.02, 1, 1))
+                legend(figure)
                 path = folder / f"{name}-{theme}.{suffix}"
                 about = {"Description": f"data {digest(benchmark, results)}"}
                 figure.savefig(path, metadata={**about, "Date": None} if suffix == "svg" else about, dpi=110)
@@ -282,10 +302,10 @@ def first_table(records: list[Record]) -> list[str]:
     rows = ["| vocabulary | type | ours in place, ms | eager | eager in chunks | torch.compile in chunks |"]
     rows.append("|---|---|--:|--:|--:|--:|")
     for w in dict.fromkeys(workload(r) for r in of):
-        times = {r["provider"]: milliseconds(r) for r in of if workload(r) == w}
-        ours = times["ours in place"]
+        found = {r["provider"]: milliseconds(r) for r in of if workload(r) == w}
+        ours = found["ours in place"]
         cells = [
-            f"{times[name] / ours:.1f}×" if name in times else "–"
+            f"{found[name] / ours:.1f}×" if name in found else "–"
             for name in ("eager", "eager in chunks", "torch.compile in chunks")
         ]
         rows.append(f"| {named(w)} | {w.dtype} | {ours:.1f} | {' | '.join(cells)} |")
@@ -295,7 +315,7 @@ def first_table(records: list[Record]) -> list[str]:
 
 def peers_table(records: list[Record]) -> list[str]:
     """Every line of the benchmark, those without a time with their reason."""
-    rows = ["| provider | ms (p20–p80) | ms of all threads | MB | error against fp64 |", "|---|--:|--:|--:|--:|"]
+    rows = ["| provider | ms (p20–p80) | ms of the process | MB | error against fp64 |", "|---|--:|--:|--:|--:|"]
     for w in dict.fromkeys(workload(r) for r in records):
         rows.append(f"| **{w}** | | | | |")
         for r in records:

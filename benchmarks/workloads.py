@@ -104,7 +104,8 @@ def peers(device: str, models: list[str], tokens: list[int], dtypes: list[str]) 
     """All providers side by side: the whole method from logits, and both losses from hidden states.
 
     On a CPU the products with the heads take a second for a thousand tokens of the smallest vocabulary, so the hidden
-    route takes the first of the models alone, with its logits of four times the tokens.
+    route takes the first of the models alone; with more tokens, because the gradient of the head is as large as the
+    logits of a few hundred. One peer, orda-kernel, has the KL divergences alone and takes 10 MB a token.
     """
     gpu = device == "cuda"
     for dtype in dtypes:
@@ -113,12 +114,10 @@ def peers(device: str, models: list[str], tokens: list[int], dtypes: list[str]) 
                 yield Workload(model=model, tokens=n, dtype=dtype)
     for model in models if gpu else models[:1]:
         for n in tokens:
-            of = Workload(
-                route="hidden", model=model, tokens=n if gpu else 4 * n, dtype=dtypes[-1], hidden=4096 if gpu else 896
-            )
-            yield of.but(loss="mean", divergence="jensen_shannon")
+            of = Workload(route="hidden", model=model, tokens=n, dtype=dtypes[-1], hidden=4096 if gpu else 896)
+            yield of.but(loss="mean", divergence="jensen_shannon", tokens=n if gpu else 8 * n)
             yield of.but(loss="mean", divergence="reverse_kl")
-            yield of
+            yield of.but(tokens=n if gpu else 4 * n)
     if gpu:  # the one loss from logits that a peer has
         for model in models:
             yield Workload(loss="mean", divergence="jensen_shannon", model=model, tokens=tokens[-1], dtype=dtypes[-1])
