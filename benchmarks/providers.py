@@ -70,6 +70,7 @@ def after_the_head(run: Run, dtype: torch.dtype | None = None) -> Run:
     return from_hidden
 
 
+@cache
 def readme_formula() -> Callable[..., Tensor]:
     """`eager_adakd`, from where users read it."""
     for block in (ROOT / "README.md").read_text().split("```python\n")[1:]:
