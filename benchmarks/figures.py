@@ -260,7 +260,8 @@ def legend(figure: Any) -> None:
     for ax in figure.axes:
         found |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     columns = max(2, int(figure.get_figwidth() / 2.4))
-    figure.legend(found.values(), found.keys(), loc="upper center", ncols=columns, fontsize=8)
+    if found:
+        figure.legend(found.values(), found.keys(), loc="upper center", ncols=columns, fontsize=8)
     lines = -(-len(found) // columns)
     figure.tight_layout(rect=(0, 0.25 / figure.get_figheight(), 1, 1 - (0.1 + 0.2 * lines) / figure.get_figheight()))
 

@@ -17,6 +17,7 @@ from .experiment import START, TEACHER
 Line = dict[str, Any]
 TITLES = {TEACHER: "teacher", START: "student before", **{name: arm.title for name, arm in ARMS.items()}}
 SAMPLED, GREEDY = "rouge_l", "rouge_l_greedy"
+PLAIN = "reverse_kl"
 COLUMNS = {
     SAMPLED: Shown("ROUGE-L sampled", 1, True),
     GREEDY: Shown("greedy", 1, True),
@@ -139,7 +140,9 @@ def _cell(found: Difference, shown: Shown) -> str:
 
 
 def draw(plt: Any, lines: list[Line], colours: dict[str, str]) -> Any:
-    """Sampled ROUGE-L over the student's entropy: a panel for each set, an arm a mark, its seeds small beside it.
+    """Sampled ROUGE-L over the student's entropy, both less those of reverse KL with the same seed.
+
+    A panel for each set, an arm a mark, its seeds small beside it.
 
     Args:
         plt: matplotlib's pyplot.
@@ -147,12 +150,25 @@ def draw(plt: Any, lines: list[Line], colours: dict[str, str]) -> Any:
         colours: of `text`, `back` and `ours`, which are the arms with AdaKD.
     """
     names = set_names(lines)
-    figure, panels = plt.subplots(1, len(names) + 1, figsize=(4.2 * len(names) + 2.8, 4.0), squeeze=False)
+    figure, panels = plt.subplots(
+        1,
+        len(names) + 1,
+        figsize=(4.2 * len(names) + 2.8, 4.0),
+        squeeze=False,
+        width_ratios=[1.0] * len(names) + [0.7],
+    )
     *axes, key = panels[0]
-    arms = [(arm, of) for arm, of in by_arm(lines).items() if arm in ARMS]
+    plain = {line["seed"]: line for line in lines if line["arm"] == PLAIN}
+    arms = [(arm, [line for line in of if line["seed"] in plain]) for arm, of in by_arm(lines).items() if arm in ARMS]
+    arms = [(arm, of) for arm, of in arms if of and arm != PLAIN]
     for axis, name in zip(axes, names, strict=True):
+        axis.axhline(0.0, color=colours["text"], linewidth=0.8)
+        axis.axvline(0.0, color=colours["text"], linewidth=0.8)
         for number, (arm, of) in enumerate(arms, start=1):
-            points = [(value(line, name, "entropy"), value(line, name, SAMPLED)) for line in of]
+            points = [
+                tuple(value(line, name, m) - value(plain[line["seed"]], name, m) for m in ("entropy", SAMPLED))
+                for line in of
+            ]
             colour = colours["ours" if "adakd" in arm else "text"]
             centre = tuple(mean(part) for part in zip(*points, strict=True))
             axis.scatter(*zip(*points, strict=True), s=8, color=colour, alpha=0.5, linewidths=0)
@@ -160,8 +176,8 @@ def draw(plt: Any, lines: list[Line], colours: dict[str, str]) -> Any:
                 axis.plot([centre[0], x], [centre[1], y], color=colour, alpha=0.25, linewidth=0.8)
             axis.text(*centre, str(number), **_mark(colour, colours["back"]))
         axis.set_title(name)
-        axis.set_xlabel("entropy of the student (nats/token)")
-        axis.set_ylabel("ROUGE-L, sampled")
+        axis.set_xlabel("entropy of the student (nats/token), less reverse KL's")
+        axis.set_ylabel("ROUGE-L, sampled, less reverse KL's")
     key.axis("off")
     for number, (arm, _) in enumerate(arms, start=1):
         place = 1.0 - number / (len(arms) + 1)
