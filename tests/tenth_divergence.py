@@ -23,18 +23,17 @@ class Edit(NamedTuple):
 
 
 CPP_TERMS = """\
-  ADAKD_INLINE void terms(const Entry<V>& at, V& f, V& g) const {
+  ADAKD_INLINE Summands<V> terms(const Entry<V>& at) const {
     const Ratios<V> r(at);
     const V apart = r.r_q - r.r_p, d = apart / (r.r_p + r.r_q), half_top = constant<V>(0.5) * r.top;
-    f = half_top * apart * d;
-    g = half_top * r.r_q * d * (constant<V>(2.0) - d);
+    return {half_top * apart * d, half_top * r.r_q * d * (constant<V>(2.0) - d), V{}};
   }
 """
 CPP_GRADIENT = """\
   ADAKD_INLINE V gradient(const Entry<V>& at, V w, V w_sum_g) const {
     const Ratios<V> r(at);
     const V d = (r.r_q - r.r_p) / (r.r_p + r.r_q);
-    return exp2(at.log_q) * fma(constant<V>(0.5) * w * d, constant<V>(2.0) - d, -w_sum_g);
+    return mass_of(at.log_q) * fma(constant<V>(0.5) * w * d, constant<V>(2.0) - d, -w_sum_g);
   }
 """
 CPP_SWEEPS = "  static constexpr bool kTwoSweeps = true;\n"
