@@ -62,7 +62,7 @@ def test_each_arm_is_what_it_says(workplace):
     assert (
         max(map(abs, lines["teacher"]["sets"]["a"]["forward_kl"])) < 1e-6 < lines["start"]["sets"]["a"]["forward_kl"][0]
     )
-    assert not (workplace / "work" / "3-adakd").exists()
+    assert [path.name for path in (workplace / "work").glob("*/3-*")] == ["3-start-student"]
 
 
 def test_random_tokens_are_drawn_at_the_share(workplace, monkeypatch):
@@ -98,6 +98,20 @@ def test_a_run_that_is_there_is_not_run_again_and_a_trained_student_is_kept(work
     monkeypatch.setattr(experiment, "evaluate", evaluate)
     monkeypatch.setattr(experiment.Experiment, "_train", None)  # so a second training would be an error
     assert run(workplace, ["reverse_kl"])[-1]["arm"] == "reverse_kl"
+
+
+def test_another_plan_is_not_mixed_with_what_is_there(workplace, capsys):
+    with pytest.raises(SystemExit):
+        run(workplace, TRAINED, "--steps", "7")
+    assert "holds runs of another plan (teacher, start, latf, " in capsys.readouterr().err
+    found = run(workplace, ["latf"], "--steps", "1", "--start_steps", "2", "--results", str(workplace / "other.jsonl"))
+    start = {path.parent.name for path in (workplace / "work").glob("*/3-start-student")}
+    assert len(start) == 2 and found  # a start of its own
+
+
+def test_a_set_without_a_prompt_that_fits_is_refused(workplace):
+    with pytest.raises(ValueError, match="no prompt with its reference is within max_length=20: raise it"):
+        run(workplace, TRAINED, "--max_length", "20", "--results", str(workplace / "none.jsonl"))
 
 
 def made_up(arm: str, seed: int, shift: float) -> dict[str, Any]:

@@ -23,7 +23,7 @@ ENTRIES_ON_A_DEVICE = 2**26
 
 
 @cache
-def keep_freed_memory() -> None:
+def raise_malloc_threshold() -> None:
     """Let glibc's malloc keep what is freed for the next step, up to twice the largest block that it has seen freed.
 
     It begins with so little that every step would ask the system for memory, and wait while its pages are cleared.
@@ -42,7 +42,7 @@ def row_chunks(mask: Tensor, vocab: int, *numbers: Tensor | None) -> Iterator[tu
     Yields:
         (where, of_them): where the tokens of the chunk stand, for `rows_at` and `set_rows`; (..., n) numbers of them.
     """
-    keep_freed_memory()
+    raise_malloc_threshold()
     on_cpu = mask.device.type == "cpu"
     entries = torch.get_num_threads() * ENTRIES_ON_A_THREAD if on_cpu else ENTRIES_ON_A_DEVICE
     size = max(1, entries // max(1, vocab))

@@ -54,22 +54,11 @@ def token_divergence_with_gradient(
 
 
 def _with_gradient_over(
-    grad: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    temperature: Tensor,
-    mask: Tensor,
-    divergence: str,
-    alpha: float,
-    beta: float,
-    weight: Tensor,
-    labels: Tensor | None,
-    ce_weight: Tensor | None,
-    normalizers_1: Tensor | None,
+    grad: Tensor, student: Tensor, teacher: Tensor, temperature: Tensor, mask: Tensor, *rest: Any
 ) -> Five:
-    """The five results, and the gradient in `grad`, which may be the student's logits."""
-    options, found = (divergence, alpha, beta), []
-    numbers = (temperature, weight, labels, ce_weight, normalizers_1)
+    """The five results, and the gradient in `grad`, which may be the student's logits; `rest` as in the operator."""
+    *options, weight, labels, ce_weight, normalizers_1 = rest
+    numbers, found = (temperature, weight, labels, ce_weight, normalizers_1), []
     for where, (tau, of_d, *of_ce) in row_chunks(mask, student.shape[-1], *numbers):
         s, t = rows_at(student, where), rows_at(teacher, where)
         sums, masses = reference.token_sums_and_masses(s, t, tau, with_parameters(*options))

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ def main(argv: list[str] | None = None) -> None:
             add(f"--{name}", type=type(value.default), default=value.default, help="of the plan")
     options = parser.parse_args(argv)
     plan = Plan(**{name: getattr(options, name) for name in Plan.__dataclass_fields__ if name != "draws"})
+    if others := [line["arm"] for line in read_results(options.results) if line["plan"] != as_json(plan)]:
+        parser.error(f"{options.results} holds runs of another plan ({', '.join(others)}): give another --results")
     begin = time.monotonic()
     quiet_transformers()
     demo = DemoConfig(dtype="bfloat16")
@@ -59,6 +62,12 @@ def main(argv: list[str] | None = None) -> None:
         before = {name: line for (name, other), line in done.items() if other == seed}
         line = experiment.run(arm, seed, before) | circumstances(device)
         add_result(options.results, line)
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan as a line of results has it."""
+    found: dict[str, Any] = json.loads(json.dumps(asdict(plan)))
+    return found
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

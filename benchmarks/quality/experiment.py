@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
@@ -65,7 +66,9 @@ class Experiment:
     """
 
     def __init__(self, plan: Plan, teacher: Path, train: str, held_out: list[str], folder: Path) -> None:
-        self.plan, self.train, self.folder = plan, train, folder
+        # What another plan, teacher or file left there is not gone on with.
+        mark = sha256(repr((plan, str(teacher), train, held_out)).encode()).hexdigest()[:16]
+        self.plan, self.train, self.folder = plan, train, folder / mark
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.teacher, self.tokenizer = load_model(teacher, dtype=torch.bfloat16, device=self.device)
         self.sets = {name: self._prompts(path) for name, path in set_names(held_out).items()}
@@ -75,8 +78,12 @@ class Experiment:
             prompt
             for prompt in load_prompts(path, self.tokenizer)
             if max(len(ids) for ids, _ in prompt.sequences) <= self.plan.max_length
-            and len(prompt.prompt_ids) + self.plan.max_new_tokens <= self.plan.max_length
+            and 0 < len(prompt.prompt_ids) <= self.plan.max_length - self.plan.max_new_tokens
         ]
+        if not fit:
+            raise ValueError(
+                f"{path}: no prompt with its reference is within max_length={self.plan.max_length}: raise it"
+            )
         return fit[: self.plan.prompts]
 
     def run(self, arm: str, seed: int | None, before: dict[str, dict[str, Any]]) -> dict[str, Any]:
