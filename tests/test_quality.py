@@ -119,7 +119,7 @@ def made_up(arm: str, seed: int, shift: float) -> dict[str, Any]:
     tokens = [1, 3, 2, 6]
     numbers = {name: [rng.random() + shift for _ in tokens] for name in (*summary.DISTANCES, "rouge_l_greedy")}
     sampled = [[rng.random() + shift, rng.random() + shift] for _ in tokens]
-    return {"arm": arm, "seed": seed, "mean_temperature": 1.0, "shares": [1.0], "plan": {},
+    return {"arm": arm, "seed": seed, "mean_temperature": 1.0, "shares": [1.0], "train_cpu_seconds": 9.0, "plan": {},
             "machine": "none", "versions": {"torch": "0"}, "date": "never", "commit": "none", "sets": {
         "a": {"key": list("wxyz"), "tokens": tokens, "rouge_l": sampled, **numbers}}}  # fmt: skip
 
@@ -151,6 +151,16 @@ def test_seeds_that_disagree_decide_nothing():
     table = summary.differences_table([*first, made_up("adakd", 0, 1.0), made_up("adakd", 1, 1.0)])
     (row,) = [line for line in table.splitlines() if line.startswith("| + both (AdaKD)")]
     assert [cell.strip() for cell in row.split("|")[2:5]] == ["reverse KL", "2", "**+1.0** [+1.0, +1.0]"]
+
+
+def test_the_table_of_arms_has_means_over_seeds():
+    lines = [made_up("reverse_kl", seed, seed) for seed in (0, 1)]
+    lines[1]["train_cpu_seconds"], lines[1]["shares"] = 10.0, [0.5, 0.3]
+    (row,) = [line for line in summary.arms_table(lines).splitlines() if line.startswith("| reverse KL")]
+    cells = [cell.strip() for cell in row.split("|")[2:-1]]
+    assert cells[:4] == ["2", "1.00", "0.70", "10"] and len(cells) == 4 + len(summary.COLUMNS)
+    values = [summary.value(line, "a", "entropy") for line in lines]
+    assert cells[-1] == f"{mean(values):.3f}"
 
 
 def test_the_picture_is_drawn(tmp_path):

@@ -19,14 +19,14 @@ class Arm:
     Attributes:
         title: in tables.
         options: of `AdaKDConfig`.
-        against: the arm that differs from it in one part, in tables of differences.
+        against: the arms that differ from it in one part, in tables of differences.
         temperature_of: an arm whose mean temperature of the selected tokens is this one's only temperature.
         share_of: an arm whose share, step by step, is this one's, of tokens drawn at random.
     """
 
     title: str
     options: dict[str, Any]
-    against: str | None = None
+    against: tuple[str, ...] = ()
     temperature_of: str | None = None
     share_of: str | None = None
 
@@ -47,25 +47,27 @@ TEMPERATURES_ALONE = _on("rkd", adakd=True, focus_ratio=1.0)
 
 ARMS: dict[str, Arm] = {
     "reverse_kl": Arm("reverse KL", _on("rkd")),
-    "latf": Arm("+ share (LATF)", SHARE_ALONE, against="reverse_kl"),
-    "idts": Arm("+ temperatures (IDTS)", TEMPERATURES_ALONE, against="reverse_kl"),
-    "adakd": Arm("+ both (AdaKD)", _on("rkd", adakd=True), against="reverse_kl"),
-    "one_temperature": Arm(
-        "share, AdaKD's mean temperature for all", SHARE_ALONE, against="adakd", temperature_of="adakd"
+    "latf": Arm("+ share (LATF)", SHARE_ALONE, against=("reverse_kl",)),
+    "idts": Arm("+ temperatures (IDTS)", TEMPERATURES_ALONE, against=("reverse_kl",)),
+    "adakd": Arm(
+        "+ both (AdaKD)", _on("rkd", adakd=True), against=("reverse_kl", "one_temperature", "low_temperature")
     ),
-    "latf_sooner": Arm("+ share that follows sooner", SHARE_ALONE | SOONER, against="latf"),
-    "adakd_sooner": Arm("AdaKD, share follows sooner", _on("rkd", adakd=True) | SOONER, against="adakd"),
-    "random_tokens": Arm("random tokens at LATF's share", _on("rkd"), against="latf", share_of="latf"),
+    "one_temperature": Arm(
+        "share, AdaKD's mean temperature for all", SHARE_ALONE, against=("latf",), temperature_of="adakd"
+    ),
+    "latf_sooner": Arm("+ share that follows sooner", SHARE_ALONE | SOONER, against=("latf",)),
+    "adakd_sooner": Arm("AdaKD, share follows sooner", _on("rkd", adakd=True) | SOONER, against=("adakd",)),
+    "random_tokens": Arm("random tokens at LATF's share", _on("rkd"), against=("latf",), share_of="latf"),
     "idts_reversed": Arm(
-        "temperatures the other way round", TEMPERATURES_ALONE | {"temperature_scale": -0.5}, against="idts"
+        "temperatures the other way round", TEMPERATURES_ALONE | {"temperature_scale": -0.5}, against=("idts",)
     ),
     "low_temperature": Arm(
-        "temperature 0.61 for all", _on("rkd", base_temperature=math.exp(-0.5)), against="reverse_kl"
+        "temperature 0.61 for all", _on("rkd", base_temperature=math.exp(-0.5)), against=("reverse_kl",)
     ),
-    "forward_kl": Arm("forward KL", _on("fkd"), against="reverse_kl"),
-    "forward_kl_adakd": Arm("forward KL + AdaKD", _on("fkd", adakd=True), against="forward_kl"),
-    "abkd": Arm("α-β (ABKD)", _on("abkd"), against="reverse_kl"),
-    "abkd_adakd": Arm("α-β + AdaKD", _on("abkd", adakd=True), against="abkd"),
+    "forward_kl": Arm("forward KL", _on("fkd"), against=("reverse_kl",)),
+    "forward_kl_adakd": Arm("forward KL + AdaKD", _on("fkd", adakd=True), against=("forward_kl",)),
+    "abkd": Arm("α-β (ABKD)", _on("abkd"), against=("reverse_kl",)),
+    "abkd_adakd": Arm("α-β + AdaKD", _on("abkd", adakd=True), against=("abkd",)),
 }
 """By the name that results have, in the order in which they run."""
 

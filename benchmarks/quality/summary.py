@@ -25,6 +25,7 @@ COLUMNS = {
 }
 """The measures that are shown."""
 SHORT = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "cross_entropy": "cross-entropy", "entropy": "entropy"}
+HEADER = [SHORT.get(name, shown.title) for name, shown in COLUMNS.items()]
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,11 @@ def set_names(lines: Iterable[Line]) -> list[str]:
 
 
 def arms_table(lines: list[Line]) -> str:
-    """Of each arm the means over its seeds, ± the standard deviation of ROUGE-L over them; a table for each set."""
-    header = ["", "seeds", "mean τ", "mean r", *(SHORT.get(name, shown.title) for name, shown in COLUMNS.items())]
+    """Of each arm the means over its seeds, ± the standard deviation of ROUGE-L over them; a table for each set.
+
+    The time of training is the processor's, which other programs do not lengthen.
+    """
+    header = ["", "seeds", "mean τ", "mean r", "training, s", *HEADER]
     blocks = []
     for name in set_names(lines):
         rows = []
@@ -103,6 +107,7 @@ def arms_table(lines: list[Line]) -> str:
             cells = [TITLES[arm], str(len(of)) if arm != TEACHER else ""]
             cells.append(f"{mean(line['mean_temperature'] for line in of):.2f}" if "shares" in of[0] else "")
             cells.append(f"{mean(mean(line['shares']) for line in of):.2f}" if "shares" in of[0] else "")
+            cells.append(f"{mean(line['train_cpu_seconds'] for line in of):.0f}" if "shares" in of[0] else "")
             for measure, shown in COLUMNS.items():
                 values = [value(line, name, measure) for line in of]
                 spread = f" ± {stdev(values):.1f}" if measure == SAMPLED and len(values) > 1 else ""
@@ -113,17 +118,15 @@ def arms_table(lines: list[Line]) -> str:
 
 
 def differences_table(lines: list[Line]) -> str:
-    """Of each arm the difference from the arm that it is compared with; a table for each set."""
+    """Of each arm the differences from those that it is compared with; a table for each set."""
     arms = by_arm(lines)
-    header = ["", "less", "seeds", *(SHORT.get(name, shown.title) for name, shown in COLUMNS.items())]
+    header = ["", "less", "seeds", *HEADER]
+    pairs = [(arm, against) for arm in arms if arm in ARMS for against in ARMS[arm].against if against in arms]
     blocks = []
     for name in set_names(lines):
         rows = []
-        for arm, of in arms.items():
-            against = ARMS[arm].against if arm in ARMS else None
-            if against is None or against not in arms:
-                continue
-            found = {measure: difference(arms[against], of, name, measure) for measure in COLUMNS}
+        for arm, against in pairs:
+            found = {measure: difference(arms[against], arms[arm], name, measure) for measure in COLUMNS}
             seeds = found[SAMPLED]
             if seeds is None:
                 continue
