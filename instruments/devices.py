@@ -29,7 +29,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adakd_kernels import ops
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("torch", "triton", "adakd-kernels", "liger-kernel", "orda-kernel", "trl")
+PACKAGES = (
+    *("torch", "triton", "adakd-kernels", "liger-kernel", "orda-kernel", "trl"),
+    *("transformers", "accelerate", "rouge-score"),
+)
 
 
 class _Produced(torch.autograd.Function):

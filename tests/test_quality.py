@@ -119,7 +119,7 @@ def made_up(arm: str, seed: int, shift: float) -> dict[str, Any]:
     tokens = [1, 3, 2, 6]
     numbers = {name: [rng.random() + shift for _ in tokens] for name in (*summary.DISTANCES, "rouge_l_greedy")}
     sampled = [[rng.random() + shift, rng.random() + shift] for _ in tokens]
-    return {"arm": arm, "seed": seed, "mean_temperature": 1.0, "shares": [1.0], "train_cpu_seconds": 9.0, "plan": {},
+    return {"arm": arm, "seed": seed, "mean_temperature": 1.0, "shares": [1.0], "train_cpu_seconds": 9.0, "plan": {}, "inputs": {"train": "1"},
             "machine": "none", "versions": {"torch": "0"}, "date": "never", "commit": "none", "sets": {
         "a": {"key": list("wxyz"), "tokens": tokens, "rouge_l": sampled, **numbers}}}  # fmt: skip
 
@@ -139,8 +139,8 @@ def test_differences_are_paired_by_seed_and_prompt():
     assert summary.difference(first[:1], second, "a", "entropy") is None
     of_one_seed = summary.difference(first, second[:1], "a", "entropy")
     assert of_one_seed is not None and not of_one_seed.decided
-    second[0]["sets"]["a"]["key"][0] = "other"
-    with pytest.raises(ValueError, match="seed 2 has lines of other prompts"):
+    second[0]["inputs"]["train"] = "2"
+    with pytest.raises(ValueError, match="seed 2 has lines of another plan, teacher or data"):
         summary.difference(first, second, "a", "entropy")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -66,12 +67,18 @@ class Experiment:
     """
 
     def __init__(self, plan: Plan, teacher: Path, train: str, held_out: list[str], folder: Path) -> None:
+        files = set_names(held_out)
+        self.inputs = {
+            "teacher": _digest(*sorted(path for path in teacher.iterdir() if path.is_file())),
+            "train": _digest(Path(train)),
+            "held_out": {name: _digest(Path(path)) for name, path in files.items()},
+        }
         # What another plan, teacher or file left there is not gone on with.
-        mark = sha256(repr((plan, str(teacher), train, held_out)).encode()).hexdigest()[:16]
+        mark = sha256(json.dumps([asdict(plan), self.inputs]).encode()).hexdigest()[:16]
         self.plan, self.train, self.folder = plan, train, folder / mark
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.teacher, self.tokenizer = load_model(teacher, dtype=torch.bfloat16, device=self.device)
-        self.sets = {name: self._prompts(path) for name, path in set_names(held_out).items()}
+        self.sets = {name: self._prompts(path) for name, path in files.items()}
 
     def _prompts(self, path: str) -> list[Prompt]:
         fit = [
@@ -89,6 +96,8 @@ class Experiment:
     def run(self, arm: str, seed: int | None, before: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Train and evaluate an arm; what an earlier call of the same arm and seed has done is read.
 
+        What is read stays until `forget`, which is called once the line is kept.
+
         Args:
             arm: of `ARMS`, or `START` or `TEACHER`.
             seed: of the order of the data and of the start; None for the teacher.
@@ -97,7 +106,7 @@ class Experiment:
         Returns:
             The line of results.
         """
-        folder = self.folder / (arm if seed is None else f"{seed}-{arm}")
+        folder = self._folder(arm, seed)
         student = self.teacher
         found: dict[str, Any] = {}
         if seed is not None:
@@ -107,9 +116,15 @@ class Experiment:
                 self._train(arm, seed, start, before, folder)
             student, _ = load_model(place, dtype=torch.bfloat16, device=self.device)
             found = {} if arm == START else json.loads((folder / "trained.json").read_text())
-        line = {"arm": arm, "seed": seed, **found, **self._evaluate(student, folder), "plan": asdict(self.plan)}
-        shutil.rmtree(folder)
-        return line
+        same = {"plan": asdict(self.plan), "inputs": self.inputs}
+        return {"arm": arm, "seed": seed, **found, **self._evaluate(student, folder), **same}
+
+    def forget(self, arm: str, seed: int | None) -> None:
+        """Remove what `run` has left of an arm and seed, but the start."""
+        shutil.rmtree(self._folder(arm, seed), ignore_errors=True)
+
+    def _folder(self, arm: str, seed: int | None) -> Path:
+        return self.folder / (arm if seed is None else f"{seed}-{arm}")
 
     def _start(self, seed: int) -> Path:
         """The student that a seed's arms begin with."""
@@ -169,16 +184,19 @@ class Experiment:
         temperatures = cast(RecordingLoss, trainer.loss_fn).temperatures
         total, count = (sum(part) for part in zip(*temperatures, strict=True))
         logs = [log for log in trainer.state.log_history if "loss" in log]
+        # A log has the share of the next step.
         found = {
             "options": options,
             "mean_temperature": total / count,
-            "shares": shares or [log["focus_ratio"] for log in logs],
+            "shares": shares or [1.0, *(log["focus_ratio"] for log in logs[:-1])],
             "losses": [log["loss"] for log in logs],
             "train_seconds": seconds[0],
             "train_cpu_seconds": seconds[1],
         }
         save_model(student.to(torch.bfloat16), self.tokenizer, folder / "student")
-        (folder / "trained.json").write_text(json.dumps(found))
+        partial = folder / "trained.partial"
+        partial.write_text(json.dumps(found))
+        os.replace(partial, folder / "trained.json")
 
     def _evaluate(self, student: Any, folder: Path) -> dict[str, Any]:
         """What was found in each set: means with intervals, and of each prompt the numbers, rounded, for pairing."""
@@ -199,6 +217,16 @@ class Experiment:
             prompts["rouge_l_greedy"] = [_short(row["rouge_l"]["greedy"]) for row in rows[1]]
             sets[name] = prompts
         return {"sets": sets, "evaluation_cpu_seconds": time.process_time() - clock}
+
+
+def _digest(*paths: Path) -> str:
+    """Of the contents of files."""
+    found = sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(2**24):
+                found.update(block)
+    return found.hexdigest()[:16]
 
 
 def _short(value: float) -> float:

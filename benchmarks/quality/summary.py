@@ -74,8 +74,8 @@ def difference(first: Iterable[Line], second: Iterable[Line], name: str, measure
     weights: list[float] = []
     for seed in seeds:
         pair = of_first[seed], of_second[seed]
-        if pair[0]["sets"][name]["key"] != pair[1]["sets"][name]["key"] or pair[0]["plan"] != pair[1]["plan"]:
-            raise ValueError(f"seed {seed} has lines of other prompts or another plan: give one plan to all runs")
+        if any(pair[0][part] != pair[1][part] for part in ("plan", "inputs")):
+            raise ValueError(f"seed {seed} has lines of another plan, teacher or data: give the same to all runs")
         before, weights = _totals(pair[0], name, measure)
         totals.append([b - a for a, b in zip(before, _totals(pair[1], name, measure)[0], strict=True)])
     found = estimate([mean(each) for each in zip(*totals, strict=True)], weights)
