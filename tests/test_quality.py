@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -65,11 +67,31 @@ def test_each_arm_is_what_it_says(workplace):
     assert [path.name for path in (workplace / "work").glob("*/3-*")] == ["3-start-student"]
 
 
-def test_random_tokens_are_drawn_at_the_share(workplace, monkeypatch):
-    """At a share of a half, half of each step's tokens, and not those that are hardest."""
-    drawn: list[Any] = []
+@pytest.fixture
+def outputs(monkeypatch) -> list[Any]:
+    """What the losses of the training steps give from now on."""
+    given: list[Any] = []
     keep = arms.RecordingLoss._keep
-    monkeypatch.setattr(arms.RecordingLoss, "_keep", lambda self, out: drawn.append(out) or keep(self, out))
+    monkeypatch.setattr(arms.RecordingLoss, "_keep", lambda self, out: given.append(out) or keep(self, out))
+    return given
+
+
+def test_shares_are_those_of_each_step(workplace, outputs, monkeypatch):
+    """So random tokens are as many as LATF's in every step."""
+    falls = ARMS["latf"].options | {"focus_schedule": "linear"}
+    monkeypatch.setitem(ARMS, "latf", replace(ARMS["latf"], options=falls))
+    again = workplace / "again.jsonl"
+    lines = quality.read_results(workplace / "results.jsonl")
+    again.write_text("".join(json.dumps(line) + "\n" for line in lines if line["arm"] in ("teacher", "start")))
+    run(workplace, ["latf", "random_tokens"], "--results", str(again))
+    latf, drawn = quality.read_results(again)[-2:]
+    assert latf["shares"] == drawn["shares"] and min(latf["shares"]) < latf["shares"][0] == 1.0
+    counts = [int(out.selected.sum()) for out in outputs]
+    assert counts[: PLAN["steps"]] == counts[PLAN["steps"] :]
+
+
+def test_random_tokens_are_drawn_at_the_share(workplace, outputs):
+    """At a share of a half, half of each step's tokens, and not those that are hardest."""
     lines = quality.read_results(workplace / "results.jsonl")
     (latf,) = (line for line in lines if line["arm"] == "latf")
     latf["shares"] = [1.0] + [0.5] * (PLAN["steps"] - 1)
@@ -77,8 +99,8 @@ def test_random_tokens_are_drawn_at_the_share(workplace, monkeypatch):
     halves.write_text("".join(json.dumps(line) + "\n" for line in lines if line["arm"] != "random_tokens"))
     run(workplace, ["random_tokens"], "--results", str(halves))
     found = quality.read_results(halves)[-1]
-    assert (found["arm"], found["shares"]) == ("random_tokens", latf["shares"]) and len(drawn) == PLAN["steps"]
-    counts = [(int(out.selected.sum()), int((out.difficulty > 0.0).sum())) for out in drawn]  # scores are above 0
+    assert (found["arm"], found["shares"]) == ("random_tokens", latf["shares"]) and len(outputs) == PLAN["steps"]
+    counts = [(int(out.selected.sum()), int((out.difficulty > 0.0).sum())) for out in outputs]  # scores are above 0
     assert [selected for selected, _ in counts] == [counts[0][1]] + [valid // 2 for _, valid in counts[1:]]
 
 
@@ -97,13 +119,66 @@ def test_a_run_that_is_there_is_not_run_again_and_a_trained_student_is_kept(work
         run(workplace, ["reverse_kl"])
     monkeypatch.setattr(experiment, "evaluate", evaluate)
     monkeypatch.setattr(experiment.Experiment, "_train", None)  # so a second training would be an error
-    assert run(workplace, ["reverse_kl"])[-1]["arm"] == "reverse_kl"
+    # Nor is one of its lines lost by a kill while it is written.
+    with (workplace / "results.jsonl").open("a") as file:
+        file.write('{"arm": "reverse')
+    assert [line["arm"] for line in run(workplace, ["reverse_kl"])].count("reverse_kl") == 1
+    assert not list((workplace / "work").glob("*/3-reverse_kl"))
+
+
+def test_a_trained_arm_stays_until_its_line_is_written(workplace, monkeypatch):
+    def stopped(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    add = quality.add_result
+    monkeypatch.setattr(quality, "add_result", stopped)
+    with pytest.raises(OSError, match="no space"):
+        run(workplace, ["low_temperature"])
+    monkeypatch.setattr(quality, "add_result", add)
+    monkeypatch.setattr(experiment.Experiment, "_train", None)
+    assert run(workplace, ["low_temperature"])[-1]["mean_temperature"] == pytest.approx(math.exp(-0.5))
+
+
+def test_what_an_arm_needs_runs_too(workplace, monkeypatch):
+    asked: list[str] = []
+
+    def nothing(self: Any, arm: str, seed: int | None, before: Any) -> dict[str, Any]:
+        asked.append(arm)
+        return {"arm": arm, "seed": seed, "plan": asdict(self.plan), "inputs": self.inputs}
+
+    monkeypatch.setattr(experiment.Experiment, "run", nothing)
+    run(workplace, ["random_tokens", "one_temperature"], "--results", str(workplace / "needs.jsonl"))
+    assert asked == ["teacher", "start", "latf", "adakd", "one_temperature", "random_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("arm", "expected"),
+    {
+        "reverse_kl": ("reverse_kl", 1.0, 0.0, 1.0),
+        "idts": ("reverse_kl", 1.0, 0.5, 1.0),
+        "idts_reversed": ("reverse_kl", 1.0, -0.5, 1.0),
+        "low_temperature": ("reverse_kl", 1.0, 0.0, 0.6065306597126334),
+        "latf_sooner": ("reverse_kl", None, 0.0, 1.0),
+        "adakd_sooner": ("reverse_kl", None, 0.5, 1.0),
+        "forward_kl": ("forward_kl", 1.0, 0.0, 1.0),
+        "forward_kl_adakd": ("forward_kl", None, 0.5, 1.0),
+        "abkd": ("alpha_beta", 1.0, 0.0, 1.0),
+        "abkd_adakd": ("alpha_beta", None, 0.5, 1.0),
+    }.items(),
+)
+def test_options_of_an_arm(tmp_path, arm, expected):
+    args = arms.ArmConfig(str(tmp_path), report_to="none", **ARMS[arm].options)
+    assert (args.divergence, args.focus_ratio, args.temperature_scale, args.base_temperature) == expected
+    assert args.focus_beta == (0.83 if arm.endswith("sooner") else 0.99)
 
 
 def test_another_plan_is_not_mixed_with_what_is_there(workplace, capsys):
     with pytest.raises(SystemExit):
         run(workplace, TRAINED, "--steps", "7")
-    assert "holds runs of another plan (teacher, start, latf, " in capsys.readouterr().err
+    assert "holds runs of another plan, teacher or data (teacher, start, latf, " in capsys.readouterr().err
+    write_jsonl(workplace / "more.jsonl", INSTRUCTIONS[:-1])
+    with pytest.raises(SystemExit):
+        run(workplace, TRAINED, "--train", str(workplace / "more.jsonl"))
     found = run(workplace, ["latf"], "--steps", "1", "--start_steps", "2", "--results", str(workplace / "other.jsonl"))
     start = {path.parent.name for path in (workplace / "work").glob("*/3-start-student")}
     assert len(start) == 2 and found  # a start of its own
@@ -119,8 +194,9 @@ def made_up(arm: str, seed: int, shift: float) -> dict[str, Any]:
     tokens = [1, 3, 2, 6]
     numbers = {name: [rng.random() + shift for _ in tokens] for name in (*summary.DISTANCES, "rouge_l_greedy")}
     sampled = [[rng.random() + shift, rng.random() + shift] for _ in tokens]
-    return {"arm": arm, "seed": seed, "mean_temperature": 1.0, "shares": [1.0], "train_cpu_seconds": 9.0, "plan": {}, "inputs": {"train": "1"},
-            "machine": "none", "versions": {"torch": "0"}, "date": "never", "commit": "none", "sets": {
+    return {"arm": arm, "seed": seed, "mean_temperature": 1.0, "shares": [1.0], "train_cpu_seconds": 9.0,
+            "plan": {}, "inputs": {"train": "1"}, "machine": "none", "versions": {"torch": "0"}, "date": "never",
+            "commit": "none", "sets": {
         "a": {"key": list("wxyz"), "tokens": tokens, "rouge_l": sampled, **numbers}}}  # fmt: skip
 
 
@@ -150,7 +226,7 @@ def test_seeds_that_disagree_decide_nothing():
     assert found is not None and found.found.low is not None and found.found.low > 0.0 and not found.decided
     table = summary.differences_table([*first, made_up("adakd", 0, 1.0), made_up("adakd", 1, 1.0)])
     (row,) = [line for line in table.splitlines() if line.startswith("| + both (AdaKD)")]
-    assert [cell.strip() for cell in row.split("|")[2:5]] == ["reverse KL", "2", "**+1.0** [+1.0, +1.0]"]
+    assert [cell.strip() for cell in row.split("|")[2:5]] == ["reverse KL", "2", "**+1.0** [+1.0, +1.0]<br>+1.0, +1.0"]
 
 
 def test_the_table_of_arms_has_means_over_seeds():
@@ -161,6 +237,7 @@ def test_the_table_of_arms_has_means_over_seeds():
     assert cells[:4] == ["2", "1.00", "0.70", "10"] and len(cells) == 4 + len(summary.COLUMNS)
     values = [summary.value(line, "a", "entropy") for line in lines]
     assert cells[-1] == f"{mean(values):.3f}"
+    assert summary._number(-1e-9, summary.COLUMNS["entropy"]) == "0.000"
 
 
 def test_the_picture_is_drawn(tmp_path):

@@ -111,14 +111,14 @@ def arms_table(lines: list[Line]) -> str:
             for measure, shown in COLUMNS.items():
                 values = [value(line, name, measure) for line in of]
                 spread = f" ± {stdev(values):.1f}" if measure == SAMPLED and len(values) > 1 else ""
-                cells.append(f"{mean(values):.{shown.digits}f}{spread}")
+                cells.append(_number(mean(values), shown) + spread)
             rows.append(cells)
         blocks.append(f"{name}:\n\n{markdown(header, rows)}")
     return "\n\n".join(blocks)
 
 
 def differences_table(lines: list[Line]) -> str:
-    """Of each arm the differences from those that it is compared with; a table for each set."""
+    """Of each arm the differences from those that it is compared with, below them each seed's; a table for each set."""
     arms = by_arm(lines)
     header = ["", "less", "seeds", *HEADER]
     pairs = [(arm, against) for arm in arms if arm in ARMS for against in ARMS[arm].against if against in arms]
@@ -138,8 +138,14 @@ def differences_table(lines: list[Line]) -> str:
 
 def _cell(found: Difference, shown: Shown) -> str:
     mark = "**" if found.decided else ""
-    middle, *ends = (f"{number:+.{shown.digits}f}" for number in found.found if number is not None)
-    return f"{mark}{middle}{mark}" + (f" [{', '.join(ends)}]" if ends else "")
+    middle, *ends = (_number(number, shown, sign="+") for number in found.found if number is not None)
+    seeds = ", ".join(_number(number, shown, sign="+") for number in found.seeds)
+    return f"{mark}{middle}{mark}" + (f" [{', '.join(ends)}]" if ends else "") + f"<br>{seeds}"
+
+
+def _number(number: float, shown: Shown, sign: str = "") -> str:
+    """Rounded; what rounds to 0 has no minus."""
+    return f"{round(number, shown.digits) + 0.0:{sign}.{shown.digits}f}"
 
 
 def draw(plt: Any, lines: list[Line], colours: dict[str, str]) -> Any:
