@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.fast, pytest.mark.native, pytest.mark.gpu]
 
 
 def verdict(op: str) -> str:
-    return doctor._verdict(doctor.CHECKS[op], torch.get_default_device())
+    return doctor.verdict(doctor.CHECKS[op], torch.get_default_device())
 
 
 @pytest.mark.interpret
@@ -69,7 +69,26 @@ def test_a_truth_of_zeros_proves_nothing():
     def check(device):
         yield (torch.zeros(1, 7),) * 3
 
-    assert doctor._verdict(check, torch.get_default_device()).startswith("failed: plain torch in fp64 gives nothing")
+    assert doctor.verdict(check, torch.get_default_device()).startswith("failed: plain torch in fp64 gives nothing")
+
+
+class WithoutFp64(Tensor):
+    """As on an Apple GPU."""
+
+    def double(self) -> Tensor:
+        raise TypeError("this device has no float64")
+
+    def cpu(self) -> Tensor:
+        return self.as_subclass(Tensor)
+
+
+def test_a_device_without_fp64_is_checked():
+    def check(device):
+        values = torch.linspace(1.0, 2.0, 7, device=device).view(1, 7)
+        there = values.as_subclass(WithoutFp64)
+        yield there, there, values.double().cpu()
+
+    assert doctor.verdict(check, torch.get_default_device()).startswith("ok")
 
 
 def test_a_check_leaves_the_process_as_it_was():

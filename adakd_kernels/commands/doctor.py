@@ -39,9 +39,9 @@ def run(argv: list[str]) -> int:
         name = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
         print(f"\n{device.type}{name}: {taken.name}, because {taken.reason}")
         for op, check in CHECKS.items():
-            verdict = _verdict(check, device)
-            failed += not verdict.startswith("ok")
-            print(f"  {op:<28} {taken.name:<20} {verdict}")
+            result = verdict(check, device)
+            failed += not result.startswith("ok")
+            print(f"  {op:<28} {taken.name:<20} {result}")
     print(f"\n{failed} of the checks failed" if failed else "\nall checks passed")
     return 1 if failed else 0
 
@@ -72,7 +72,7 @@ def _poisoned_memory() -> Iterator[None]:
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def _verdict(check: Check, device: torch.device) -> str:
+def verdict(check: Check, device: torch.device) -> str:
     """'ok', or 'failed' with the reason. An error may be twice that of plain torch in the same type, and a few ulp.
 
     It may also be no more than half of its own row's largest value. Otherwise zeros would pass for a row of small
@@ -83,9 +83,9 @@ def _verdict(check: Check, device: torch.device) -> str:
         with _poisoned_memory():
             for computed, eager, truth in check(device):
                 scale = truth.abs().max().item()
-                errors = (computed.double().cpu() - truth).abs()
+                errors = (computed.cpu().double() - truth).abs()  # some devices have no fp64
                 error = errors.max().item()
-                allowed = 2.0 * (eager.double().cpu() - truth).abs().max().item() + 64.0 * 2.0**-23 * scale
+                allowed = 2.0 * (eager.cpu().double() - truth).abs().max().item() + 64.0 * 2.0**-23 * scale
                 if scale == 0.0:
                     return "failed: plain torch in fp64 gives nothing but zeros"
                 if not error <= allowed:
