@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import runpy
+import struct
 import subprocess
 import sys
 import tarfile
@@ -69,6 +71,12 @@ def test_plain_torch_that_nobody_asked_for_is_said_once(not_built, first):
 
 
 @pytest.mark.fast
+def test_no_compiler_is_a_cure_on_windows(monkeypatch):
+    monkeypatch.setattr(platform, "system", lambda: "Windows")
+    assert runpy.run_path(native.__file__)["CURE"] == "there are none for Windows"
+
+
+@pytest.mark.fast
 def test_plain_torch_that_was_asked_for_is_not_said(not_built, monkeypatch):
     monkeypatch.setenv("ADAKD_NATIVE", "0")
     with warnings.catch_warnings():
@@ -99,7 +107,7 @@ def test_without_numpy_nothing_is_said_under_any_filter():
 
 
 @pytest.mark.native
-@pytest.mark.parametrize("broken", ["truncated", "another library", "wrong ADAKD_ISA", "wrong path"])
+@pytest.mark.parametrize("broken", ["truncated", "a wrong header", "another library", "wrong ADAKD_ISA", "wrong path"])
 def test_a_library_that_cannot_be_used_leaves_plain_torch_and_one_warning(tmp_path, broken):
     whole = native.path().read_bytes()
     library = tmp_path / "library.so"
@@ -107,6 +115,9 @@ def test_a_library_that_cannot_be_used_leaves_plain_torch_and_one_warning(tmp_pa
     if broken == "truncated":  # to load it kills the process
         library.write_bytes(whole[: len(whole) // 2])
         why = f"{library}: the file has {len(whole) // 2} bytes, and its program "
+    elif broken == "a wrong header":  # entries of 1 byte in the table of the program's parts
+        library.write_bytes(struct.pack("<6s26xQ14x2H6x", b"\x7fELF\x02\x01", 60, 1, 4))
+        why = f"cannot be loaded with torch {torch.__version__} ({library}: "
     elif broken == "another library":
         environment = {"ADAKD_NATIVE": str(Path(torch.__file__).parent / "lib" / "libc10.so")}
         why = "undefined symbol: adakd_isa"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import struct
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,12 @@ from pathlib import Path
 import torch
 
 BUILT = Path(__file__).parent.parent / "_native.so"
-CURE = "install the package with a C++ compiler and torch 2.10 or newer at hand, by pip install --no-build-isolation"
+CURE = (
+    "install the package with a C++ compiler, torch 2.10 and setuptools 77 or newer at hand, by "
+    "pip install --no-build-isolation"
+    if platform.system() != "Windows"
+    else "there are none for Windows"
+)
 
 
 @cache
@@ -83,6 +89,8 @@ def refuse_incomplete(file: Path) -> None:
     if data[:6] != b"\x7fELF\x02\x01" or len(data) < 64:  # 64 bits, little-endian; the loader refuses what it is not
         return
     (table,), (size, count) = struct.unpack_from("<Q", data, 32), struct.unpack_from("<2H", data, 54)
+    if size != 56:  # the loader refuses entries of another size too
+        return
     ends = [table + size * count]
     if ends[0] <= len(data):
         segments = [struct.unpack_from("<I4xQ16xQ", data, table + size * index) for index in range(count)]
