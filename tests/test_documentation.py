@@ -128,6 +128,13 @@ def test_commands_of_a_page_run(page, project):
                 assert (project / "report" / "report.html").is_file()
 
 
+def test_the_readme_has_the_numbers_of_the_demo():
+    section = PAGES["docs/trainer.md"].split("## The demo\n")[1]
+    (paragraph,) = [part for part in PAGES["README.md"].split("\n\n") if part.startswith("In [the demo]")]
+    numbers = re.findall(r"\d[\d.]*", paragraph)
+    assert len(numbers) == 12 and set(numbers) <= set(re.findall(r"\d[\d.]*", section))
+
+
 def test_the_readme_shows_every_kind_of_snippet():
     pages = {"README.md", SEVERAL_PROCESSES}
     pages |= {f"docs/{name}.md" for name in ("evaluation", "losses", "methods", "reference", "trainer", "trl")}
