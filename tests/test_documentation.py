@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import importlib.util
@@ -40,6 +41,7 @@ MODULES = [
     "loss",
     "trainer.collator",
     "trainer.histogram",
+    "vocab_parallel",
 ]
 
 
@@ -180,11 +182,17 @@ def test_the_reference_has_every_public_name_and_each_has_an_example():
     for module in modules:
         names = sorted(name for of, name in REFERENCE if of == module)
         assert names == sorted(importlib.import_module(module).__all__)
-    lines = [block for page in pages_with("python") for block in blocks("python", PAGES[page])]
-    for path in (ROOT / "adakd_kernels").rglob("*.py"):
-        lines += re.findall(r"^ *(?:>>>|\.\.\.) (.*)$", path.read_text(), flags=re.MULTILINE)
-    words = set(re.findall(r"\w+", "\n".join(lines)))
-    assert {name for _, name in REFERENCE} <= words
+    code = [block for page in pages_with("python") for block in blocks("python", PAGES[page])]
+    examples = {
+        ".".join(path.relative_to(ROOT / "adakd_kernels").with_suffix("").parts): "\n".join(lines)
+        for path in (ROOT / "adakd_kernels").rglob("*.py")
+        if (lines := re.findall(r"^ *(?:>>>|\.\.\.) (.*)$", path.read_text(), flags=re.MULTILINE))
+    }
+    assert examples.keys() == set(MODULES)  # the others would not be run
+    nodes = [node for text in [*code, *examples.values()] for node in ast.walk(ast.parse(text))]
+    used = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    used |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    assert {name for _, name in REFERENCE} <= used
 
 
 @pytest.mark.parametrize("name", MODULES)
