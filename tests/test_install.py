@@ -185,7 +185,7 @@ def test_a_wheel_belongs_to_a_platform_or_to_none(tmp_path, library):
 
 
 # Tests of the sdist that are run, whole.
-QUICK = [f"tests/test_{name}.py" for name in ("adaptive", "architecture", "reference")]
+QUICK = [f"tests/test_{name}.py" for name in ("adaptive", "reference")]
 
 
 @pytest.mark.fast
