@@ -140,15 +140,15 @@ docs: setup ## the pages of docs/ as a site, with the reference from the docstri
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # Peers to measure beside, without their dependencies; those that cannot be had are said to be missing.
-bench: setup ## measure beside eager and the peers, in 10 minutes; make bench ARGS=--help lists the options
+bench: setup ## measure beside eager and the peers into build/bench/; make bench ARGS=--help lists the options
 	-$(PIP) install -q -c constraints.txt --no-deps liger-kernel orda-kernel
 	$(BIN)/python -m benchmarks $(ARGS)
-	$(if $(ARGS),,$(BIN)/python -m pytest -q benchmarks --results benchmarks/results)
+	$(if $(ARGS),,$(BIN)/python -m pytest -q benchmarks --results build/bench)
 
-bench-gpu: setup ## the same on a GPU
+bench-gpu: setup ## the same on a GPU, into build/bench-gpu/
 	-$(PIP) install -q -c constraints.txt --no-deps liger-kernel orda-kernel
 	$(BIN)/python -m benchmarks --device cuda $(ARGS)
-	$(if $(ARGS),,$(BIN)/python -m pytest -q benchmarks --device cuda --results benchmarks/results)
+	$(if $(ARGS),,$(BIN)/python -m pytest -q benchmarks --device cuda --results build/bench-gpu)
 
 bench-compare: setup ## this tree beside an earlier commit, in turns: make bench-compare BASE=main
 	@test -n "$(BASE)" || { echo "error: name a commit: make bench-compare BASE=main" >&2; exit 1; }

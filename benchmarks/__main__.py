@@ -1,6 +1,7 @@
 """`make bench`: losses of this package beside what users write and the peers that are installed.
 
-One JSON line for each workload and provider, in a file for each benchmark:
+One JSON line for each workload and provider, in a file for each benchmark. Those of README and docs are in
+benchmarks/results/, which a run replaces if --out names it:
 
   peers     all providers side by side, for vocabularies by the name of a model
   scaling   time and memory against tokens, vocabulary, share and threads
@@ -19,7 +20,6 @@ from . import accuracy, workloads
 from .frame import Bench
 from .workloads import DTYPES, VOCABULARIES
 
-RESULTS = Path(__file__).parent / "results"
 ONLY = {
     "scaling": ("eager in chunks", "torch.compile in chunks", "ours", "ours in place"),
     "accuracy": (
@@ -47,7 +47,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--formula", action="append", default=[], metavar="FILE.py:FUNCTION",
         help="a formula of your own: student and teacher logits (N, V) and labels (N,) -> loss",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the files (%(default)s)")
+    parser.add_argument("--out", type=Path, help="the folder of the files (build/bench; of a GPU build/bench-gpu)")
     chosen = parser.parse_args(argv)
     for name in chosen.benchmarks:
         if name not in ("peers", "scaling", "accuracy"):
@@ -60,6 +60,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     if chosen.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA or ROCm device on this machine; make bench measures on the CPU")
     gpu = chosen.device == "cuda"
+    chosen.out = chosen.out or Path("build/bench-gpu" if gpu else "build/bench")
     chosen.tokens = chosen.tokens or [4096 if gpu else 256]
     chosen.dtypes = chosen.dtypes or (["bf16"] if gpu else ["fp32", "bf16"])
     chosen.rounds = chosen.rounds or (30 if gpu else 5)
@@ -69,9 +70,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     chosen = arguments(argv)
     chosen.out.mkdir(parents=True, exist_ok=True)
-    suffix = "-cuda" if chosen.device == "cuda" else ""
     for name in chosen.benchmarks or ("peers", "scaling", "accuracy"):
-        path = chosen.out / f"{name}{suffix}.jsonl"
+        path = chosen.out / f"{name}.jsonl"
         print(f"\n{name} -> {path}")
         with path.open("w") as out:
             only = tuple(chosen.providers) or ONLY.get(name, ())

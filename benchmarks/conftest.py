@@ -35,8 +35,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if folder is None or plugin is None or not plugin.benchmarks:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    suffix = "-cuda" if session.config.getoption("--device") == "cuda" else ""
-    with (folder / f"operators{suffix}.jsonl").open("w") as out:
+    with (folder / "operators.jsonl").open("w") as out:
         for found in plugin.benchmarks:
             ms = quantiles([seconds * 1e3 for seconds in found.stats.data])
             print(json.dumps({"benchmark": "operators", **found.extra_info, "ms": ms}), file=out)

@@ -2,11 +2,12 @@
 
 A picture is an SVG for light pages and one for dark pages, in `docs/pictures/`. A table stands between two markers on
 its page. Each carries a digest of the lines it was made from; `stale` lists those whose data has changed since, and a
-test fails while there are any.
+test fails while there are any. `--results FOLDER` draws the lines of another folder, such as those of a GPU.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import re
@@ -73,7 +74,7 @@ def colour(provider: str, theme: dict[str, str]) -> dict[str, Any]:
 
 
 def curves(ax: Any, records: list[Record], x: str, y: Callable[[Record], float], theme: dict[str, str]) -> None:
-    """One line a provider, the 20th to 80th percentile behind it where it is a time."""
+    """One line a provider, the 20th to 80th percentile as a shade behind it where it is a time."""
     for provider, of in by_provider(records).items():
         of = sorted(of, key=lambda r: r["workload"][x])
         at = [r["workload"][x] for r in of]
@@ -114,7 +115,7 @@ def axes(ax: Any, title: str, x: str, y: str, log: str = "xy") -> None:
 
 def vocabulary_axis(ax: Any, records: list[Record]) -> None:
     names = {r["workload"]["vocab"]: named(workload(r)) for r in records}
-    ax.set_xticks(sorted(names), [names[v] for v in sorted(names)], rotation=30, ha="right", rotation_mode="anchor")
+    ax.set_xticks(sorted(names), [names[v] for v in sorted(names)], rotation=60, ha="right", rotation_mode="anchor")
     ax.minorticks_off()
 
 
@@ -123,7 +124,7 @@ def named(w: Workload) -> str:
 
 
 def where(records: list[Record]) -> str:
-    """What the numbers were measured on."""
+    """What the numbers were measured on: all days and commits of the lines."""
     r = records[0]
     threads = ""
     if "threads" in r:
@@ -133,7 +134,9 @@ def where(records: list[Record]) -> str:
             else f", 1 thread{', time of the process' * ('cpu_ms' in r)}"
         )
     at = f"{r['machine']}{threads}"
-    return f"{at}, torch {r['versions']['torch']}, {r['date']}, commit {r['commit']}"
+    dates, commits = (sorted({line[key] for line in records}) for key in ("date", "commit"))
+    plural = "s" if len(commits) > 1 else ""
+    return f"{at}, torch {r['versions']['torch']}, {' and '.join(dates)}, commit{plural} {' and '.join(commits)}"
 
 
 def draw_peers(plt: Any, records: list[Record], theme: dict[str, str]) -> Any:
@@ -187,7 +190,7 @@ def draw_accuracy(plt: Any, records: list[Record], theme: dict[str, str]) -> Any
                     ax.plot(at, [p[what] for p in points], **colour(provider, theme), markersize=4)
             axes(ax, f"{what}, {dtype}", "reverse KL of a token" if what == "gradient" else "", "", log="y")
             ax.set_xscale("log")
-            ax.set_ylim(1e-9, 1e3)
+            ax.set_ylim(1e-9, 1e5)
         row[0].set_ylabel("relative error against fp64")
     return figure
 
@@ -267,7 +270,7 @@ def legend(figure: Any) -> None:
 
 
 def draw(results: Path = RESULTS, folder: Path = PICTURES, suffix: str = "svg") -> list[Path]:
-    """Every picture in both themes."""
+    """Every picture that there are lines for, in both themes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -276,7 +279,8 @@ def draw(results: Path = RESULTS, folder: Path = PICTURES, suffix: str = "svg") 
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, (benchmark, function) in DRAW.items():
-        records = lines_of(benchmark, results)
+        if not (records := lines_of(benchmark, results)):
+            continue
         for theme, of in THEMES.items():
             settings: dict[Any, Any] = {
                 "text.color": of["text"], "axes.labelcolor": of["text"], "xtick.color": of["text"],
@@ -384,10 +388,18 @@ def stale(root: Path = ROOT, results: Path = RESULTS) -> list[str]:
     return found
 
 
-def main() -> int:
-    for path in draw():
-        print(path.relative_to(ROOT))
-    write_tables()
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.figures", description="Pictures and tables of the docs."
+    )
+    parser.add_argument(
+        "--results", type=Path, help="draw the lines of this folder into it, and leave README and docs as they are"
+    )
+    results = parser.parse_args(argv).results
+    for path in draw() if results is None else draw(results, results):
+        print(path)
+    if results is None:
+        write_tables()
     return 0
 
 

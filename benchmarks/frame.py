@@ -1,9 +1,9 @@
 """The one frame of all timings: a gate, peak memory in a process of its own, then the providers in turns.
 
-Gate: loss and gradients of each provider beside fp64. An error above twice that of eager in the same type, plus a few
-units in the last place, goes on record, and no time is taken. Memory: a process for each provider, in which that alone
-runs; what does not fit into the memory that is free fails there, and is not timed. Time: in every round each provider
-runs once on fresh copies of the inputs, beginning with another one in each round; medians with 20th and 80th
+Gate: loss and gradients of each provider beside fp64. An error above twice that of eager in chunks in the same type,
+plus a few units in the last place, goes on record, and no time is taken. Memory: a process for each provider, in which
+that alone runs; what does not fit into the memory that is free fails there, and is not timed. Time: in every round each
+provider runs once on fresh copies of the inputs, beginning with another one in each round; medians with 20th and 80th
 percentile. On a CPU the time that the process spent on all cores stands beside the wall clock: it does not grow where
 other programs take a core away.
 """
@@ -31,7 +31,7 @@ from .providers import Provider, Run, exact, providers
 from .workloads import DTYPES, Inputs, Workload, inputs
 
 UNITS = 4.0
-"""Beside twice the error of eager: units in the last place of the type, relative to the largest entry."""
+"""Beside twice the error of eager in chunks: units in the last place of the type, relative to the largest entry."""
 Record = dict[str, Any]
 
 

@@ -118,9 +118,10 @@ def peers(device: str, models: list[str], tokens: list[int], dtypes: list[str]) 
             yield of.but(loss="mean", divergence="jensen_shannon", tokens=n if gpu else 8 * n)
             yield of.but(loss="mean", divergence="reverse_kl")
             yield of.but(tokens=n if gpu else 4 * n)
-    if gpu:  # the one loss from logits that a peer has
-        for model in models:
-            yield Workload(loss="mean", divergence="jensen_shannon", model=model, tokens=tokens[-1], dtype=dtypes[-1])
+    # Losses from logits that a peer has, on a GPU, or a user's formula.
+    for model in models if gpu else models[:1]:
+        for divergence in ("jensen_shannon", "reverse_kl"):
+            yield Workload(loss="mean", divergence=divergence, model=model, tokens=tokens[-1], dtype=dtypes[-1])
 
 
 def scaling(device: str, models: list[str], tokens: list[int], dtypes: list[str]) -> Iterator[Workload]:
