@@ -119,6 +119,15 @@ def test_only_who_asks_for_it_replaces_the_lines_of_the_docs():
 
 
 @pytest.mark.fast
+def test_the_lines_of_another_folder_are_drawn_into_it_and_leave_the_docs_as_they_are(monkeypatch, tmp_path):
+    assert figures.draw(tmp_path, tmp_path / "none") == []  # a folder may lack a benchmark
+    drawn = []
+    monkeypatch.setattr(figures, "draw", lambda *folders: drawn.append(folders) or [])
+    monkeypatch.setattr(figures, "write_tables", lambda: drawn.append("tables"))
+    assert figures.main(["--results", str(tmp_path)]) == 0 and drawn == [(tmp_path, tmp_path)]
+
+
+@pytest.mark.fast
 def test_days_and_commits_of_all_lines_are_named():
     lines = [
         made_up("reverse_kl", 0, 0.0) | {"date": day, "commit": commit} for day, commit in (("d2", "c1"), ("d1", "c0"))
