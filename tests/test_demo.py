@@ -193,6 +193,17 @@ def test_shipped_instructions():
     assert len(set(requests)) == len(requests) and all(request.isascii() for request in requests)
 
 
+def test_instructions_of_any_characters(tmp_path):
+    rows = [
+        {"category": "a", "instruction": "one\u2028two", "input": "\x85\u2029", "split": split}
+        for split in ("train", "held_out")
+    ]
+    file = tmp_path / "own.jsonl"
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    (train,), (held_out,) = load_instructions(DemoConfig(instructions=str(file)))
+    assert train.instruction == held_out.instruction == "one\u2028two" and train.input == "\x85\u2029"
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

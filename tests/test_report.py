@@ -211,6 +211,25 @@ def test_token_texts() -> None:
     assert token_texts(None, [3, 4]) == ["3 ", "4 "]
 
 
+LINE: dict[str, Any] = {
+    "step": 0, "source": "eval", "record": "0", "measure": "hellinger", "focus_ratio": 1.0, "of": 1, "left_out": 0,
+    "tokens": [{"text": "a", "difficulty": 0.5, "temperature": 1.0, "rank": 1, "selected": True}],
+}  # fmt: skip
+
+
+def test_every_character_of_a_text_comes_back(tmp_path: Path) -> None:
+    lines = [{**LINE, "tokens": [{"text": "one\u2028two\u2029three\x85four\x0b\x1c\r\nfive"}]}, LINE]
+    write_tokens(tmp_path, lines)
+    assert read_tokens(tmp_path) == lines
+
+
+@pytest.mark.parametrize("name", LINE)
+def test_a_line_without_one_of_its_fields_is_refused(tmp_path: Path, name: str) -> None:
+    write_tokens(tmp_path, [LINE, {key: value for key, value in LINE.items() if key != name}])
+    with pytest.raises(ValueError, match=f"line 2 is no record of tokens: KeyError.'{name}'"):
+        read_tokens(tmp_path)
+
+
 def test_what_training_costs_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that each look moves by 1, so that a step takes 1; evaluations and checkpoints take 100."""
     time = [0.0]

@@ -52,7 +52,7 @@ def load_instructions(config: DemoConfig) -> tuple[list[Record], list[Record]]:
     shipped = importlib.resources.files("adakd_kernels") / "demo" / "instructions.jsonl"
     source = Path(config.instructions) if config.instructions is not None else shipped
     try:
-        lines = source.read_text(encoding="utf-8").splitlines()
+        lines = source.read_bytes().splitlines()  # of bytes: a text's also ends a line at U+2028
         records = [Record(**json.loads(line)) for line in lines if line.strip()]
     except FileNotFoundError:
         raise DemoError(f"no instructions at {source}: install the package again, or give a JSONL file") from None

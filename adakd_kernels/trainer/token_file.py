@@ -16,7 +16,10 @@ __all__ = ["TOKEN_FILE", "read_tokens", "write_tokens"]
 
 TOKEN_FILE = "_tokens.jsonl"
 """In `output_dir`. What begins with an underscore is left out where `Trainer` pushes to the hub: this holds data."""
-FIELDS = {"step": int, "source": str, "record": str, "measure": str, "focus_ratio": float, "tokens": list}
+FIELDS = {
+    "step": int, "source": str, "record": str, "measure": str, "focus_ratio": float, "of": int, "left_out": int,
+    "tokens": list,
+}  # fmt: skip
 """What each line has, at the least."""
 NUMBERS = {"difficulty", "temperature", "rank", "selected"}
 """What each token with a label has beside its `text`; one without a label has its text alone."""
@@ -30,7 +33,8 @@ def read_tokens(folder: str | Path) -> list[dict[str, Any]]:
         ValueError: a line that is none of such a file.
     """
     lines = []
-    for number, text in enumerate((Path(folder) / TOKEN_FILE).read_text(encoding="utf-8").splitlines(), start=1):
+    # Of bytes: a text's splitlines() also ends a line at U+2028 and others that JSON leaves as they are.
+    for number, text in enumerate((Path(folder) / TOKEN_FILE).read_bytes().splitlines(), start=1):
         try:
             line = json.loads(text)
             whole = all(isinstance(line[name], kind) for name, kind in FIELDS.items())
