@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -15,6 +16,10 @@ import torch
 from datasets import Dataset
 from rouge_score import rouge_scorer
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoModelForCausalLM
 
 from adakd_kernels import reference
 from adakd_kernels.evaluation import distances, intervals, load_prompts, sampling
@@ -22,6 +27,7 @@ from adakd_kernels.evaluation.distances import DISTANCES, sequence_sums
 from adakd_kernels.evaluation.prompts import fingerprint, set_names
 from adakd_kernels.evaluation.rouge import rouge_l
 from adakd_kernels.evaluation.sampling import Draws, answer_prompts, random_numbers
+from adakd_kernels.evaluation.weights import weights_fingerprint
 from adakd_kernels.trainer.evaluation import MEASURES
 from adakd_kernels.trainer.records import DataError, each_reference, tokenize_record
 
@@ -334,6 +340,64 @@ def test_logits_of_few_tokens_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(distances, "token_measures", noted)
     assert sequence_sums(student, teacher, sequences, batch_size=4)[:, -1].tolist() == [199.0] * 4
     assert max(shape[1] for shape, _ in seen) == 64 and {dtype for _, dtype in seen} == {torch.bfloat16}
+
+
+# Models.
+
+
+def test_a_model_is_known_by_its_weights(tmp_path: Path) -> None:
+    model = tiny_model("llama", vocab_size=300, seed=1)
+    mark = weights_fingerprint(model)
+    model.save_pretrained(tmp_path)
+    assert weights_fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path)) == mark
+    model(torch.tensor([[5, 6, 7]]))
+    assert weights_fingerprint(model.train()) == mark
+    marks = {mark, weights_fingerprint(tiny_model("llama", vocab_size=300, seed=2)), weights_fingerprint(model.half())}
+    assert len(marks) == 3
+    for name, tensor in tiny_model("llama", vocab_size=300, seed=1).state_dict().items():
+        changed = tiny_model("llama", vocab_size=300, seed=1)
+        changed.load_state_dict({**changed.state_dict(), name: tensor * 1.001})  # as a step of training would
+        marks.add(weights_fingerprint(changed))
+    assert len(marks) == 3 + len(model.state_dict())
+
+
+def test_positions_that_grow_are_no_other_model() -> None:
+    """With dynamic NTK, a long text changes the frequencies that the model holds."""
+    model = tiny_model("llama")
+    config = copy.deepcopy(model.config)
+    config.max_position_embeddings = 8
+    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = type(model)(config).eval()
+    mark, before = weights_fingerprint(model), model.model.rotary_emb.inv_freq.clone()
+    model(torch.arange(5, 25).unsqueeze(0))
+    assert not torch.equal(model.model.rotary_emb.inv_freq, before) and weights_fingerprint(model) == mark
+
+
+def test_weights_of_every_kind_are_read() -> None:
+    def mark(tensor: Tensor) -> str:
+        module = torch.nn.Module()
+        module.register_buffer("weight", tensor)
+        return weights_fingerprint(module)
+
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.bool):
+        assert mark(torch.ones(3, 5).to(dtype)) != mark(torch.zeros(3, 5).to(dtype)), dtype
+    assert mark(torch.ones(2, 3)) != mark(torch.ones(3, 2)) and mark(torch.ones(0, 3)) != mark(torch.ones(0, 2))
+    assert mark(torch.arange(6.0).view(2, 3).t()) == mark(torch.arange(6.0).view(2, 3).t().contiguous())
+    assert mark(torch.tensor(1.0)) != mark(torch.tensor(2.0))
+    # 1,024 entries of a large one, and not all of one column.
+    large = torch.zeros(4096, 512)
+    seen = torch.zeros(large.shape)
+    seen.view(-1)[:: (large.numel() // 1024) | 1] = 1.0
+    assert mark(large) == mark(1.0 - seen) != mark(seen) and seen.sum() < 1025 and (seen.sum(0) > 0).all()
+    with torch.device("meta"):
+        assert mark(torch.empty(3)) == mark(torch.empty(3)) != mark(torch.empty(4))
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        parts = [DTensor.from_local(torch.full((2, 3), value), mesh, [Shard(0)]) for value in (1.0, 1.0, 2.0)]
+        assert mark(parts[0]) == mark(parts[1]) != mark(parts[2])
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # Scores and intervals.

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adakd_kernels.cli import main
 from adakd_kernels.evaluation import FOUND, Settings, compare, distances, evaluate, intervals, load_prompts, sampling
-from adakd_kernels.evaluation.evaluate import read_results
+from adakd_kernels.evaluation.evaluate import EvaluationError, read_results
 from adakd_kernels.integrations.transformers import AdaKDConfig, AdaKDTrainer
 
 from .tiny_models import INSTRUCTIONS, save_pair, tiny_model, write_jsonl
@@ -343,10 +343,17 @@ def test_a_model_that_changed_is_not_gone_on_with(
 ) -> None:
     model = other_student(place, tmp_path)
     flags = ["--model", str(model), "--data", str(place / "first.jsonl")]
-    assert main(command(place, tmp_path / "out", *flags, seeds=["1"])) == 0
+    argv = command(place, tmp_path / "out", *flags, seeds=["1"])
+    assert main(argv) == 0
+    # The same weights once more: other times of the files, as of a model that comes from a hub or from its cache.
+    AutoModelForCausalLM.from_pretrained(model).save_pretrained(model)
+    assert main(argv) == 0
     tiny_model("llama", vocab_size=300, seed=10).save_pretrained(model)
-    line = error_line(capsys, command(place, tmp_path / "out", *flags, seeds=["1"]))
-    assert f"holds an evaluation made before the model {model} changed: give another output_dir" in line
+    assert "holds an evaluation with other weights of the model: give another output_dir" in error_line(capsys, argv)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    del results["settings"]["model_weights"]
+    (tmp_path / "out" / "results.json").write_text(json.dumps(results))
+    assert "holds an evaluation of an older version" in error_line(capsys, argv)
 
 
 def test_a_measure_that_is_not_finite_ends_with_1(
@@ -369,3 +376,32 @@ def test_from_python(place: Path, tmp_path: Path) -> None:
     settings = Settings(seeds=(10, 20), max_new_tokens=8, max_length=256, batch_size=2)
     found = evaluate(student, tokenizer, sets, settings, folder=tmp_path, teacher=teacher)
     assert found["sets"] == read_results(place / "whole")["sets"] and student.training and teacher.training
+
+
+def test_python_knows_the_models_by_their_weights(place: Path, tmp_path: Path) -> None:
+    """As the student changes from epoch to epoch, without a word about it in `about`."""
+    student, teacher = (AutoModelForCausalLM.from_pretrained(place / name) for name in ("student", "teacher"))
+    tokenizer = AutoTokenizer.from_pretrained(place / "student")
+    sets = {"first": load_prompts(place / "first.jsonl", tokenizer)}
+    settings = Settings(greedy=True, max_new_tokens=1, max_length=256)
+    found = evaluate(student, tokenizer, sets, settings, folder=tmp_path / "a", teacher=teacher)
+    assert evaluate(student, tokenizer, sets, settings, folder=tmp_path / "a", teacher=teacher) == found
+    with pytest.raises(EvaluationError, match="with other weights of the teacher: give another output_dir"):
+        evaluate(student, tokenizer, sets, settings, folder=tmp_path / "a", teacher=student)
+    with torch.no_grad():
+        student.model.norm.weight.add_(0.1)
+    with pytest.raises(EvaluationError, match="with other weights of the model: give another output_dir"):
+        evaluate(student, tokenizer, sets, settings, folder=tmp_path / "a", teacher=teacher)
+    other = evaluate(student, tokenizer, sets, settings, folder=tmp_path / "b", teacher=teacher)
+    assert [each.measure for each in compare(found, other)[0]] == list(FOUND) and compare(found, other)[1] == []
+    far = evaluate(student, tokenizer, sets, settings, folder=tmp_path / "c", teacher=student)
+    differences, notes = compare(found, far)
+    assert [each.measure for each in differences] == ["rouge_l", "cross_entropy", "entropy"]
+    assert notes == ["the teachers differ, so forward_kl, reverse_kl, agreement are not compared"]
+    alone = evaluate(student, tokenizer, sets, settings, folder=tmp_path / "d")
+    assert compare(alone, alone)[1] == []
+    assert compare(found, alone)[1][-1].startswith("one of them notes no weights of a teacher, so forward_kl")
+    # As an older version left them: the teachers may be any.
+    for results in (found, other):
+        del results["settings"]["teacher_weights"]
+    assert len(compare(found, other)[0]) == 3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 import warnings
 from collections.abc import Mapping
@@ -36,9 +35,6 @@ from ..trainer.records import DataError, check_same_tokenizer
 from .models import load, locate
 
 __all__ = ["run"]
-
-WEIGHTS = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
-"""Files of a model's folder that change when the model does."""
 
 
 def run(argv: list[str]) -> int:
@@ -162,11 +158,8 @@ def _evaluate(options: argparse.Namespace, settings: Settings, folder: Path) -> 
     _check_vocabulary(models, sets)
     device = next(iter(models.values())).device
     about: dict[str, Any] = {"device": device.type}
-    for role, name in names.items():
-        dtype = str(models[role].dtype).removeprefix("torch.")
-        about.update(
-            {role: getattr(options, role), f"{role}_dtype": dtype, f"{role}_files": _files(name, models[role])}
-        )
+    for role, model in models.items():
+        about.update({role: getattr(options, role), f"{role}_dtype": str(model.dtype).removeprefix("torch.")})
     return evaluate(
         models["model"], tokenizer, sets, settings, folder=folder, teacher=models.get("teacher"), about=about
     )
@@ -210,15 +203,6 @@ def _check_vocabulary(models: Mapping[str, Any], sets: Mapping[str, list[Prompt]
         size = vocabulary_size(model)
         if size is not None and largest >= size:
             raise CommandError(f"data has token id {largest}, but the {role} takes {size} ids: is this its tokenizer?")
-
-
-def _files(name: str, model: Any) -> str:
-    """16 hex digits that change with the files of a model: their names, sizes and times, or its commit on the hub."""
-    digest = hashlib.sha256(str(getattr(model.config, "_commit_hash", None)).encode())
-    for path in sorted(path for pattern in WEIGHTS for path in Path(name).glob(pattern)):
-        stat = path.stat()
-        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]
 
 
 def table(results: Mapping[str, Any]) -> str:

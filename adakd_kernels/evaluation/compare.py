@@ -55,7 +55,8 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[list[D
         own, other = (", ".join(results["sets"]) for results in (first, second))
         raise EvaluationError(f"no set is in both: {own} against {other}; name the sets alike, with --data NAME=PATH")
     notes = _settings_that_differ(first["settings"], second["settings"])
-    same_teacher = all(first["settings"].get(k) == second["settings"].get(k) for k in ("teacher", "teacher_files"))
+    teachers = [results["settings"].get("teacher_weights") for results in (first, second)]
+    same_teacher = None not in teachers and teachers[0] == teachers[1]
     found: list[Difference] = []
     for name in names:
         rows = [{row["key"]: row for row in results["sets"][name]["per_prompt"]} for results in (first, second)]
@@ -74,8 +75,9 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[list[D
                 weights = [one["tokens"] for one, _ in read]
                 values = [[pair[side][measure] * pair[side]["tokens"] for pair in read] for side in (0, 1)]
                 found.append(_difference(name, measure, values, weights))
-    if not same_teacher:
-        notes.append(f"the teachers differ, so {', '.join(OF_THE_TEACHER)} are not compared")
+    if not same_teacher and any(results["settings"]["distances"] for results in (first, second)):
+        why = "one of them notes no weights of a teacher" if None in teachers else "the teachers differ"
+        notes.append(f"{why}, so {', '.join(OF_THE_TEACHER)} are not compared")
     return found, notes
 
 
@@ -105,6 +107,6 @@ def _difference(
 
 
 def _settings_that_differ(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    own = ("model", "model_files", "teacher", "teacher_files", "distances", "batch_size")
+    own = ("model", "model_weights", "teacher", "teacher_weights", "distances", "batch_size")
     names = [name for name in {**first, **second} if name not in own and first.get(name) != second.get(name)]
     return [f"{name} differs: {first.get(name)!r} against {second.get(name)!r}" for name in names]

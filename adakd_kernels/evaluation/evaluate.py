@@ -27,6 +27,7 @@ from .progress import bar
 from .prompts import Prompt, fingerprint
 from .rouge import rouge_l
 from .sampling import Draws, answer_prompts, random_numbers
+from .weights import weights_fingerprint
 
 __all__ = ["FOUND", "GREEDY", "RESULTS", "EvaluationError", "Settings", "check_settings", "evaluate", "read_results"]
 
@@ -105,7 +106,8 @@ def evaluate(
     """Evaluate a student on sets of prompts, with progress on stderr, and write the results in `folder`.
 
     Files: `results.json`, `results.csv`, and `answers-<set>-<seed>.jsonl`. A folder that holds a part of the same
-    evaluation is gone on with; seeds and sets that it has more stay in it.
+    evaluation is gone on with; seeds and sets that it has more stay in it. The models are known by their weights
+    (`weights_fingerprint`), whatever they are called.
 
     Args:
         student: a causal language model of transformers, on its device.
@@ -125,7 +127,10 @@ def evaluate(
         FloatingPointError: a measure or logits that are not finite.
     """
     check_settings(settings)
-    run = _Run(Path(folder), settings, dict(about or {}), teacher is not None)
+    about = {**(about or {}), "distances": teacher is not None, "model_weights": weights_fingerprint(student)}
+    if teacher is not None:
+        about["teacher_weights"] = weights_fingerprint(teacher)
+    run = _Run(Path(folder), settings, about)
     for name, prompts in sets.items():
         run.begin(name, prompts)
     with evaluation_mode(student):
@@ -145,11 +150,10 @@ def evaluate(
 class _Run:
     """The state of an evaluation, which is `results.json`."""
 
-    def __init__(self, folder: Path, settings: Settings, about: dict[str, Any], distances: bool) -> None:
+    def __init__(self, folder: Path, settings: Settings, about: dict[str, Any]) -> None:
         self.folder, self.settings = folder, settings
         own = {name: value for name, value in asdict(settings).items() if name != "seeds"}
-        own.update(about, distances=distances)
-        own = json.loads(json.dumps(own))  # tuples are lists in a file
+        own = json.loads(json.dumps({**own, **about}))  # tuples are lists in a file
         if (folder / RESULTS).is_file():
             self.results = read_results(folder, complete=False)
             _check_same(folder, self.results["settings"], own)
@@ -320,12 +324,16 @@ def read_results(folder: str | Path, complete: bool = True) -> dict[str, Any]:
 
 
 def _check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse a folder of other settings."""
+    """Refuse a folder of other settings or models."""
+    if "model_weights" not in before:
+        raise EvaluationError(
+            f"output_dir {folder} holds an evaluation of an older version, which did not note the models' weights: "
+            "give another output_dir"
+        )
     for name in {**before, **now}:
-        if before.get(name) != now.get(name) and name.endswith("_files"):
-            role = name.removesuffix("_files")
+        if before.get(name) != now.get(name) and name in ("model_weights", "teacher_weights"):
             raise EvaluationError(
-                f"output_dir {folder} holds an evaluation made before the {role} {now[role]} changed: "
+                f"output_dir {folder} holds an evaluation with other weights of the {name.removesuffix('_weights')}: "
                 "give another output_dir"
             )
         if before.get(name) != now.get(name):
