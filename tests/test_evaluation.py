@@ -268,11 +268,31 @@ def test_answers_go_on_after_a_kill_in_the_middle_of_a_line(
     assert len(asked) == 4 and counted == [3, 3, 1] and len(cache.read_text().splitlines()) == len(PROMPTS)
 
 
-def test_logits_that_are_not_finite_are_refused(model: Any) -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("options", [None, {}, {"temperature": 0.5, "top_p": 0.5}], ids=["greedy", "sampled", "top_p"])
+def test_logits_that_are_not_finite_are_refused(value: float, options: dict[str, float] | None) -> None:
+    """Of one prompt alone, at its third token."""
     broken = tiny_model("llama", vocab_size=len(TOKENIZER), seed=1).eval()
-    torch.nn.init.constant_(broken.lm_head.weight, math.nan)
+    calls = list[int]()
+
+    def spoil(module: Any, inputs: Any, output: Tensor) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            output[1, -1, 5] = value
+
+    broken.lm_head.register_forward_hook(spoil)
+    sampled = None if options is None else draws(1, **options)
     with pytest.raises(FloatingPointError, match="logits of the model are not finite"):
-        answer_prompts(broken, TOKENIZER, PROMPTS, draws=draws(1), **ASKED)
+        answer_prompts(broken, TOKENIZER, PROMPTS, draws=sampled, **ASKED)
+
+
+def test_a_padding_token_that_the_model_has_no_row_for(model: Any) -> None:
+    """As where a tokenizer was given one, and the model no row: it means nothing, so the answers are the same."""
+    expected = answer_prompts(model, TOKENIZER, PROMPTS, draws=draws(1), **ASKED)
+    other = copy.deepcopy(TOKENIZER)
+    other.add_special_tokens({"pad_token": "<more>"})
+    assert other.pad_token_id == len(TOKENIZER) == model.get_input_embeddings().num_embeddings
+    assert answer_prompts(model, other, PROMPTS, draws=draws(1), **ASKED) == expected
 
 
 # Distances.

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from ..adaptive import exact_dtype
+from ..trainer.models import vocabulary_size
 
 __all__ = ["Draws", "answer_prompts", "generate", "random_numbers"]
 
@@ -82,7 +83,7 @@ def answer_prompts(
         Of each prompt, the ids of its answer up to and with the end token.
 
     Raises:
-        FloatingPointError: logits that are not finite where a token is to be sampled.
+        FloatingPointError: logits that are not finite where a token is to be chosen.
     """
     answers = {} if cache is None else _read_cache(cache)
     progress(len(answers))
@@ -118,10 +119,13 @@ def generate(
     """
     width = max(len(prompt) for prompt in prompts)
     ends = _end_tokens(model, tokenizer)
-    pad = next((i for i in (tokenizer.pad_token_id, *ends) if i is not None), 0)
+    pad, rows = tokenizer.pad_token_id, vocabulary_size(model)
+    if pad is None or (rows is not None and pad >= rows):
+        pad = 0  # any id that the model has: padding is masked
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    processors: list[Any] = []
+    finite = _Finite()
+    processors: list[Any] = [finite]
     if draws is not None:
         if draws.temperature != 1.0:
             processors.append(TemperatureLogitsWarper(draws.temperature))
@@ -137,7 +141,19 @@ def generate(
     )
     with _own_generation_config(model, options):
         output = model.generate(input_ids=ids, attention_mask=mask, logits_processor=LogitsProcessorList(processors))
+    if not finite.so_far:
+        raise FloatingPointError("the logits of the model are not finite: no token can be chosen by them")
     return [_until_end(row, ends) for row in output[:, width:].tolist()]
+
+
+class _Finite(LogitsProcessor):
+    """Notes on the device whether each token could be chosen, so that nobody waits for it until the end."""
+
+    so_far: Tensor | bool = True
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.so_far = scores.amax(-1).isfinite().all() & self.so_far  # NaN or inf; all -inf
+        return scores
 
 
 class _Drawn(LogitsProcessor):
@@ -150,12 +166,10 @@ class _Drawn(LogitsProcessor):
         dtype = exact_dtype(scores.device)
         mass = scores.softmax(-1, dtype=dtype).cumsum(-1)
         total = mass[:, -1:]
-        if not total.isfinite().all():
-            raise FloatingPointError("the logits of the model are not finite: no token can be sampled from them")
         number = self.numbers[:, input_ids.shape[1] - self.width, None].to(scores.device, dtype)
         # Below the total, so that the token found has a mass.
         point = torch.minimum(number * total, torch.nextafter(total, torch.zeros_like(total)))
-        token = torch.searchsorted(mass, point, right=True)
+        token = torch.searchsorted(mass, point, right=True).clamp_max(scores.shape[-1] - 1)  # V where there is a NaN
         return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
 
 
