@@ -20,6 +20,7 @@ from adakd_kernels.demo import models
 from adakd_kernels.demo.answers import load_instructions
 from adakd_kernels.demo.config import DemoConfig, DemoError
 from adakd_kernels.demo.evaluate import distance
+from adakd_kernels.demo.pipeline import kinds_of_rows
 from adakd_kernels.demo.tiny import tiny_config, write_tiny_teacher
 from adakd_kernels.evaluation import sampling
 
@@ -54,7 +55,7 @@ def test_it_reports_what_it_measured(workplace):
     cells = [cell.strip(" *") for cell in row.split("|")[2:5]]
     draws = [[100 * score for score in found["scores"][run]["sampled_rouge_l"]] for run in ("before", "plain", "AdaKD")]
     assert cells == [f"{mean(each):.1f} ± {stdev(each):.1f}" for each in draws]
-    assert "There are two kinds of rows." in report and "(± is the standard deviation over 3\nanswers" in report
+    assert "There are two kinds of rows." in report and "\n± is the standard deviation over 3 answers" in report
     plain, adaptive = found["runs"]
     assert (plain["name"], adaptive["name"]) == ("plain", "AdaKD")
     assert [log["step"] for log in plain["logs"]] == [1, 2, 3, 4]
@@ -66,6 +67,10 @@ def test_it_reports_what_it_measured(workplace):
     assert len(re.findall(r"^instruction:", report, flags=re.MULTILINE)) == 3
     for said in ("teacher:", "before:", "plain:", "AdaKD:"):
         assert len(re.findall(rf"^{said}", report, flags=re.MULTILINE)) == 3
+
+
+def test_one_draw_has_no_spread_to_explain():
+    assert "±" not in kinds_of_rows(1) and "± is the standard deviation over 2 answers" in kinds_of_rows(2)
 
 
 def test_both_students_can_be_talked_to(workplace, monkeypatch, capsys):

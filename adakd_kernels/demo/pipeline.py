@@ -23,9 +23,8 @@ BEFORE, PLAIN_NAME, ADAKD_NAME = "before", "plain", "AdaKD"
 KINDS_OF_ROWS = """\
 There are two kinds of rows. KL and cross-entropy read the teacher's answers: at each token of them, what the student
 would say next is compared with what the teacher would. This is what plain reverse KL trains. ROUGE-L reads what the
-student says by itself: sampled at temperature 1, as the paper measures (± is the standard deviation over {draws}
-answers to each instruction), and greedy. A sharper student slips less often when it samples, so it can be ahead in
-ROUGE-L and behind in KL; docs/quality.md tells the two effects apart.
+student says by itself: sampled at temperature 1, as the paper measures, and greedy. A sharper student slips less often
+when it samples, so it can be ahead in ROUGE-L and behind in KL; docs/quality.md tells the two effects apart.
 One run each, with one order of the data: another order can turn a small difference around."""
 
 
@@ -168,6 +167,12 @@ class _Measure:
         return far.reverse_kl
 
 
+def kinds_of_rows(draws: int) -> str:
+    """What the rows of the table are."""
+    spread = f"\n± is the standard deviation over {draws} answers to each instruction."
+    return KINDS_OF_ROWS + (spread if draws > 1 else "")
+
+
 def _report(
     config: DemoConfig,
     scores: dict[str, Score],
@@ -186,7 +191,7 @@ def _report(
         f"{len(held_out)} held-out instructions, {scores[BEFORE].distance.tokens} answer tokens of the teacher, "
         f"{config.steps} steps of {config.batch_size} records, {machine(config.torch_device())}:\n\n"
         f"{table(scores)}\n\n{verdict(scores, PLAIN_NAME, ADAKD_NAME)}\n\n"
-        f"{KINDS_OF_ROWS.format(draws=config.draws)}\n"
+        f"{kinds_of_rows(config.draws)}\n"
     )
     config.output_dir.mkdir(parents=True, exist_ok=True)
     files[0].write_text(
