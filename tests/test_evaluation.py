@@ -25,8 +25,9 @@ from adakd_kernels import reference
 from adakd_kernels.evaluation import distances, intervals, load_prompts, sampling
 from adakd_kernels.evaluation.distances import DISTANCES, sequence_sums
 from adakd_kernels.evaluation.prompts import fingerprint, set_names
-from adakd_kernels.evaluation.rouge import rouge_l
+from adakd_kernels.evaluation.rouge import is_readable, rouge_l
 from adakd_kernels.evaluation.sampling import Draws, answer_prompts, random_numbers
+from adakd_kernels.evaluation.tables import fixed
 from adakd_kernels.evaluation.weights import weights_fingerprint
 from adakd_kernels.trainer.evaluation import MEASURES
 from adakd_kernels.trainer.records import DataError, each_reference, tokenize_record
@@ -360,6 +361,19 @@ def test_logits_of_few_tokens_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(distances, "token_measures", noted)
     assert sequence_sums(student, teacher, sequences, batch_size=4)[:, -1].tolist() == [199.0] * 4
     assert max(shape[1] for shape, _ in seen) == 64 and {dtype for _, dtype in seen} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("text", ["Привет, мир!", "你好", "É?", "", "…"])
+def test_what_rouge_does_not_read_scores_0_against_itself(text: str) -> None:
+    assert not is_readable(text) and rouge_l(text, [text]) == 0.0
+    for other in (f"{text} A", f"{text}1"):
+        assert is_readable(other) and rouge_l(other, [other]) == 1.0
+
+
+def test_a_number_has_no_minus_in_front_of_zeros() -> None:
+    numbers = (-1e-9, -0.0004, -0.0006, 0.0006, 0.0)
+    assert [fixed(number, 3) for number in numbers] == ["0.000", "0.000", "-0.001", "0.001", "0.000"]
+    assert [fixed(number, 3, "+") for number in numbers] == ["+0.000", "+0.000", "-0.001", "+0.001", "+0.000"]
 
 
 # Models.

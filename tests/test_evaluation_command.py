@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -18,8 +19,10 @@ from rouge_score import rouge_scorer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adakd_kernels.cli import main
+from adakd_kernels.commands import eval as eval_command
 from adakd_kernels.evaluation import FOUND, Settings, compare, distances, evaluate, intervals, load_prompts, sampling
 from adakd_kernels.evaluation.evaluate import EvaluationError, read_results
+from adakd_kernels.evaluation.prompts import Prompt
 from adakd_kernels.integrations.transformers import AdaKDConfig, AdaKDTrainer
 
 from .tiny_models import INSTRUCTIONS, save_pair, tiny_model, write_jsonl
@@ -132,6 +135,20 @@ def test_the_table_on_the_screen(place: Path, capsys: pytest.CaptureFixture[str]
     )
 
 
+def test_numbers_next_to_0_have_no_minus(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As of a teacher against itself."""
+    shutil.copytree(place / "whole", tmp_path / "whole")
+    results = read_results(place / "whole")
+    results["sets"]["first"]["forward_kl"] = {"mean": -1e-9, "low": -2e-9, "high": 1e-9}
+    for row in results["sets"]["first"]["per_prompt"]:
+        row["forward_kl"] = -1e-9
+    (tmp_path / "whole" / "results.json").write_text(json.dumps(results))
+    assert "| 0.000 [0.000, 0.000] |" in eval_command.table(results)
+    assert main(["compare", str(tmp_path / "whole"), str(tmp_path / "whole")]) == 0
+    printed = capsys.readouterr().out
+    assert "+0.000 [+0.000, +0.000]" in printed and "-0.000" not in printed
+
+
 def stops_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
     """The function is interrupted at its n-th call."""
     function, calls = getattr(owner, name), list[int]()
@@ -149,7 +166,7 @@ RUN = importlib.import_module("adakd_kernels.evaluation.evaluate")
 STOPS: dict[str, tuple[Any, str, int]] = {
     "between the sets": (distances, "pad_batch", 4),
     "while it answers": (sampling, "generate", 6),
-    "before a seed is noted": (RUN._Run, "save", 6),  # its answers are written
+    "before a seed is noted": (RUN._Run, "save", 5),  # its answers are written
     "at the end": (RUN, "_means", 1),
 }
 
@@ -354,6 +371,42 @@ def test_a_model_that_changed_is_not_gone_on_with(
     del results["settings"]["model_weights"]
     (tmp_path / "out" / "results.json").write_text(json.dumps(results))
     assert "holds an evaluation of an older version" in error_line(capsys, argv)
+
+
+def prompts_of(*texts: str) -> list[Prompt]:
+    return [Prompt(text, f"{text}-1", [5, 6], [text], [([5, 6, 7], [-100, -100, 7])]) for text in texts]
+
+
+def test_a_refused_set_leaves_the_folder_as_it_is(place: Path, tmp_path: Path) -> None:
+    """And one that is not finished is named, whichever of the sets were run to the end."""
+    student, tokenizer = (kind.from_pretrained(place / "student") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    settings = Settings(greedy=True, max_new_tokens=1, max_length=16)
+    evaluate(student, tokenizer, {"a": prompts_of("one", "two")}, settings, folder=tmp_path)
+    before = files_in(tmp_path)
+    for refused in ({"c": prompts_of("one"), "a": prompts_of("three")}, {"b": prompts_of("one"), "c": []}):
+        with pytest.raises(EvaluationError, match=r"another set 'a'|set 'c': nothing to measure"):
+            evaluate(student, tokenizer, refused, settings, folder=tmp_path)
+        assert files_in(tmp_path) == before
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stops_at(patch, sampling, "generate", 1)
+        evaluate(student, tokenizer, {"a": prompts_of("one", "two"), "b": prompts_of("one")}, settings, folder=tmp_path)
+    evaluate(student, tokenizer, {"a": prompts_of("one", "two")}, settings, folder=tmp_path)
+    with pytest.raises(
+        EvaluationError, match="the evaluation of b has not come to its end: run its 'adakd eval' again"
+    ):
+        read_results(tmp_path)
+
+
+def test_references_that_rouge_does_not_read_are_warned_of(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    student, tokenizer = (kind.from_pretrained(place / "student") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    sets = {"mixed": prompts_of("Привет", "hello"), "other": prompts_of("Привет", "мир")}
+    with caplog.at_level(logging.WARNING, "adakd_kernels"):
+        evaluate(student, tokenizer, sets, Settings(greedy=True, max_new_tokens=1, max_length=16), folder=tmp_path)
+    assert caplog.messages == [
+        "set 'other': rouge-score reads the letters a to z and digits alone, and no reference has one: rouge_l is 0"
+    ]
 
 
 def test_a_measure_that_is_not_finite_ends_with_1(

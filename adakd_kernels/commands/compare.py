@@ -10,7 +10,7 @@ try:
     from ..evaluation.compare import Difference, compare
     from ..evaluation.evaluate import EvaluationError, read_results
     from ..evaluation.intervals import BOOTSTRAP
-    from ..evaluation.tables import SHOWN, markdown
+    from ..evaluation.tables import SHOWN, fixed, markdown
 except ImportError as error:
     raise CommandError(
         f"a comparison needs the packages of an evaluation: pip install 'adakd-kernels[eval]' ({error})"
@@ -72,9 +72,9 @@ def _names(folders: list[str]) -> list[str]:
 def _row(found: Difference, other: str) -> list[str]:
     shown, difference = SHOWN[found.measure], found.difference
     digits = shown.digits
-    change = f"{difference.mean:+.{digits}f}"
+    change = fixed(difference.mean, digits, "+")
     if difference.low is not None and difference.high is not None:
         outside = difference.low > 0 or difference.high < 0
-        change += f" [{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]" + (" *" if outside else "")
+        change += f" [{fixed(difference.low, digits, '+')}, {fixed(difference.high, digits, '+')}]" + " *" * outside
     where = ", ".join(filter(None, (other, found.set, str(shown))))
-    return [where, f"{found.first:.{digits}f}", f"{found.second:.{digits}f}", change, str(found.prompts)]
+    return [where, fixed(found.first, digits), fixed(found.second, digits), change, str(found.prompts)]

@@ -19,7 +19,7 @@ try:
     from ..evaluation.evaluate import FOUND, EvaluationError, Settings, check_settings, evaluate
     from ..evaluation.intervals import BOOTSTRAP
     from ..evaluation.prompts import Prompt, load_prompts, set_names
-    from ..evaluation.tables import SHOWN, markdown
+    from ..evaluation.tables import SHOWN, fixed, markdown
     from .options import DTYPES, HelpFormatter
 except ImportError as error:
     raise CommandError(f"an evaluation needs more packages: pip install 'adakd-kernels[eval]' ({error})") from error
@@ -234,9 +234,9 @@ def _cell(measure: str, found: Mapping[str, Any] | None) -> str:
     if found is None:
         return "–"
     digits = SHOWN[measure].digits
-    text = f"{found['mean']:.{digits}f}"
+    text = fixed(found["mean"], digits)
     if found.get("std") is not None:
-        text += f" ± {found['std']:.{digits}f}"
+        text += f" ± {fixed(found['std'], digits)}"
     if found["low"] is not None:
-        text += f" [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
+        text += f" [{fixed(found['low'], digits)}, {fixed(found['high'], digits)}]"
     return text

@@ -15,7 +15,7 @@ from statistics import mean, stdev
 
 import torch
 
-from ..evaluation.tables import SHOWN, Shown, markdown
+from ..evaluation.tables import SHOWN, Shown, fixed, markdown
 from .answers import Answer, Record
 from .config import DemoConfig
 from .evaluate import Distance
@@ -72,7 +72,7 @@ def table(scores: dict[str, Score]) -> str:
     for name, shown in ROWS.items():
         values = [_value(score, name) for score in scores.values()]
         cells = [
-            f"{value:.{shown.digits}f}{_spread(score, name)}"
+            f"{fixed(value, shown.digits)}{_spread(score, name)}"
             for value, score in zip(values, scores.values(), strict=True)
         ]
         best = cells[values.index(max(values) if shown.higher else min(values))]

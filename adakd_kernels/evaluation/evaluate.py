@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,9 +26,11 @@ from .distances import DISTANCES, sequence_sums
 from .intervals import BOOTSTRAP, estimate
 from .progress import bar
 from .prompts import Prompt, fingerprint
-from .rouge import rouge_l
+from .rouge import is_readable, rouge_l
 from .sampling import Draws, answer_prompts, random_numbers
 from .weights import weights_fingerprint
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["FOUND", "GREEDY", "RESULTS", "EvaluationError", "Settings", "check_settings", "evaluate", "read_results"]
 
@@ -133,6 +136,13 @@ def evaluate(
     run = _Run(Path(folder), settings, about)
     for name, prompts in sets.items():
         run.begin(name, prompts)
+    run.save()  # not before all sets are checked: a refused one leaves the folder as it is
+    for name, prompts in sets.items():
+        if any(map(run.is_asked, prompts)) and not any(is_readable(each) for p in prompts for each in p.references):
+            logger.warning(
+                "set %r: rouge-score reads the letters a to z and digits alone, and no reference has one: rouge_l is 0",
+                name,
+            )
     with evaluation_mode(student):
         if teacher is not None:
             with evaluation_mode(teacher):
@@ -185,15 +195,10 @@ class _Run:
                     "raise max_length, or give a teacher to measure the distance from"
                 )
             self.results["sets"][name] = part
-        self.save()
 
     def is_asked(self, prompt: Prompt) -> bool:
         """Whether a prompt gets an answer."""
         return 0 < len(prompt.prompt_ids) <= self.settings.max_length - self.settings.max_new_tokens
-
-    def is_answered(self, name: str, draw: str) -> bool:
-        """Whether a set has its answers for a seed, or has no prompt to answer."""
-        return all(draw in row.get("rouge_l", {draw}) for row in self.results["sets"][name]["per_prompt"])
 
     def save(self) -> None:
         _write_whole(self.folder / RESULTS, json.dumps(self.results, indent=1, ensure_ascii=False) + "\n")
@@ -319,7 +324,9 @@ def read_results(folder: str | Path, complete: bool = True) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         raise EvaluationError(f"{path}: not what 'adakd eval' writes: give the folder of an evaluation") from None
     if complete and not (results.get("complete") and sets and settings):
-        raise EvaluationError(f"{folder}: the evaluation has not come to its end: run its 'adakd eval' again")
+        left = [name for name, part in sets.items() if FOUND[0] not in part]
+        of_sets = f"of {', '.join(left)} " if left else ""
+        raise EvaluationError(f"{folder}: the evaluation {of_sets}has not come to its end: run its 'adakd eval' again")
     return results
 
 

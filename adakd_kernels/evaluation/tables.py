@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["SHOWN", "Shown", "markdown"]
+__all__ = ["SHOWN", "Shown", "fixed", "markdown"]
 
 
 class Shown(NamedTuple):
@@ -29,6 +29,11 @@ SHOWN = {
     "rouge_l": Shown("ROUGE-L (0 to 100)", 1, True),
 }
 """By the name that it has in files."""
+
+
+def fixed(value: float, digits: int, sign: str = "") -> str:
+    """A number with so many digits behind the point, and no minus in front of zeros; with `sign` "+", a plus."""
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
