@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from adakd_kernels import reference
 from adakd_kernels.adaptive import inverse_difficulty_temperature, select_tokens
 from adakd_kernels.cli import main
 from adakd_kernels.integrations.transformers import AdaKDTrainer
-from adakd_kernels.report.figures import THEMES, panels
-from adakd_kernels.report.page import SHADES, _ink, write_report
+from adakd_kernels.report.figures import THEMES, Curve, Panel, _legend, panels
+from adakd_kernels.report.page import SHADES, _ink, _plain, _visible, write_report
 from adakd_kernels.report.runs import read_runs
 from adakd_kernels.trainer import costs
 from adakd_kernels.trainer.token_file import TOKEN_FILE, read_tokens, write_tokens
@@ -417,6 +418,60 @@ def test_texts_of_data_stay_texts(run: Path, tmp_path: Path) -> None:
     assert not {"b", "i"} & {tag for tag, _ in page.tags}
     assert page.headings[0] == folder.name
     assert [found["data-difficulty"] for found, text in page.tokens if text == "▯"] == ["–"] * len(lines)
+
+
+@pytest.mark.parametrize(
+    "text, token, given",
+    [
+        ("\u200b", "[U+200B]", "[U+200B]"),
+        ("\ufeffa", "[U+FEFF]a", "[U+FEFF]a"),
+        ("a\u202eb", "a[U+202E]b", "a[U+202E]b"),
+        ("\x00\x1b\x7f", "[U+0000][U+001B][U+007F]", "[U+0000][U+001B][U+007F]"),
+        ("\u2028\x85", "[U+2028][U+0085]", "[U+2028][U+0085]"),
+        ("\U000e0001", "[U+E0001]", "[U+E0001]"),
+        ("\r\n\r\ta", "↵\n[U+000D]\ta", "\n[U+000D]\ta"),
+        ("\u200d", "[U+200D]", "[U+200D]"),
+        ("می\u200cخواهم 👩\u200d🚀", "می\u200cخواهم 👩\u200d🚀", "می\u200cخواهم 👩\u200d🚀"),
+        ("\ufe0f", "◌\ufe0f", "\ufe0f"),
+        ("e\u0301 é 你\u3000", "e\u0301 é 你\u3000", "e\u0301 é 你\u3000"),
+        ("", "▯", ""),
+    ],
+)
+def test_every_token_has_something_to_see(text: str, token: str, given: str) -> None:
+    assert (_visible(text), _plain(text)) == (token, given)
+
+
+def line_of(text: str, **changes: Any) -> dict[str, Any]:
+    return {**LINE, "tokens": [{"text": "\u202ethe prompt"}, {**LINE["tokens"][0], "text": text}], **changes}
+
+
+def test_equal_records_of_one_run_stay_apart(tmp_path: Path) -> None:
+    """Each beside its own later measurement, and beside that of another run which has as many."""
+    lines = [line_of("a", record=name, step=step) for step in (0, 6) for name in ("first", "copy")]
+    for name in ("one", "two"):
+        write_tokens(tmp_path / name, [*lines, line_of("b", record="last")])
+    (tmp_path / "two" / TOKEN_FILE).write_text((tmp_path / "one" / TOKEN_FILE).read_text())
+    write_tokens(tmp_path / "three", [line_of("b"), line_of("b", record="more")])
+    page = report(tmp_path, *(tmp_path / name for name in ("one", "two", "three")))
+    at = [number for number, heading in enumerate(page.headings) if heading.startswith("Held-out record")]
+    found = {page.headings[a]: page.headings[a + 1 : b] for a, b in pairwise([*at, len(page.headings)])}
+    both = [f"{run}, step {when}" for run in ("one", "two") for when in ("0 (before training)", "6 (latest)")]
+    start = "step 0 (before training)"
+    assert found.pop("Held-out record more")[0] == f"three, {start}"
+    assert found == {
+        "Held-out record first": both, "Held-out record copy": both,
+        "Held-out record last": [f"{run}, {start}" for run in ("one", "two", "three")],
+    }  # fmt: skip
+    assert set(page.given) == {"[U+202E]the prompt"}
+
+
+def test_42_runs_look_unlike() -> None:
+    curves = [Curve(run, "loss", [1, 2], [0.5, 0.25]) for run in range(42)]
+    panel = Panel("loss", "", "", "", curves)
+    for theme in THEMES.values():
+        handles = _legend(panel, [f"run {number}" for number in range(42)], theme)
+        assert len({(handle.get_color(), handle.get_marker()) for handle in handles}) == 42
+        assert len({handle.get_marker() for handle in handles[:7]}) == 7
 
 
 def test_several_runs_stand_side_by_side(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

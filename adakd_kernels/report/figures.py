@@ -37,12 +37,12 @@ class Theme:
 
 
 # The runs' colours are those of Okabe and Ito, which people with any colour vision tell apart; on dark ground without
-# the darkest. Each run has a mark of its own besides.
+# the darkest. Marks and colours are in turn, one more mark than colours, so that 42 runs look unlike.
 THEMES = {
     "light": Theme("#ffffff", "#24292f", "#d8dee4", ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#000000")),
     "dark": Theme("#1c2128", "#d8dee6", "#3d444d", ("#56b4e9", "#e69f00", "#2fc79a", "#e295c2", "#f0e442", "#ffffff")),
 }
-MARKS = ("o", "s", "^", "D", "v", "P")
+MARKS = ("o", "s", "^", "D", "v", "P", "X")
 QUANTILES = "Line: median. Band: from the 10\N{NO-BREAK SPACE}% to the 90\N{NO-BREAK SPACE}% quantile."
 FEW = 8
 """Marks on a curve, about: enough to tell the runs apart, and to see a curve of one point."""

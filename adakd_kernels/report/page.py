@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import math
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -26,6 +28,12 @@ SHADES = {
 }
 """Colours of the classes of difficulty, from easy to hard: ColorBrewer's YlGnBu and matplotlib's viridis. Easy tokens
 are near the ground in each theme. The lightness goes one way, so that any colour vision sees the order."""
+
+
+JOINERS = "\u200c\u200d"
+"""They say how the characters on both sides are joined, as in Persian words and in emoji of several persons."""
+UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+"""Categories of characters without width."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,7 @@ def _environment() -> Environment:
     """Everything that a run gives is escaped, wherever it stands in the page."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = _number
+    environment.filters["plain"] = _plain
     environment.filters["visible"] = _visible
     environment.filters["rough"] = lambda value: f"{value:.2g}"
     return environment
@@ -110,9 +119,26 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else "NaN" if math.isnan(value) else f"{value:.4g}"
 
 
+def _plain(text: str) -> str:
+    """A text with the code points of what draws nothing, or turns round what comes after it, in their place.
+
+    Those are the characters of category C (control, format, not assigned), and the separators of lines and paragraphs.
+    Line breaks, tabs, and joiners between other characters stay.
+    """
+    kept = "\n\t" + (JOINERS if text.strip(JOINERS) else "")
+    return "".join(
+        f"[U+{ord(character):04X}]"
+        if character not in kept and unicodedata.category(character) in UNSEEN
+        else character
+        for character in text.replace("\r\n", "\n")
+    )
+
+
 def _visible(text: str) -> str:
-    """A token's text with something to see, and to point at, where it is a line break or a part of a character."""
-    return text.replace("\r", "").replace("\n", "↵\n") or "▯"
+    """A token's text with something to see, and to point at: also of a line break, or of a part of a character."""
+    if text and all(unicodedata.category(character).startswith("M") for character in text):
+        text = f"◌{text}"  # a mark has no width of its own
+    return _plain(text).replace("\n", "↵\n") or "▯"
 
 
 def _ink(ground: str) -> str:
@@ -181,13 +207,20 @@ def _scales(runs: Sequence[Run]) -> dict[str, Scale]:
 
 
 def _records(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The records, each with what the runs measured of it: equal texts of several runs stand side by side."""
+    """The records, each with what the runs measured of it: equal texts of several runs stand side by side.
+
+    Of equal texts in one run, the first stands beside the first of another run, and so on.
+    """
     records: dict[tuple[Any, ...], dict[str, Any]] = {}
     for run in runs:
         last = max((line["step"] for line in run.tokens), default=0)
+        copies: Counter[tuple[Any, ...]] = Counter()
         for line in run.tokens:
             texts = tuple((token["text"], "rank" in token) for token in line["tokens"])
-            record = records.setdefault(texts, {"name": line["record"], "source": line["source"], "shown": []})
+            copies[line["step"], texts] += 1
+            record = records.setdefault(
+                (copies[line["step"], texts], texts), {"name": line["record"], "source": line["source"], "shown": []}
+            )
             labelled = [token for token in line["tokens"] if "rank" in token]
             record["shown"].append(
                 {
