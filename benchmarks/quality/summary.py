@@ -9,7 +9,7 @@ from typing import Any
 
 from adakd_kernels.evaluation.distances import DISTANCES
 from adakd_kernels.evaluation.intervals import Estimate, estimate
-from adakd_kernels.evaluation.tables import SHOWN, Shown, markdown
+from adakd_kernels.evaluation.tables import SHOWN, Shown, fixed, markdown
 
 from .arms import ARMS
 from .experiment import START, TEACHER
@@ -111,7 +111,7 @@ def arms_table(lines: list[Line]) -> str:
             for measure, shown in COLUMNS.items():
                 values = [value(line, name, measure) for line in of]
                 spread = f" ± {stdev(values):.1f}" if measure == SAMPLED and len(values) > 1 else ""
-                cells.append(_number(mean(values), shown) + spread)
+                cells.append(fixed(mean(values), shown.digits) + spread)
             rows.append(cells)
         blocks.append(f"{name}:\n\n{markdown(header, rows)}")
     return "\n\n".join(blocks)
@@ -138,14 +138,9 @@ def differences_table(lines: list[Line]) -> str:
 
 def _cell(found: Difference, shown: Shown) -> str:
     mark = "**" if found.decided else ""
-    middle, *ends = (_number(number, shown, sign="+") for number in found.found if number is not None)
-    seeds = ", ".join(_number(number, shown, sign="+") for number in found.seeds)
+    middle, *ends = (fixed(number, shown.digits, "+") for number in found.found if number is not None)
+    seeds = ", ".join(fixed(number, shown.digits, "+") for number in found.seeds)
     return f"{mark}{middle}{mark}" + (f" [{', '.join(ends)}]" if ends else "") + f"<br>{seeds}"
-
-
-def _number(number: float, shown: Shown, sign: str = "") -> str:
-    """Rounded; what rounds to 0 has no minus."""
-    return f"{round(number, shown.digits) + 0.0:{sign}.{shown.digits}f}"
 
 
 def draw(plt: Any, lines: list[Line], colours: dict[str, str]) -> Any:
