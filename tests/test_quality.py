@@ -139,6 +139,12 @@ def test_a_trained_arm_stays_until_its_line_is_written(workplace, monkeypatch):
     assert run(workplace, ["low_temperature"])[-1]["mean_temperature"] == pytest.approx(math.exp(-0.5))
 
 
+def test_a_sharpened_student_has_less_entropy(workplace):
+    lines = {line["arm"]: line["sets"]["a"] for line in run(workplace, ["reverse_kl", "sharpened"])}
+    of_each = zip(lines["sharpened"]["entropy"], lines["reverse_kl"]["entropy"], strict=True)
+    assert all(0.85 * plain < sharp < plain for sharp, plain in of_each)
+
+
 def test_what_an_arm_needs_runs_too(workplace, monkeypatch):
     asked: list[str] = []
 

@@ -22,6 +22,7 @@ class Arm:
         against: the arms that differ from it in one part, in tables of differences.
         temperature_of: an arm whose mean temperature of the selected tokens is this one's only temperature.
         share_of: an arm whose share, step by step, is this one's, of tokens drawn at random.
+        sharpen: by what the logits of the trained student are divided.
     """
 
     title: str
@@ -29,6 +30,7 @@ class Arm:
     against: tuple[str, ...] = ()
     temperature_of: str | None = None
     share_of: str | None = None
+    sharpen: float = 1.0
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -50,7 +52,9 @@ ARMS: dict[str, Arm] = {
     "latf": Arm("+ share (LATF)", SHARE_ALONE, against=("reverse_kl",)),
     "idts": Arm("+ temperatures (IDTS)", TEMPERATURES_ALONE, against=("reverse_kl",)),
     "adakd": Arm(
-        "+ both (AdaKD)", _on("rkd", adakd=True), against=("reverse_kl", "one_temperature", "low_temperature")
+        "+ both (AdaKD)",
+        _on("rkd", adakd=True),
+        against=("reverse_kl", "one_temperature", "low_temperature", "sharpened"),
     ),
     "one_temperature": Arm(
         "share, AdaKD's mean temperature for all", SHARE_ALONE, against=("latf",), temperature_of="adakd"
@@ -63,6 +67,9 @@ ARMS: dict[str, Arm] = {
     ),
     "low_temperature": Arm(
         "temperature 0.61 for all", _on("rkd", base_temperature=math.exp(-0.5)), against=("reverse_kl",)
+    ),
+    "sharpened": Arm(
+        "reverse KL, then the student's logits over 0.93", _on("rkd"), against=("reverse_kl",), sharpen=0.93
     ),
     "forward_kl": Arm("forward KL", _on("fkd"), against=("reverse_kl",)),
     "forward_kl_adakd": Arm("forward KL + AdaKD", _on("fkd", adakd=True), against=("forward_kl",)),

@@ -193,6 +193,8 @@ class Experiment:
             "train_seconds": seconds[0],
             "train_cpu_seconds": seconds[1],
         }
+        # Logits are linear in the last norm's weight; those of the head may be the embeddings too.
+        student.model.norm.weight.data.div_(method.sharpen)
         save_model(student.to(torch.bfloat16), self.tokenizer, folder / "student")
         partial = folder / "trained.partial"
         partial.write_text(json.dumps(found))
