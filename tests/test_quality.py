@@ -247,10 +247,11 @@ def test_the_table_of_arms_has_means_over_seeds():
 
 def test_the_picture_is_drawn(tmp_path):
     pyplot = pytest.importorskip("matplotlib.pyplot", reason="matplotlib is not installed")
-    lines = [made_up(arm, seed, 0.1 * seed) for arm in ARMS for seed in (0, 1)]
+    lines = [made_up(arm, seed, 0.1 * number) for number, arm in enumerate(ARMS) for seed in (0, 1)]
     figure = summary.draw(pyplot, lines, {"text": "#000000", "back": "#ffffff", "ours": "#0072b2"})
     with pyplot.rc_context({"svg.fonttype": "none"}):
         figure.savefig(tmp_path / "a.svg")
     pyplot.close(figure)
     drawn = (tmp_path / "a.svg").read_text()
     assert all(arm.title in drawn for name, arm in ARMS.items() if name != "reverse_kl")
+    assert "a, correlation 1.00" in drawn

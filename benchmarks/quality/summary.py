@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import correlation, mean, stdev
 from typing import Any
 
 from adakd_kernels.evaluation.distances import DISTANCES
@@ -146,7 +146,7 @@ def _cell(found: Difference, shown: Shown) -> str:
 def draw(plt: Any, lines: list[Line], colours: dict[str, str]) -> Any:
     """Sampled ROUGE-L over the student's entropy, both less those of reverse KL with the same seed.
 
-    A panel for each set, an arm a mark, its seeds small beside it.
+    A panel for each set, with the correlation over the arms; an arm is a mark, its seeds are small beside it.
 
     Args:
         plt: matplotlib's pyplot.
@@ -168,6 +168,7 @@ def draw(plt: Any, lines: list[Line], colours: dict[str, str]) -> Any:
     for axis, name in zip(axes, names, strict=True):
         axis.axhline(0.0, color=colours["text"], linewidth=0.8)
         axis.axvline(0.0, color=colours["text"], linewidth=0.8)
+        centres = []
         for number, (arm, of) in enumerate(arms, start=1):
             points = [
                 tuple(value(line, name, m) - value(plain[line["seed"]], name, m) for m in ("entropy", SAMPLED))
@@ -175,11 +176,13 @@ def draw(plt: Any, lines: list[Line], colours: dict[str, str]) -> Any:
             ]
             colour = colours["ours" if "adakd" in arm else "text"]
             centre = tuple(mean(part) for part in zip(*points, strict=True))
+            centres.append(centre)
             axis.scatter(*zip(*points, strict=True), s=8, color=colour, alpha=0.5, linewidths=0)
             for x, y in points:
                 axis.plot([centre[0], x], [centre[1], y], color=colour, alpha=0.25, linewidth=0.8)
             axis.text(*centre, str(number), **_mark(colour, colours["back"]))
-        axis.set_title(name)
+        related = f", correlation {correlation(*zip(*centres, strict=True)):.2f}" if len(centres) > 2 else ""
+        axis.set_title(name + related)
         axis.set_xlabel("entropy of the student (nats/token), less reverse KL's")
         axis.set_ylabel("ROUGE-L, sampled, less reverse KL's")
     key.axis("off")
