@@ -136,7 +136,7 @@ def where(records: list[Record]) -> str:
     at = f"{r['machine']}{threads}"
     dates, commits = (sorted({line[key] for line in records}) for key in ("date", "commit"))
     plural = "s" if len(commits) > 1 else ""
-    return f"{at}, torch {r['versions']['torch']}, {' and '.join(dates)}, commit{plural} {' and '.join(commits)}"
+    return f"{at}, torch {r['versions']['torch']}, {', '.join(dates)}, commit{plural} {', '.join(commits)}"
 
 
 def draw_peers(plt: Any, records: list[Record], theme: dict[str, str]) -> Any:

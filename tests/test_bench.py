@@ -132,7 +132,7 @@ def test_days_and_commits_of_all_lines_are_named():
     lines = [
         made_up("reverse_kl", 0, 0.0) | {"date": day, "commit": commit} for day, commit in (("d2", "c1"), ("d1", "c0"))
     ]
-    assert figures.where(lines).endswith("d1 and d2, commits c0 and c1")
+    assert figures.where(lines).endswith("d1, d2, commits c0, c1")
 
 
 @pytest.mark.fast

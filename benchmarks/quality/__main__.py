@@ -49,7 +49,9 @@ def main(argv: list[str] | None = None) -> None:
     teacher = options.teacher or prepare_teacher(demo, locate_teacher(demo))
     experiment = Experiment(plan, teacher, options.train, options.held_out, options.work_dir)
     same = as_json({"plan": asdict(plan), "inputs": experiment.inputs})
-    if others := [line["arm"] for line in read_results(options.results) if {key: line[key] for key in same} != same]:
+    if others := [
+        line["arm"] for line in read_results(options.results) if {key: line.get(key) for key in same} != same
+    ]:
         parser.error(
             f"{options.results} holds runs of another plan, teacher or data ({', '.join(others)}): "
             "give another --results"

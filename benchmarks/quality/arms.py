@@ -19,7 +19,7 @@ class Arm:
     Attributes:
         title: in tables.
         options: of `AdaKDConfig`.
-        against: the arms that differ from it in one part, in tables of differences.
+        against: the arms that it is compared with, in tables of differences.
         temperature_of: an arm whose mean temperature of the selected tokens is this one's only temperature.
         share_of: an arm whose share, step by step, is this one's, of tokens drawn at random.
         sharpen: by what the logits of the trained student are divided.
