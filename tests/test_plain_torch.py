@@ -1,4 +1,4 @@
-"""The bodies of the operators, in plain torch: some rows at a time, and no slower than the formula of the README."""
+"""The bodies of the operators, in plain torch: some rows at a time, and no slower than the formula for many tokens."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_chunks_of_large_rows_are_single_rows(monkeypatch):
 
 
 def test_it_takes_no_longer_than_the_formula_of_the_readme():
-    """It takes 0.4 of that time; in one go over all rows it took 6 times as long."""
+    """It takes 0.25 of that time; in one go over all rows it took 6 times as long."""
     block = re.search(r"^```python\n(.*?)^student = ", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     names = {}
     exec(block[1], names)
@@ -79,3 +79,13 @@ def test_it_takes_no_longer_than_the_formula_of_the_readme():
             loss(leaf).backward()
             times[name].append(time.process_time() - begin)
     assert min(times["ours"]) <= min(times["formula"]), times
+
+
+@pytest.mark.parametrize("vocab", [1, 128, 129, 300, 384])
+def test_first_largest_is_argmax(vocab):
+    """With ties within a block and across blocks, a maximum in the last few entries, −inf and NaN."""
+    rows = logits(6, vocab, seed=8).round()
+    rows[1], rows[2, -1], rows[3, : vocab // 2] = 1.0, 9.0, -torch.inf
+    rows[4, vocab // 3], rows[4, vocab // 2] = torch.nan, torch.nan
+    rows[5] = -torch.inf
+    assert reference._first_largest(rows).equal(rows.argmax(-1, keepdim=True))

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Place = tuple[Tensor, Tensor] | tuple[int, int]
-"""Where some tokens of (B, L) stand: indices of both, of one token numbers."""
+Place = tuple[Tensor, Tensor] | tuple[int, slice]
+"""Where some tokens of (B, L) stand: indices of both, or of neighbours in one row of the batch a slice."""
 
 ENTRIES_ON_A_THREAD = 2**17
 """Entries of a chunk for each thread of the CPU: a row of a large vocabulary, or some of a small one."""
@@ -50,21 +50,26 @@ def row_chunks(mask: Tensor, vocab: int, *numbers: Tensor | None) -> Iterator[tu
     chunks: tuple[Tensor, ...] = torch.split(places, size)
     split: list[Any] = [[None] * len(chunks) if x is None else torch.split(x[..., mask], size, -1) for x in numbers]
     for place, *of_them in zip(chunks, *split, strict=True):
-        b, l = place.unbind(-1)
-        # One row is a view of it, where several are a copy; to ask for its place would wait for a device.
-        yield ((int(b), int(l)) if on_cpu and len(place) == 1 else (b, l)), of_them
+        yield (_neighbours(place) if on_cpu else None) or place.unbind(-1), of_them
+
+
+def _neighbours(place: Tensor) -> Place | None:
+    """Tokens beside each other, whose rows are a view where those of others are a copy; to ask waits for a device."""
+    if not len(place):
+        return None
+    (b, first), (b_last, last) = place[0].tolist(), place[-1].tolist()
+    return (b, slice(first, last + 1)) if b == b_last and last - first == len(place) - 1 else None
 
 
 def rows_at(logits: Tensor, where: Place) -> Tensor:
     """(n, V) rows of (B, L, V) logits."""
-    rows = logits[where]
-    return rows.unsqueeze(0) if rows.ndim == 1 else rows
+    return logits[where]
 
 
 def set_rows(tensor: Tensor, where: Place, rows: Tensor) -> None:
     """Write (n, V) rows of any type into a (B, L, V) tensor."""
     if isinstance(where[0], int):
-        tensor[where].copy_(rows[0])
+        tensor[where].copy_(rows)
     else:
         tensor[where] = rows.to(tensor.dtype)
 
