@@ -112,7 +112,7 @@ def by_counts(family: str, which: Launch) -> tuple[Row, str]:
     for row in candidates(which, family):
         crowded = ""
         for target, div, code in codes(row, family, which):
-            if (code.local_bytes or code.spills) and not code.spills_for_guards:
+            if (code.local_bytes or code.spills) and not code.spills_for_guards():
                 refused.append(f"{row} spills in {div} on {target}")
                 break
             if target == "sm_90" and code.occupancy() < 0.5:

@@ -202,15 +202,14 @@ class Code:
         found = [loop for loop in found if not loop.masked] or found
         return [loop for loop in found if not loop.guarded] or found
 
-    @property
-    def spills_for_guards(self) -> bool:
+    def spills_for_guards(self, most: int = 72) -> bool:
         """Whether what is kept in memory is nothing to an ordinary row.
 
         A row with an entry at −inf repeats its sweep with guards. Registers that run out there, or where a row is set
         up, are few instructions, and at most two of a round of the loop over whole steps.
         """
         repeats = any(loop.guarded for loop in self.loops) and not any(loop.guarded for loop in self.sweeps)
-        return repeats and self.spills <= 72 and sum(loop.spills for loop in self.sweeps) <= 2
+        return repeats and self.spills <= most and sum(loop.spills for loop in self.sweeps) <= 2
 
     def occupancy(self) -> float:
         """Share of the 64 warps of an SM of sm_90 that registers (65,536) and shared memory (228 KiB) leave room for.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -19,12 +21,19 @@ import triton.language as tl
 
 from adakd_kernels.kernels.launch import launch_config, lead, skewed
 from adakd_kernels.kernels.mixture import log2_of_mixture, reciprocal
-from adakd_kernels.ops.token_divergence import empty_gradient
+from adakd_kernels.ops.token_divergence import empty_alike, empty_gradient
 
 pytestmark = pytest.mark.interpret
 
 # Whole steps between two edges; a last step that only the most skewed rows need; all whole steps but the first.
 LONG_ODD = [8203, 3 * 4096 - 3, 2 * 4096 + 1]
+
+
+@pytest.fixture(autouse=True)
+def gradients_as_on_a_gpu(monkeypatch):
+    """A new gradient is contiguous on a CPU only; elsewhere its rows start as the student's."""
+    for module in ("token_divergence", "with_gradient"):
+        monkeypatch.setattr(import_module(f"adakd_kernels.ops.{module}"), "empty_gradient", empty_alike)
 
 
 def between_nans(z):
@@ -171,12 +180,18 @@ def test_the_lead_is_that_of_the_address(dtype):
 
 
 @pytest.mark.parametrize("apart", [8203, 8204, 8208, 8211])
-def test_gradient_has_rows_that_start_as_the_students(apart):
-    student = torch.empty(2, 3, apart, dtype=torch.bfloat16, device="meta")[..., :8203]
-    grad = empty_gradient(student)
-    assert grad.shape == student.shape
-    assert grad.is_contiguous() is (apart in (8203, 8211))
-    assert all((a - b) % 8 == 0 for a, b in zip(grad.stride()[:2], student.stride()[:2], strict=True))
+@pytest.mark.parametrize("first", [0, 1, 3])
+def test_gradient_has_rows_that_start_as_the_students(apart, first):
+    """Of whole tensors and of views without the first tokens; of short sequences, only inside each sequence."""
+    for length in (48, 7):
+        student = torch.empty(2, length + first, apart, dtype=torch.bfloat16, device="meta")[:, first:, :8203]
+        grad = empty_gradient(student)
+        assert grad.shape == student.shape
+        assert grad.is_contiguous() is (apart in (8203, 8211) and (first == 0 or length == 7))
+        assert (grad.storage_offset() - student.storage_offset()) % 8 == 0
+        assert (grad.stride(1) - student.stride(1)) % 8 == 0
+        assert (grad.stride(0) - student.stride(0)) % 8 == 0 or (length == 7 and first)
+        assert grad.untyped_storage().nbytes() <= 2 * (8 + 2 * (length + length // 16) * (8203 + 8))
 
 
 @triton.jit

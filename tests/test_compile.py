@@ -57,10 +57,22 @@ some_kernels = pytest.mark.parametrize(("kernel", "divergence"), SOME_KERNELS)
 each_target = pytest.mark.parametrize("target", TARGETS)
 
 
+# The counts below are of Triton 3.7, which constraints.txt names. Of 3.5 to 3.9, some kernels take up to 6 % more
+# instructions, guards spill up to 80 instead of 72 times, and Hellinger's forward on sm_100 does nine times a row.
+PINNED = triton.__version__.startswith("3.7.")
+ROOM = 1.0 if PINNED else 1.06
+
+
+def once_a_row(code: Code) -> bool:
+    """Whether all that is kept in memory is a few numbers outside of loops."""
+    return code.spills <= 10 and not code.spills_in_loops
+
+
 def faults(code: Code, student: Tensor, teacher: Tensor) -> list[str]:
     """What is wrong with a kernel, whatever it computes."""
     found = []
-    if (code.local_bytes or code.spills) and not code.spills_for_guards:
+    little = code.spills_for_guards() if PINNED else code.spills_for_guards(80) or once_a_row(code)
+    if (code.local_bytes or code.spills) and not little:
         found.append(
             f"{code.local_bytes} bytes spilled in {code.spills} instructions, {code.spills_in_loops} of them in loops, "
             f"at {code.registers} registers"
@@ -120,8 +132,8 @@ MOST_INSTRUCTIONS = {
 
 def many_instructions(code: Code, target: str, kernel: str, divergence: str) -> list[str]:
     """More than the bound, which is what was reached, for sm_90."""
-    most = MOST_INSTRUCTIONS.get((kernel, divergence)) if target == "sm_90" else None
-    return [f"{per_entry(code):.1f} instructions an entry"] if most and per_entry(code) > most else []
+    most = MOST_INSTRUCTIONS.get((kernel, divergence), float("inf")) if target == "sm_90" else float("inf")
+    return [f"{per_entry(code):.1f} instructions an entry"] if per_entry(code) > ROOM * most else []
 
 
 def many_registers(code: Code, target: str) -> list[str]:
@@ -163,8 +175,6 @@ def test_odd_vocabulary_compiles_clean(kernel, divergence, target):
     x = logits(GPT2, BF16)
     code = compiled(target, kernel, divergence, x, x)
     found = faults(code, x, x) + narrow_access(code, x, x) + slow_loops(code, kernel, divergence)
-    if (target, kernel, divergence) == ("sm_90", "terms", "jensen_shannon") and 0 < code.spills <= 4:
-        found = [fault for fault in found if "spilled" not in fault]  # one number, once a row and twice a step
     assert not found + crowded(code, target)
 
 
@@ -182,7 +192,7 @@ def test_rows_that_do_not_start_alike_compile_clean(kernel, divergence, target):
         # An entry's two loads and its store are instructions of their own, 3 for 3/8, and so is taking apart half the
         # pairs that the gradient is rounded in: more than 15 % where an entry takes fewer than 22 instructions.
         more = 3.6 if kernel.startswith("backward") else 0.0
-        assert per_entry(code) < max(1.15 * aligned, aligned + more)
+        assert per_entry(code) < ROOM * max(1.15 * aligned, aligned + more)
 
 
 @pytest.mark.parametrize(
@@ -213,12 +223,22 @@ def test_views_that_start_alike_are_read_wide(kernel, divergence, vocab, target)
     For AMD, the entries are read one by one.
     """
     view = logits(vocab, BF16, length=513)[:, 1:]
-    code = compiled(target, kernel, divergence, view, view, inplace=True)
-    found = faults(code, view, view) + slow_loops(code, kernel, divergence)
-    found += many_registers(code, target) + crowded(code, target)
-    if TARGETS[target].backend == "cuda":
-        found += narrow_access(code, view, view)
-    assert not found
+    for inplace in (True, False) if kernel.startswith("backward") else (False,):
+        code = compiled(target, kernel, divergence, view, view, inplace)
+        found = faults(code, view, view) + slow_loops(code, kernel, divergence)
+        found += many_registers(code, target) + crowded(code, target)
+        if TARGETS[target].backend == "cuda":
+            found += narrow_access(code, view, view)
+        assert not found
+
+
+@pytest.mark.parametrize(("kernel", "divergence"), [x for x in KERNELS if x[0] in ("backward", "backward_ce", "terms")])
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_views_that_start_alike_take_no_more_than_whole_rows(kernel, divergence, target):
+    """At most 3 % more, or 15 % in a backward with cross-entropy, the registers of which may be bounded."""
+    view, whole = logits(GPT2, BF16, length=513)[:, 1:], logits(QWEN, BF16)
+    of_view, of_whole = (per_entry(compiled(target, kernel, divergence, x, x)) for x in (view, whole))
+    assert of_view <= ROOM * (1.15 if kernel == "backward_ce" else 1.03) * of_whole
 
 
 @some_kernels
@@ -286,6 +306,8 @@ def test_batch_does_not_recompile(kernel, divergence, vocab, target):
             for left_out in (1, 3):
                 view = logits(vocab, BF16, batch, length + left_out)[:, left_out:]
                 launch(kernel, divergence, view, view, inplace=True)
+                if batch == 1 or length >= 16 * left_out:  # shorter sequences of a new gradient are not laid out alike
+                    launch(kernel, divergence, view, view)
             shifted += launched
             launched.clear()
     assert len({id(k) for k in alike}) == len({id(k) for k in shifted}) == 1

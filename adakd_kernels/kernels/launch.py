@@ -114,9 +114,9 @@ def launch_config(
         **FUSED,
     }
     if family == "cuda" and itemsize == 2:
-        # What comes once a row, and the edges of skewed rows, would take more registers than the sweeps do, only to
-        # overlap itself; 64 leave room for half of an SM's warps.
-        if kernel in ("forward", "with_gradient") or (kernel in ONE_TILE and is_skewed):
+        # What comes once a row would take more registers than the sweeps do, only to overlap itself; 64 leave room for
+        # half of an SM's warps.
+        if kernel in ("forward", "with_gradient"):
             config["maxnreg"] = 64
     if itemsize == 8 and family == "cuda":
         config["maxnreg"] = 128  # by itself, the compiler spills rather than take more than 64

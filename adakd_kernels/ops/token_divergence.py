@@ -76,13 +76,27 @@ def _(*args: Any) -> Sums:
 
 
 def empty_gradient(student: Tensor) -> Tensor:
-    """Where the gradient goes: contiguous on the CPU, elsewhere with rows apart as the student's modulo 8 entries.
+    """Where the gradient goes: contiguous on the CPU, elsewhere as in `empty_alike`."""
+    return (
+        torch.empty(student.shape, dtype=student.dtype, device=student.device)
+        if student.is_cpu
+        else empty_alike(student)
+    )
 
-    So both start alike, which the Triton kernels need for wide access (docs/gpu-kernels.md).
+
+def empty_alike(logits: Tensor) -> Tensor:
+    """A tensor of the shape (B, L, V), each row of which starts where that of the logits starts, modulo 8 entries.
+
+    The Triton kernels need this for wide access (docs/gpu-kernels.md). It is contiguous where the logits are. Of a view
+    that leaves tokens out, each of the B has up to 7 unused rows behind it, or none if they were above 1/16 of L.
     """
-    pad = 0 if student.device.type == "cpu" else (student.stride(-2) - student.shape[-1]) % 8
-    shape = (*student.shape[:-1], student.shape[-1] + pad)
-    return torch.empty(shape, dtype=student.dtype, device=student.device)[..., : student.shape[-1]]
+    batch, length, vocab = logits.shape
+    of_batch, of_token = logits.stride()[:2]
+    first, apart = logits.storage_offset() % 8, vocab + (of_token - vocab) % 8
+    unused = (of_batch // of_token - length) % 8 if batch > 1 and length > 1 and of_token else 0
+    rows = length + (unused if 16 * unused <= length else 0)
+    memory = torch.empty(first + batch * rows * apart, dtype=logits.dtype, device=logits.device)
+    return memory.as_strided(logits.shape, (rows * apart, apart, 1), first)
 
 
 # The schema of both backwards: the fields of `GradientCall` in their order.
