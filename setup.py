@@ -13,12 +13,17 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+# Neither is news to who installs: torch without numpy, and what `pip install -e` is.
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+warnings.filterwarnings("ignore", message=r"\s*Editable installation")
 
 SOURCES = Path("python_bindings")
 WANTED = os.environ.get("ADAKD_NATIVE", "")

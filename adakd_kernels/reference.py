@@ -274,7 +274,7 @@ def _first_largest(values: Tensor) -> Tensor:
     if vocab <= width:
         return values.argmax(-1, keepdim=True)
     whole = vocab - vocab % width
-    of_blocks = [values[..., :whole].reshape(*values.shape[:-1], -1, width).amax(-1)]
+    of_blocks = [values[..., :whole].reshape(*values.shape[:-1], whole // width, width).amax(-1)]
     if whole < vocab:
         of_blocks.append(values[..., whole:].amax(-1, keepdim=True))
     block = width * torch.cat(of_blocks, -1).argmax(-1, keepdim=True)
