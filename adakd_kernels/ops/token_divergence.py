@@ -88,7 +88,8 @@ def empty_alike(logits: Tensor) -> Tensor:
     """A tensor of the shape (B, L, V), each row of which starts where that of the logits starts, modulo 8 entries.
 
     The Triton kernels need this for wide access (docs/gpu-kernels.md). It is contiguous where the logits are. Of a view
-    that leaves tokens out, each of the B has up to 7 unused rows behind it, or none if they were above 1/16 of L.
+    that leaves tokens out, each of the B has up to 7 unused rows behind it, or none if they were above 1/16 of L, and
+    it starts off an aligned entry where the view does: a graph of Inductor expects no more of an operator's result.
     """
     batch, length, vocab = logits.shape
     of_batch, of_token = logits.stride()[:2]
