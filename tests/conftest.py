@@ -19,6 +19,8 @@ from . import left_out
 
 INTERPRETING = backend("cpu").name == "triton-interpreter"
 NATIVE = backend("cpu").name == "native"
+SANITIZED = "asan" in os.environ.get("LD_PRELOAD", "")
+"""Whether `make sanitize` has loaded AddressSanitizer, which keeps freed memory, into this process."""
 
 if INTERPRETING:
     from instruments import interpreter

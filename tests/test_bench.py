@@ -21,6 +21,7 @@ from benchmarks.workloads import Workload
 from instruments.devices import ROOT
 from instruments.project_copy import copy_project, replace
 
+from .conftest import SANITIZED
 from .test_quality import made_up
 
 SMALL = Workload(model="257", tokens=20, dtype="fp32", hidden=16)
@@ -155,6 +156,7 @@ def test_a_formula_of_the_user_is_measured_and_a_wrong_result_gets_no_time(tmp_p
 
 
 @pytest.mark.native
+@pytest.mark.skipif(SANITIZED, reason="a sanitizer keeps freed memory")
 def test_memory_is_that_of_a_process_of_its_own():
     """Ours in place takes no memory of the size of the logits, ours one gradient; what does not fit is said to."""
     of = SMALL.but(model="32000", tokens=64)

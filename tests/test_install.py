@@ -22,6 +22,8 @@ from adakd_kernels import ops, token_difficulty, token_divergence
 from adakd_kernels.ops import backends, native
 from instruments.project_copy import copy_project
 
+from .conftest import SANITIZED
+
 ROOT = Path(__file__).parent.parent
 LOSSES = """
 import warnings
@@ -108,6 +110,7 @@ def test_without_numpy_nothing_is_said_under_any_filter():
 
 
 @pytest.mark.native
+@pytest.mark.skipif(SANITIZED, reason="the library of a sanitizer does not load in a plain process")
 @pytest.mark.parametrize("broken", ["truncated", "a wrong header", "another library", "wrong ADAKD_ISA", "wrong path"])
 def test_a_library_that_cannot_be_used_leaves_plain_torch_and_one_warning(tmp_path, broken):
     whole = native.path().read_bytes()

@@ -28,6 +28,7 @@ from adakd_kernels.ops import native
 from adakd_kernels.ops.with_gradient import token_divergence_with_gradient, token_divergence_with_gradient_
 
 from .cases import DIVERGENCES, DTYPES, ONE_OF_EACH, assert_close_as_eager, gradient, logits, name_of, temperatures
+from .conftest import SANITIZED
 
 pytestmark = pytest.mark.native
 ROOT = Path(__file__).parent.parent
@@ -287,7 +288,7 @@ def test_any_input_gives_what_the_reference_gives(problem):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="a sanitizer keeps freed memory")
+@pytest.mark.skipif(SANITIZED, reason="a sanitizer keeps freed memory")
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jensen_shannon"])  # the second keeps a row for each thread
 def test_memory_beside_logits_and_gradient_is_small(divergence):
     """At the size where it matters: under 4 MB, however long the rows."""

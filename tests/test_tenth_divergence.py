@@ -19,6 +19,7 @@ from adakd_kernels.ops import native
 from instruments.devices import ROOT
 from instruments.project_copy import replace
 
+from .conftest import SANITIZED
 from .tenth_divergence import (
     CLASS,
     CPP_GRADIENT,
@@ -140,7 +141,7 @@ def test_rows_missing_in_the_tables_of_the_kernels_are_reported(tmp_path):
 @pytest.fixture
 def compiler() -> None:
     """The tests below build; once is enough, whatever the instruction sets that the tier goes through."""
-    if "asan" in os.environ.get("LD_PRELOAD", ""):
+    if SANITIZED:
         pytest.skip("a sanitizer is loaded into every process")
     if native.library().adakd_isa().decode() != native.instruction_sets()[0]:
         pytest.skip("runs with the widest instruction set, and builds the portable one itself")
