@@ -329,8 +329,8 @@ def token_stats(student: Tensor, teacher: Tensor, temperature: Tensor | float = 
     *both, tau = _prepare(student.detach(), teacher.detach(), temperature)
     roots, of_rows = [], []
     for z in both:
-        z_max, shifted = _below_maximum(z, tau)
-        root = shifted.mul_(0.5).exp_()  # one exponential for √p and p
+        z_max, half = _below_maximum(z, 2.0 * tau)
+        root = half.exp_()  # one exponential for √p and p
         z_sum = root.square().sum(-1)
         roots.append(root.div_(z_sum.sqrt().unsqueeze(-1)))
         of_rows += [z_max, z_sum]

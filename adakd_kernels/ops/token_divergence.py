@@ -77,11 +77,9 @@ def _(*args: Any) -> Sums:
 
 def empty_gradient(student: Tensor) -> Tensor:
     """Where the gradient goes: contiguous on the CPU, elsewhere as in `empty_alike`."""
-    return (
-        torch.empty(student.shape, dtype=student.dtype, device=student.device)
-        if student.is_cpu
-        else empty_alike(student)
-    )
+    if student.is_cpu:
+        return torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    return empty_alike(student)
 
 
 def empty_alike(logits: Tensor) -> Tensor:
