@@ -39,6 +39,7 @@ from instruments.compiled import (
     logits,
     read_code,
 )
+from instruments.devices import ROOT
 
 from .cases import name_of
 
@@ -57,9 +58,9 @@ some_kernels = pytest.mark.parametrize(("kernel", "divergence"), SOME_KERNELS)
 each_target = pytest.mark.parametrize("target", TARGETS)
 
 
-# The counts below are of Triton 3.7, which constraints.txt names. Of 3.5 to 3.9, some kernels take up to 6 % more
+# The counts below are of the Triton that constraints.txt names. Of 3.5 to 3.9, some kernels take up to 6 % more
 # instructions, guards spill up to 80 instead of 72 times, and Hellinger's forward on sm_100 does nine times a row.
-PINNED = triton.__version__.startswith("3.7.")
+PINNED = f"\ntriton=={triton.__version__.split('+')[0]}\n" in (ROOT / "constraints.txt").read_text()
 ROOM = 1.0 if PINNED else 1.06
 
 
@@ -235,10 +236,11 @@ def test_views_that_start_alike_are_read_wide(kernel, divergence, vocab, target)
 @pytest.mark.parametrize(("kernel", "divergence"), [x for x in KERNELS if x[0] in ("backward", "backward_ce", "terms")])
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
 def test_views_that_start_alike_take_no_more_than_whole_rows(kernel, divergence, target):
-    """At most 3 % more, or 15 % in a backward with cross-entropy, the registers of which may be bounded."""
+    """At most 4 % more, and total variation beside cross-entropy 7 %."""
     view, whole = logits(GPT2, BF16, length=513)[:, 1:], logits(QWEN, BF16)
     of_view, of_whole = (per_entry(compiled(target, kernel, divergence, x, x)) for x in (view, whole))
-    assert of_view <= ROOM * (1.15 if kernel == "backward_ce" else 1.03) * of_whole
+    more = 1.07 if (kernel, divergence) == ("backward_ce", "total_variation") else 1.04
+    assert of_view <= ROOM * more * of_whole
 
 
 @some_kernels

@@ -71,16 +71,18 @@ def test_it_takes_no_longer_than_the_formula_of_the_readme():
     times = {"ours": [], "formula": []}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several would wait for each other on a busy machine, and be counted
-    for _ in range(3):
-        for name, loss in (
-            ("ours", lambda s: adakd_loss(s, teacher, labels, focus_ratio=0.5).loss),
-            ("formula", lambda s: names["eager_adakd"](s, teacher, labels)),
-        ):
-            leaf = student.detach().requires_grad_()
-            begin = time.process_time()  # the backward has a thread of its own
-            loss(leaf).backward()
-            times[name].append(time.process_time() - begin)
-    torch.set_num_threads(threads)
+    try:
+        for _ in range(3):
+            for name, loss in (
+                ("ours", lambda s: adakd_loss(s, teacher, labels, focus_ratio=0.5).loss),
+                ("formula", lambda s: names["eager_adakd"](s, teacher, labels)),
+            ):
+                leaf = student.detach().requires_grad_()
+                begin = time.process_time()
+                loss(leaf).backward()
+                times[name].append(time.process_time() - begin)
+    finally:
+        torch.set_num_threads(threads)
     assert min(times["ours"]) <= min(times["formula"]), times
 
 

@@ -11,7 +11,7 @@ from adakd_kernels import reference
 from adakd_kernels.divergences import DIVERGENCES as REGISTRY
 from adakd_kernels.divergences import AlphaBeta, JensenShannon, SkewForwardKL, SkewReverseKL, get_divergence
 
-from .cases import DIVERGENCES, gradient, logits, name_of, temperatures
+from .cases import CONFIDENT, DIVERGENCES, EXTREME, gradient, logits, name_of, stack, temperatures
 
 pytestmark = pytest.mark.fast
 
@@ -51,6 +51,23 @@ CLOSED_FORMS = [
 
 def test_every_divergence_has_a_closed_form():
     assert {get_divergence(divergence).name for divergence, _ in CLOSED_FORMS} == set(REGISTRY)
+
+
+@pytest.mark.parametrize("dtype, rtol", [(torch.float64, 1e-8), (torch.float32, 1e-3)], ids=name_of)
+def test_the_difficulty_is_the_hellinger_divergence(dtype, rtol):
+    """Equation (2) has a formula of its own, with one exponential an entry, and gives the normalisers beside it."""
+    student, teacher, tau = stack(CONFIDENT | EXTREME, 300, dtype)
+    rows = len(student)
+    student, teacher, tau = (torch.cat((x, x[:4])) for x in (student, teacher, tau))
+    student[rows] = teacher[rows + 1] = student[rows + 3, 5] = -math.inf
+    student[rows + 2, 7] = math.nan
+    difficulty, of = reference.token_stats(student, teacher, tau)
+    exact = reference.token_divergence(student.double(), teacher.double(), tau.double(), "hellinger")
+    torch.testing.assert_close(difficulty.double(), exact, rtol=rtol, atol=1e-30, equal_nan=True)
+    assert difficulty[rows] == difficulty[rows + 1] == 0 and difficulty[rows + 2].isnan() and difficulty[rows + 3] > 0
+    normalizers = (*reference.normalizer(student, tau), *reference.normalizer(teacher, tau))
+    for found, expected in zip(of, normalizers, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0.0, equal_nan=True)
 
 
 @pytest.mark.parametrize("divergence, expected", CLOSED_FORMS, ids=lambda x: name_of(x)[:40])

@@ -93,14 +93,16 @@ def launch_config(
     family, warp_size = _target()
     itemsize = max(student.element_size(), teacher.element_size())
     tiles, warps = tiles_and_warps(family, kernel, divergence_class(divergence), itemsize)
+    # For AMD, the compiler forgets that a pointer moved back by the lead is aligned.
+    is_skewed = skewed(vocab, student, teacher, *written) and (family == "cuda" or lead(student) == 0)
     warps = most_warps or warps
+    if family == "cuda" and is_skewed and kernel in ("backward", "terms"):
+        warps = min(warps, 4)  # with eight, the edges of the rows take more registers than the sweeps do, or spill
     vec = 16 // itemsize
     if most_warps and vocab < 4 * tiles * warps * warp_size * vec:
         tiles = 1  # a loop of few rounds would be unrolled, and take more registers
     while warps > 1 and tiles * warps * warp_size * vec >= 2 * vocab:
         warps //= 2
-    # For AMD, the compiler forgets that a pointer moved back by the lead is aligned.
-    is_skewed = skewed(vocab, student, teacher, *written) and (family == "cuda" or lead(student) == 0)
     config = {
         "LANES": warps * warp_size,
         "VEC": vec,

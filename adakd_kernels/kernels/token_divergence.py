@@ -17,7 +17,7 @@ from .divergence_terms import Parameters, number
 from .gradient_kernel import token_divergence_bwd_kernel
 from .hellinger import sweep_hellinger
 from .kl import sweep_kl
-from .launch import acc_type, bounded, launch_config, on_device, parameters, row_parts, row_strides, sweeps
+from .launch import acc_type, launch_config, on_device, parameters, row_parts, row_strides, sweeps
 from .peak import store_peak
 from .rows import Normalizers, Rows, exponent_rounding, exponent_scale, row_start, store_normalizers
 from .split import split_divergence
@@ -146,8 +146,6 @@ def token_divergence_bwd(call: GradientCall, out: Tensor) -> None:
     if call.weight.numel():
         config = launch_config("backward", call.divergence, vocab, student, teacher, out)
         parts, part = row_parts(config, call.weight.numel(), vocab, student.device)
-        if config["SKEWED"] and sweeps(call.divergence) == 2 and (parts > 1 or call.labels is not None):
-            config = bounded(config, student, teacher)  # the edges of such rows would take up to 79 registers
         with on_device(student):
             token_divergence_bwd_kernel[(call.weight.numel(), parts)](
                 student, teacher, out, numbers(call.temperature), numbers(call.weight), call.sum_g,
